@@ -1,0 +1,75 @@
+"""Checkpoints: one safetensors file that carries its configuration. Nothing here can run code from a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from icseg.config import PatchICLConfig
+
+CONFIG_KEY = "icseg_config"
+
+
+def bundled_weights() -> Path:
+    """The path of the checkpoint that ships with the package."""
+    return Path(__file__).parent / "weights" / "icseg-sparse-small.safetensors"
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed to it on success and removed on failure or interruption.
+
+    The temporary name keeps the ending, by which writers choose a format.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes))
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    path: str | Path, config: PatchICLConfig, state: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write `state` and `config` to `path`; `metadata` holds further strings (how it was trained, say)."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, {**(metadata or {}), CONFIG_KEY: json.dumps(config.to_dict())})
+
+
+def load_checkpoint(path: str | Path) -> tuple[PatchICLConfig, dict[str, Tensor]]:
+    """The configuration and weights (on the CPU) in `path`.
+
+    Raises FileNotFoundError if there is no file, ValueError if it is corrupt or not an icseg checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint must be an existing .safetensors file, got {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint must be a readable safetensors file, got {path} ({error})") from error
+    if CONFIG_KEY not in metadata:
+        raise ValueError(f"checkpoint must carry an icseg configuration, got {path} without one")
+    try:
+        config = PatchICLConfig.from_dict(json.loads(metadata[CONFIG_KEY]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint must carry a valid icseg configuration, got {path} ({error})") from error
+    return config, state

@@ -1,0 +1,73 @@
+"""Model configurations: frozen dataclasses whose every field is checked, and no key that is not a field."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from icseg.published.config import PublishedConfig
+    from icseg.sparse.config import SparseConfig
+
+
+def check_keys(cls: type, values: dict[str, Any]) -> None:
+    """Raise ValueError naming any key of `values` that is not a field of the dataclass `cls`."""
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+
+
+@dataclass(frozen=True)
+class PatchICLConfig:
+    """Base of the two PatchICL architectures.
+
+    `PatchICLConfig.sparse()` is the default model, `PatchICLConfig.published(image_size)` the model of
+    arXiv 2604.12752.
+    """
+
+    architecture: ClassVar[str]
+
+    @staticmethod
+    def sparse(**fields: Any) -> SparseConfig:
+        """The default architecture: only picked patches are encoded, the support set once."""
+        from icseg.sparse.config import SparseConfig
+
+        return SparseConfig(**fields)
+
+    @staticmethod
+    def published(image_size: int = 256, **fields: Any) -> PublishedConfig:
+        """The published architecture at `image_size` pixels, with the settings of the paper's final runs."""
+        from icseg.published.config import PublishedConfig
+
+        return PublishedConfig.for_image_size(image_size, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON) from which `from_dict` makes an equal configuration."""
+        return {"architecture": self.architecture, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> PatchICLConfig:
+        """The configuration that `to_dict` described. Unknown architectures or keys raise ValueError."""
+        from icseg.published.config import PublishedConfig
+        from icseg.sparse.config import SparseConfig
+
+        values = dict(values)
+        name = values.pop("architecture", SparseConfig.architecture)
+        architectures: dict[str, type[PatchICLConfig]] = {c.architecture: c for c in (SparseConfig, PublishedConfig)}
+        if name not in architectures:
+            raise ValueError(f"architecture must be one of {', '.join(architectures)}, got {name!r}")
+        return architectures[name]._from_fields(values)
+
+    @classmethod
+    def _from_fields(cls, values: dict[str, Any]) -> Self:
+        """Override where a field is itself a dataclass or a tuple (JSON gives dicts and lists)."""
+        check_keys(cls, values)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any field: what a checkpoint or a support memory was made for."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The default architecture: only picked patches are encoded, and the support set once."""

@@ -1,0 +1,88 @@
+"""From raw patches to features and tokens; no patch sees more than its halo and its coarse surroundings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icseg.sparse.grid import LevelImage
+
+FREQUENCIES = 12
+
+
+def activation() -> nn.Module:
+    return nn.LeakyReLU(0.05, inplace=True)
+
+
+class PatchEncoder(nn.Module):
+    """Features [B*K, C, 8, 8] and tokens [B, K, D] of picked patches.
+
+    The stem sees the image patch as it is and normalised by its own mean and deviation.
+    """
+
+    def __init__(self, dim: int, channels: int, levels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(2, 16, 3), activation(),
+            nn.Conv2d(16, 16, 3), activation(),
+            nn.Conv2d(16, 24, 3), activation(),
+            nn.Conv2d(24, channels, 3), activation(),
+        )  # fmt: skip
+        self.label_stem = nn.Sequential(nn.Conv2d(1, 12, 4, 2, 1), activation())
+        self.token = nn.Sequential(
+            nn.Conv2d(channels + 12, 64, 4, 2, 1), activation(), nn.Flatten(1), nn.Linear(64 * 16, dim)
+        )
+        self.context = nn.Sequential(
+            nn.Conv2d(3, 24, 4, 2, 1), activation(),
+            nn.Conv2d(24, 48, 4, 2, 1), activation(),
+            nn.Flatten(1), nn.Linear(48 * 16, dim),
+        )  # fmt: skip
+        self.position = nn.Linear(4 * FREQUENCIES, dim)
+        self.level_embedding = nn.Parameter(torch.randn(levels, dim) * 0.1)
+        self.role_embedding = nn.Parameter(torch.randn(2, dim) * 0.1)
+        self.norm = nn.LayerNorm(dim)
+        frequency = 2.0 ** (torch.arange(FREQUENCIES) * 0.75) * math.pi / 2
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, source: LevelImage, coords: Tensor, level: int, *, is_target: bool) -> tuple[Tensor, Tensor]:
+        batch, count = coords.shape[:2]
+        image, label = source.patches(coords).flatten(0, 1).split(1, 1)
+        deviation, mean = torch.std_mean(image, (1, 2, 3), keepdim=True, correction=0)
+        features = self.stem(torch.cat([image, (image - mean) / (deviation + 0.05)], 1))
+        token = self.token(torch.cat([features, self.label_stem(label)], 1))
+        token = token + self.context(source.context(coords).flatten(0, 1))
+        token = token.view(batch, count, -1) + self.position(self._waves(source.position(coords)))
+        token = token + self.level_embedding[level] + self.role_embedding[int(is_target)]
+        return features, self.norm(token)
+
+    def _waves(self, position: Tensor) -> Tensor:
+        angle = position.unsqueeze(-1) * self.frequency
+        return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose keys and values may be extended by a memory of other tokens."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.mlp[2].weight)
+
+    def forward(self, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """tokens [B, N, D], memory [B, M, 2D] tensors -> (tokens, their own keys and values [B, N, 2D])."""
+        x = self.norm_attention(tokens)
+        own = self.key_value(x)
+        keys, values = torch.cat([own, *memory], 1).chunk(2, -1)
+        attended = F.scaled_dot_product_attention(*(self._split(t) for t in (self.query(x), keys, values)))
+        tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norm_mlp(tokens)), own
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

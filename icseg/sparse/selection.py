@@ -1,0 +1,62 @@
+"""Which patches of support and target are worth encoding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icseg_kernels import gumbel_topk
+from icseg_kernels.philox import gumbel_noise
+from icseg.sparse.grid import PATCH
+
+SCORE_FLOOR = 0.003  # keeps certain regions pickable in a draw
+
+
+def derived_seed(seed: int, call: int) -> int:
+    """A seed for the `call`-th draw of a forward pass, distinct for distinct calls."""
+    return (seed + (call + 1) * 0x9E3779B97F4A7C15) % 2**63
+
+
+def uniform(seed: int, rows: int, elements: int, device: torch.device) -> Tensor:
+    """[rows, elements] uniforms in (0, 1) of the kernels' random-number contract."""
+    return torch.exp(-torch.exp(-gumbel_noise(seed, rows, elements, device=device)))
+
+
+def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int | None) -> Tensor:
+    """Grid indices [N, min(count, cells)] for support masks [N, 1, h, w] in [0, 1].
+
+    A share goes to boundary cells, then foreground; the rest to background, near the foreground first. Equals are
+    broken at random by `seed`; without one by the same fixed draw for every image, so that the order of the support
+    set does not matter.
+    """
+    highest = F.max_pool2d(mask, PATCH)
+    lowest = -F.max_pool2d(-mask, PATCH)
+    near = F.max_pool2d(highest, 3, 1, 1).flatten(1) > 0.3
+    touched, mixed = (highest > 0.3).flatten(1), (lowest < 0.7).flatten(1)
+    cells = touched.shape[1]
+    if count >= cells:
+        return torch.arange(cells, device=mask.device).expand(mask.shape[0], -1)
+    shape = (2, cells) if seed is None else (2 * mask.shape[0], cells)
+    chance = uniform(0 if seed is None else seed, *shape, mask.device).view(2, -1, cells)
+    foreground = round(foreground_share * count)
+    first = torch.where(touched, 1 + mixed.to(mask.dtype) + 1.5 * chance[0], chance[0])
+    chosen = first.topk(foreground, 1).indices
+    second = (chance[1] + 0.35 * near).expand_as(first).scatter(1, chosen, -1.0)
+    return torch.cat([chosen, second.topk(count - foreground, 1).indices], 1)
+
+
+def entropy_score(logits: Tensor) -> Tensor:
+    """[B, cells]: mean binary entropy of each grid cell of [B, 1, h, w] logits, plus a tenth of its maximum, in nats."""
+    p = logits.sigmoid()
+    entropy = F.binary_cross_entropy(p, p, reduction="none")
+    return (F.avg_pool2d(entropy, PATCH) + 0.1 * F.max_pool2d(entropy, PATCH)).flatten(1)
+
+
+def target_patches(score: Tensor, count: int, power: float, seed: int | None) -> Tensor:
+    """Grid indices [B, min(count, cells)] for scores [B, cells] >= 0: the highest, or with a seed a draw by score^power."""
+    cells = score.shape[1]
+    if count >= cells:
+        return torch.arange(cells, device=score.device).expand(score.shape[0], -1)
+    weight = power * (score + SCORE_FLOOR).log()
+    return gumbel_topk(weight, count, noise=0).indices if seed is None else gumbel_topk(weight, count, seed=seed).indices

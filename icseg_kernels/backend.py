@@ -1,0 +1,119 @@
+"""Which backend serves a call, and every reason why another does not.
+
+An op declares its backends once, best first, each with a function that lists the reasons why it cannot
+serve a given call (an empty list: it can). `backend=None` takes the first that can; a named backend
+never falls back: it serves, or the error says why not.
+
+A backend is named, in order of precedence, by the `backend=` argument of the call, by
+`with use_backend("reference"):`, or by the environment variable `ICSEG_BACKEND`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "native", "reference")
+ENVIRONMENT_VARIABLE = "ICSEG_BACKEND"
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("icseg_backend", default=None)
+# The same choice for torch.compile, which cannot trace a ContextVar but recompiles when a global changes.
+_forced_in_graphs: str | None = None
+
+
+class BackendError(NotImplementedError):
+    """A named backend cannot serve this call. The message gives every reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    missing():           reasons why it cannot serve any call on this machine (not built, not importable).
+    unsupported(*call):  reasons why it cannot serve this call (dtype, device, size). Never reads tensor values.
+    """
+
+    missing: Callable[[], list[str]] = list
+    unsupported: Callable[..., list[str]] = lambda *call: []
+
+    def reasons(self, *call: Any) -> list[str]:
+        return self.missing() or self.unsupported(*call)
+
+
+_registry: dict[str, Mapping[str, Backend]] = {}
+
+
+def declare(op: str, backends: Mapping[str, Backend]) -> None:
+    """Declare the backends of `op`, best first. The reference must be among them."""
+    unknown = set(backends) - set(BACKENDS)
+    if unknown or "reference" not in backends:
+        raise ValueError(f"op {op} must declare backends among {BACKENDS} and a reference, got {list(backends)}")
+    _registry[op] = dict(backends)
+
+
+def select(op: str, backend: str | None, *call: Any) -> str:
+    """The name of the backend that serves `op` for the arguments `call`.
+
+    Raises ValueError for an unknown name, BackendError if the named backend cannot serve.
+    """
+    declared = _registry[op]
+    forced = _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
+    named = backend or forced or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if named is None:
+        return next(name for name, candidate in declared.items() if not candidate.reasons(*call))
+    if named not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}")
+    if named not in declared:
+        raise BackendError(f"{op} has no {named} backend; it has {', '.join(declared)}")
+    if reasons := declared[named].reasons(*call):
+        given = ", ".join(f"{tuple(a.shape)} {a.dtype} on {a.device}" for a in call if isinstance(a, Tensor))
+        raise BackendError(f"the {named} backend cannot serve {op} of {given}: {'; '.join(reasons)}")
+    return named
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Name the backend of every op inside the block; None lifts an outer choice.
+
+    The choice holds for this thread or task only, except in compiled functions, which see the latest choice
+    made in any thread (and the environment variable as it was when they were compiled).
+    """
+    global _forced_in_graphs
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    token = _forced.set(name)
+    _forced_in_graphs = name
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _forced_in_graphs = _forced.get()
+
+
+def status() -> dict[str, dict[str, list[str]]]:
+    """{op: {backend: reasons why it is missing on this machine}}; an empty list means that it is there."""
+    return {op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())}
+
+
+_library = torch.library.Library("icseg", "DEF")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `icseg::<schema>` with one implementation for CPU and CUDA and a fake kernel; return the overload.
+
+    define/impl, not custom_op: a call costs a third as much. Gradients come from an
+    autograd.Function around the overload.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"icseg::{name}", fake, lib=_library)
+    return getattr(torch.ops.icseg, name).default
