@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icseg_kernels import gather_patches
+from icseg_kernels import gather_patches, scatter_patches
 
 if TYPE_CHECKING:
-    from icseg.model import LevelOutput, SegmentationOutput
+    from icseg.output import LevelOutput, SegmentationOutput
 
 LEVEL_WEIGHTINGS = ("uniform", "progressive")
 MASK_REDUCTIONS = ("area", "hybrid")
@@ -178,7 +178,16 @@ def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: Lo
             "support_patch and support_aggregated must be 0 for a model that does not decode support patches, "
             f"got {config.support_patch} and {config.support_aggregated}"
         )
-    return {}
+    losses: dict[str, Tensor] = {}
+    patches = level.support_patch_logits.flatten(0, 1)  # [B * S, K, 1, p, p]
+    coords = level.support_coords.flatten(0, 1)
+    mask = reduce_mask(support_masks.flatten(0, 1).float(), level.resolution, config.mask_reduction)
+    if config.support_patch:
+        losses["support_patch"] = _patch_loss(patches, mask, coords, config)
+    if config.support_aggregated:
+        written = scatter_patches(patches, coords, level.resolution)
+        losses["support_aggregated"] = _dice_and_focal(written.mean, mask, config, written.coverage.to(mask.dtype))
+    return losses
 
 
 def _patch_loss(patch_logits: Tensor, mask: Tensor, coords: Tensor, config: LossConfig) -> Tensor:
@@ -193,11 +202,13 @@ def _patch_loss(patch_logits: Tensor, mask: Tensor, coords: Tensor, config: Loss
 
 def _dice_and_focal(logits: Tensor, mask: Tensor, config: LossConfig, weight: Tensor | None = None) -> Tensor:
     logits = _clamped(logits, config)
-    dice = soft_dice_loss(logits, mask, weight=weight, smooth=config.dice_smooth) if config.dice else 0.0
-    if not config.focal:
-        return config.dice * torch.as_tensor(dice)
-    focal = focal_loss(logits, mask, weight=weight, alpha=config.focal_alpha, gamma=config.focal_gamma)
-    return config.dice * dice + config.focal * focal
+    loss = logits.new_zeros(())
+    if config.dice:
+        loss = loss + config.dice * soft_dice_loss(logits, mask, weight=weight, smooth=config.dice_smooth)
+    if config.focal:
+        alpha, gamma = config.focal_alpha, config.focal_gamma
+        loss = loss + config.focal * focal_loss(logits, mask, weight=weight, alpha=alpha, gamma=gamma)
+    return loss
 
 
 def _clamped(logits: Tensor, config: LossConfig) -> Tensor:

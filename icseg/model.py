@@ -28,17 +28,17 @@ class PatchICL(nn.Module):
 
     def __init__(self, config: PatchICLConfig | None = None) -> None:
         super().__init__()
-        from icseg.published.network import PublishedNetwork
-        from icseg.sparse.network import SparseNetwork
-
         config = config or PatchICLConfig.sparse()
-        networks = {network.config_type: network for network in (SparseNetwork, PublishedNetwork)}
-        if type(config) not in networks:
+        if not isinstance(config, PatchICLConfig):
             raise TypeError(
                 f"config must be PatchICLConfig.sparse() or PatchICLConfig.published(), got {type(config).__name__}"
             )
         self.config = config
-        self.network: nn.Module = networks[type(config)](config)
+        if config.architecture == "published":
+            from icseg.published.network import PublishedNetwork as Network
+        else:
+            from icseg.sparse.network import SparseNetwork as Network
+        self.network: nn.Module = Network(config)
 
     def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
         """Encode a support set once, for any number of targets.

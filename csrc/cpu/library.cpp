@@ -1,0 +1,31 @@
+// What the library says of itself.
+#include "../icseg.h"
+
+#define ICSEG_TEXT_(x) #x
+#define ICSEG_TEXT(x) ICSEG_TEXT_(x)
+
+#ifdef _OPENMP
+#define ICSEG_OPENMP "OpenMP " ICSEG_TEXT(_OPENMP)
+#else
+#define ICSEG_OPENMP "no OpenMP"
+#endif
+
+#ifdef __clang__
+#define ICSEG_COMPILER __VERSION__
+#else
+#define ICSEG_COMPILER "GCC " __VERSION__
+#endif
+
+int icseg_abi_version(void) { return ICSEG_ABI_VERSION; }
+
+const char* icseg_build(void) { return ICSEG_COMPILER ", " ICSEG_OPENMP; }
+
+const char* icseg_error(int code) {
+    switch (code) {
+        case ICSEG_OK: return "no error";
+        case ICSEG_NEGATIVE_SIZE: return "sizes must not be negative";
+        case ICSEG_PATCH_SIZE: return "patch must be at least 1";
+        case ICSEG_ELEMENT_BYTES: return "element_bytes must be 1, 2, 4, 8 or 16";
+        default: return "unknown error code";
+    }
+}

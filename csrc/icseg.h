@@ -1,0 +1,69 @@
+/* icseg native library: plain C ABI, no Python and no torch.
+ *
+ * Every function that can fail returns an error code below and has then written nothing. The caller allocates all
+ * memory. Sizes and coordinates count pixels, strides count elements (they may be 0 or negative), all of them int64.
+ * Threads: OpenMP, as many as the calling thread's runtime allows; results do not depend on their number.
+ */
+#ifndef ICSEG_H
+#define ICSEG_H
+
+#include <stdint.h>
+
+#define ICSEG_API __attribute__((visibility("default")))
+
+/* Raised with every change to a signature or a meaning below. */
+#define ICSEG_ABI_VERSION 1
+
+enum icseg_code {
+    ICSEG_OK = 0,
+    ICSEG_NEGATIVE_SIZE = 1,
+    ICSEG_PATCH_SIZE = 2,
+    ICSEG_ELEMENT_BYTES = 3,
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+ICSEG_API int icseg_abi_version(void);
+
+/* Compiler and OpenMP version, for bug reports. */
+ICSEG_API const char* icseg_build(void);
+
+/* One sentence for an error code. */
+ICSEG_API const char* icseg_error(int code);
+
+/* Cut patches out of images: an exact copy, zero outside the image.
+ *
+ * source   [outer, inner, channels, height, width], strides given, elements of element_bytes = 1, 2, 4, 8 or 16
+ * coords   [outer, inner, count, 2] contiguous: (y, x) of a patch's top-left corner, any value
+ * patches  [outer, inner, count, channels, patch, patch] contiguous, every element written
+ */
+ICSEG_API int icseg_gather_patches(const void* source, const int64_t* coords, void* patches,
+                                   int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
+                                   int64_t count, int64_t patch,
+                                   int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                   int64_t stride_y, int64_t stride_x, int64_t element_bytes);
+
+/* Its adjoint: add patches up into images, in the order of count; what lies outside is dropped.
+ *
+ * patches  [outer, inner, count, channels, patch, patch], strides given
+ * coords   [outer, inner, count, 2] contiguous
+ * images   [outer, inner, channels, height, width] contiguous, every element written
+ */
+ICSEG_API int icseg_gather_patches_backward_f32(const float* patches, const int64_t* coords, float* images,
+                                                int64_t outer, int64_t inner, int64_t count, int64_t channels,
+                                                int64_t patch, int64_t height, int64_t width,
+                                                int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
+                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x);
+ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const int64_t* coords, double* images,
+                                                int64_t outer, int64_t inner, int64_t count, int64_t channels,
+                                                int64_t patch, int64_t height, int64_t width,
+                                                int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
+                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,120 @@
+"""TIFF: one image, or a stack of pages as a volume, grey, RGB or palette, of any bit depth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from icseg.data.formats.content import Array, Content, Geometry, luma, single_channel, upright
+
+GEOREFERENCE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+IMAGEJ_DTYPES = ("uint8", "uint16", "float32")
+
+
+@dataclass(frozen=True)
+class TiffGeometry(Geometry):
+    """options: arguments of tifffile that repeat the file's resolution and georeference.
+    imagej: the file's ImageJ metadata (spacing, unit, ...), if it has any."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    imagej: dict[str, Any] | None = None
+    suffix: str = ".tif"
+
+    def write(self, path: Path, array: Array) -> None:
+        options = dict(self.options)
+        if self.imagej is not None and array.dtype.name in IMAGEJ_DTYPES:
+            options |= {"imagej": True, "metadata": {**self.imagej, "axes": "ZYX"[-array.ndim :]}}
+        else:
+            options |= {"compression": "zlib", "ome": False}
+        tifffile.imwrite(path, np.ascontiguousarray(array), photometric="minisblack", **options)
+
+
+def read(path: Path, *, labels: bool) -> Content:
+    """Read a TIFF file; `labels` keeps palette indices and demands one channel."""
+    with _damage_is_an_error(), tifffile.TiffFile(path) as file:
+        if len(file.series) != 1:
+            raise ValueError(
+                f"it holds {len(file.series)} images of different shapes; one image or stack is needed"
+            )
+        series = file.series[0]
+        page = series.keyframe
+        pixels, axes = _squeezed(series.asarray(), series.axes)
+        dtype = pixels.dtype
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
+            pixels, axes = np.moveaxis(page.colormap, 0, -1)[pixels], axes + "S"
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and dtype.kind in "bu":
+            pixels = np.invert(pixels)
+        if "S" in axes:
+            pixels = np.moveaxis(pixels, axes.index("S"), -1)
+            pixels = single_channel(pixels) if labels else luma(pixels)
+        elif "C" in axes:
+            raise ValueError(
+                f"it has {pixels.shape[axes.index('C')]} channels; one channel, or RGB, is needed"
+            )
+        orientation = page.tags.valueof("Orientation", 1) if pixels.ndim == 2 else 1
+        geometry = TiffGeometry(_options(page, orientation), _imagej(file), _suffix(path))
+        lossy = page.compression in (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)
+    return Content(upright(pixels, orientation) if orientation != 1 else pixels, dtype, geometry, lossy)
+
+
+def _squeezed(pixels: Array, axes: str) -> tuple[Array, str]:
+    """Without axes of length 1, except height and width."""
+    keep = [
+        i
+        for i, (name, length) in enumerate(zip(axes, pixels.shape, strict=True))
+        if length > 1 or name in "YX"
+    ]
+    return pixels.reshape([pixels.shape[i] for i in keep]), "".join(axes[i] for i in keep)
+
+
+def _options(page: Any, orientation: int) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    resolution = page.tags.valueof("XResolution"), page.tags.valueof("YResolution")
+    if None not in resolution:
+        options["resolution"] = resolution[::-1] if orientation >= 5 else resolution
+        options["resolutionunit"] = page.tags.valueof("ResolutionUnit", tifffile.RESUNIT.NONE)
+    tags = [page.tags[code] for code in GEOREFERENCE_TAGS if code in page.tags]
+    if tags:
+        options["extratags"] = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags]
+    return options
+
+
+def _imagej(file: tifffile.TiffFile) -> dict[str, Any] | None:
+    if not file.is_imagej:
+        return None
+    kept = ("unit", "spacing", "finterval", "fps")
+    return {key: value for key, value in (file.imagej_metadata or {}).items() if key in kept}
+
+
+def _suffix(path: Path) -> str:
+    return ".tiff" if path.suffix.lower() == ".tiff" else ".tif"
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _damage_is_an_error() -> Iterator[None]:
+    """tifffile logs some damage (a broken chain of pages) and returns what is left; here it is refused."""
+    logger = logging.getLogger("tifffile")
+    collector = _Collector()
+    logger.addHandler(collector)
+    try:
+        yield
+    finally:
+        logger.removeHandler(collector)
+    if collector.messages:
+        raise ValueError(collector.messages[0])

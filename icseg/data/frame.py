@@ -1,0 +1,54 @@
+"""The square in which a model sees an image of any size and aspect ratio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SquareFrame:
+    """Images [height, width] in a square of `size` pixels: scaled by one factor, so that shapes keep their
+    proportions, centred, and continued at the shorter sides by their edge pixels (masks by background)."""
+
+    height: int
+    width: int
+    size: int
+
+    @property
+    def scaled(self) -> tuple[int, int]:
+        """(height, width) of the image inside the square."""
+        longer = max(self.height, self.width)
+        return tuple(max(1, round(side * self.size / longer)) for side in (self.height, self.width))  # type: ignore[return-value]
+
+    def enter(self, images: Tensor) -> Tensor:
+        """[N, height, width] float to [N, 1, size, size]."""
+        return F.pad(self._scale(images), self._margins(), mode="replicate")
+
+    def enter_masks(self, masks: Tensor) -> Tensor:
+        """[N, height, width] in [0, 1] to [N, 1, size, size]; pixels at a border become its area on either side."""
+        return F.pad(self._scale(masks), self._margins())
+
+    def leave(self, logits: Tensor) -> Tensor:
+        """[N, 1, size, size] to [N, 1, height, width]: the margins cut off, at the image's own size."""
+        left, _, top, _ = self._margins()
+        height, width = self.scaled
+        inside = logits[..., top : top + height, left : left + width]
+        return _resize(inside, (self.height, self.width))
+
+    def _scale(self, images: Tensor) -> Tensor:
+        return _resize(images[:, None], self.scaled)
+
+    def _margins(self) -> tuple[int, int, int, int]:
+        """Left, right, top, bottom."""
+        height, width = self.scaled
+        left, top = (self.size - width) // 2, (self.size - height) // 2
+        return left, self.size - width - left, top, self.size - height - top
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

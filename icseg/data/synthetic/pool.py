@@ -1,0 +1,176 @@
+"""Synthetic tasks kept on disk, for training that is faster than their making."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from icseg.checkpoint import written_whole
+from icseg.data.synthetic.shapes import DESIGN_SIZE
+from icseg.data.synthetic.task import GENERATOR_VERSION, SyntheticTask, check_arguments, generate_task
+
+SHARD_TASKS = 50
+_SEED_STRIDE = 2**32
+
+
+def pool_task_seed(pool_seed: int, index: int) -> int:
+    """The seed of a pool's task `index`: pools of different seeds share none."""
+    return pool_seed * _SEED_STRIDE + index
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Up to SHARD_TASKS consecutive tasks: two arrays [T, N, H, W] and the families, written last."""
+
+    directory: Path
+    index: int
+    subjects: int
+    size: int
+    seed: int
+
+    def _path(self, part: str, ending: str) -> Path:
+        return self.directory / f"{part}-{self.index:05d}.{ending}"
+
+    def families(self) -> list[str]:
+        """The families of the tasks it holds; empty where it has not been written to its end."""
+        path = self._path("families", "json")
+        return json.loads(path.read_text()) if path.is_file() else []
+
+    def write(self, count: int) -> list[str]:
+        """Make its first `count` tasks and write them; their families."""
+        first = self.index * SHARD_TASKS
+        tasks = [
+            generate_task(pool_task_seed(self.seed, first + i), self.subjects, self.size)
+            for i in range(count)
+        ]
+        families = [task.family for task in tasks]
+        self._save("images", np.stack([task.images for task in tasks]))
+        self._save("masks", np.stack([task.masks for task in tasks]))
+        with written_whole(self._path("families", "json")) as path:
+            path.write_text(json.dumps(families))
+        return families
+
+    def _save(self, part: str, array: NDArray[np.uint8]) -> None:
+        with written_whole(self._path(part, "npy")) as path:
+            np.save(path, array, allow_pickle=False)
+
+    def read(self, part: str, position: int) -> NDArray[np.uint8]:
+        """A copy of one task's `part`; the rest of the file stays on disk."""
+        return np.array(np.load(self._path(part, "npy"), mmap_mode="r", allow_pickle=False)[position])
+
+
+class TaskPool:
+    """`count` synthetic tasks in `directory`, made there on first use and only read after that.
+
+    ```
+    pool = TaskPool("tasks/train", count=2000, subjects=6, size=256, seed=1)
+    pool[0].images                                               # [6, 256, 256] uint8
+    ```
+
+    An interrupted pool goes on where it stopped, and a larger `count` adds to the tasks that exist. Pools of
+    different `seed` share no task: hold out by seed. `workers` processes share the making (0: this process
+    alone); they are spawned, so the calling script needs the usual `if __name__ == "__main__"`.
+
+    Raises ValueError for an argument out of range or a directory of tasks made with other parameters.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        count: int,
+        subjects: int,
+        size: int = DESIGN_SIZE,
+        seed: int = 0,
+        *,
+        workers: int = 0,
+        progress: bool = True,
+    ) -> None:
+        if not 1 <= count <= _SEED_STRIDE:
+            raise ValueError(f"count must be between 1 and 2**32, got {count}")
+        if workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
+        check_arguments(seed, subjects, size)
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _check_parameters(self.directory / "pool.json", subjects, size, seed)
+        shards = -(-count // SHARD_TASKS)
+        self._shards = [_Shard(self.directory, i, subjects, size, seed) for i in range(shards)]
+        self.families = self._complete(count, workers, progress)
+
+    def _complete(self, count: int, workers: int, progress: bool) -> list[str]:
+        """Write the shards that are missing or too short; the families of all tasks."""
+        families = [shard.families() for shard in self._shards]
+        sizes = [min(SHARD_TASKS, count - i * SHARD_TASKS) for i in range(len(self._shards))]
+        missing = [i for i, size in enumerate(sizes) if len(families[i]) < size]
+        present = count - sum(sizes[i] for i in missing)
+        with tqdm(
+            total=count,
+            initial=present,
+            desc="synthetic tasks",
+            unit="task",
+            disable=not progress or not missing,
+        ) as bar:
+            for i, made in _written([(self._shards[i], sizes[i]) for i in missing], workers):
+                families[missing[i]] = made
+                bar.update(len(made))
+        return [family for names, size in zip(families, sizes, strict=True) for family in names[:size]]
+
+    def __len__(self) -> int:
+        return len(self.families)
+
+    def __getitem__(self, index: int) -> SyntheticTask:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index must lie in a pool of {len(self)} tasks, got {index}")
+        index %= len(self)
+        shard, position = self._shards[index // SHARD_TASKS], index % SHARD_TASKS
+        return SyntheticTask(
+            shard.read("images", position), shard.read("masks", position), self.families[index]
+        )
+
+
+def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int, list[str]]]:
+    """Write each shard of `jobs` (shard, number of tasks); yields a job's index and families as it ends."""
+    if not workers or not jobs:
+        yield from ((i, shard.write(count)) for i, (shard, count) in enumerate(jobs))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as executor:
+        futures = {executor.submit(shard.write, count): i for i, (shard, count) in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_parameters(path: Path, subjects: int, size: int, seed: int) -> None:
+    """Record what the pool's tasks are made from, or compare it with what the directory records."""
+    wanted = {
+        "generator": GENERATOR_VERSION,
+        "shard_tasks": SHARD_TASKS,
+        "subjects": subjects,
+        "size": size,
+        "seed": seed,
+    }
+    if not path.is_file():
+        if any(path.parent.glob("families-*.json")):
+            raise ValueError(f"directory must hold the pool.json of its tasks, got {path.parent} without one")
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(wanted))
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"directory must hold a readable pool.json, got {path} ({error})") from error
+    if found != wanted:
+        raise ValueError(
+            f"directory must be empty or hold tasks made with {wanted}, got {path.parent} made with {found}"
+        )

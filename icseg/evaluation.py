@@ -1,0 +1,251 @@
+"""Dice of a model on labelled images and held-out synthetic tasks, with floors that need no model beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from icseg.baselines.floors import copy_support, otsu
+from icseg.checkpoint import written_whole
+from icseg.data.synthetic import generate_task, pool_task_seed
+from icseg.metrics import dice, hausdorff95, iou
+from icseg.model import PatchICL
+
+Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(target [B, 1, H, W], support_images, support_masks [B, S, 1, H, W], all in [0, 1]) -> mask, bool [B, 1, H, W]."""
+
+# Apart from the seeds that training pools use.
+_SYNTHETIC_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """Means over the targets that contain a class.
+
+    dataset, class_name: which; targets: how many. dice, iou: of the thresholded mask; hausdorff95: in pixels.
+    copy: Dice of the mean support mask; otsu: Dice of Otsu's threshold with the better polarity.
+    """
+
+    dataset: str
+    class_name: str
+    targets: int
+    dice: float
+    iou: float
+    hausdorff95: float
+    copy: float
+    otsu: float
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Labelled images: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids, 0 is background.
+
+    class_names: by class id. patient: [N], or None where it is not known; a target's supports are other patients'.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+    class_names: tuple[str, ...]
+    patient: NDArray[np.generic] | None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Pack:
+        """Read an .npz with `images`, `masks`, `class_names` and, if known, `patient`.
+
+        Raises FileNotFoundError, or ValueError for a file that is not such a pack. Pickled content is refused.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"pack must be an existing .npz file, got {path}")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in ("images", "masks", "class_names", "patient") if name in file}
+        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+            raise ValueError(f"pack must be a readable .npz file, got {path} ({error})") from error
+        missing = [name for name in ("images", "masks", "class_names") if name not in arrays]
+        if missing:
+            raise ValueError(f"pack must hold {', '.join(missing)}, got {path} without")
+        images, masks = arrays["images"], arrays["masks"]
+        if images.ndim != 3 or images.shape != masks.shape or images.dtype != np.uint8 or masks.dtype != np.uint8:
+            raise ValueError(
+                "pack must hold images and masks of one shape [N, H, W], both uint8, "
+                f"got {list(images.shape)} {images.dtype} and {list(masks.shape)} {masks.dtype} in {path}"
+            )
+        names = tuple(str(name) for name in arrays["class_names"])
+        if masks.size and masks.max() >= len(names):
+            raise ValueError(f"class_names must name class ids up to {masks.max()}, got {len(names)} names in {path}")
+        return cls(path.stem, images, masks, names, arrays.get("patient"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target with its support set: target, mask [1, H, W]; support_images, support_masks [S, 1, H, W]."""
+
+    target: Tensor
+    mask: Tensor
+    support_images: Tensor
+    support_masks: Tensor
+
+
+def model_predictor(model: PatchICL) -> Predictor:
+    """Masks of `model` at probability one half, on the model's device."""
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def predict(target: Tensor, support_images: Tensor, support_masks: Tensor) -> Tensor:
+        output = model(target.to(device), support_images.to(device), support_masks.to(device))
+        return (output.logits > 0).cpu()
+
+    return predict
+
+
+def evaluate(
+    predict: Predictor,
+    pack: str | Path | Pack,
+    *,
+    support: int = 3,
+    seed: int = 0,
+    size: int | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> list[EvaluationRow]:
+    """Score `predict` on each foreground class of a pack, one row a class.
+
+    Each target that contains the class is segmented from `support` images that contain it, of other patients (other
+    images, where patients are not known), drawn by (seed, target). size: pixels of a side, None is the pack's own.
+    limit: targets a class, drawn by the seed; None is all. A class that no target has a support image for is left out.
+    """
+    for name, value in (("support", support), ("size", size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    pack = pack if isinstance(pack, Pack) else Pack.load(pack)
+    rows = []
+    for class_id, class_name in enumerate(pack.class_names):
+        draws = _draws(pack, class_id, support, seed)[:limit] if class_id else []
+        if draws:
+            cases = (_case(pack, class_id, target, supports, size) for target, supports in draws)
+            bar = tqdm(cases, f"{pack.name} {class_name}", len(draws), leave=False, disable=not progress)
+            rows.append(_score(predict, bar, pack.name, class_name))
+    return rows
+
+
+def evaluate_synthetic(
+    predict: Predictor, tasks: int = 100, *, support: int = 3, size: int = 256, progress: bool = False
+) -> list[EvaluationRow]:
+    """Score `predict` on synthetic tasks that no training pool holds: one target a task, one row a family."""
+    by_family: dict[str, list[Case]] = {}
+    for i in tqdm(range(tasks), "synthetic tasks", leave=False, disable=not progress):
+        task = generate_task(pool_task_seed(_SYNTHETIC_SEED, i), support + 1, size)
+        images, masks = _as_float(task.images), torch.from_numpy(task.masks > 0)[:, None].float()
+        by_family.setdefault(task.family, []).append(Case(images[0], masks[0], images[1:], masks[1:]))
+    return [_score(predict, cases, "synthetic", family) for family, cases in sorted(by_family.items())]
+
+
+def evaluate_packs(
+    paths: Sequence[str | Path],
+    *,
+    checkpoint: str | Path | None = None,
+    support: int = 3,
+    seed: int = 0,
+    size: int | None = None,
+    limit: int | None = None,
+    synthetic_tasks: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> list[EvaluationRow]:
+    """Score a checkpoint (None: the bundled one) on packs and, if asked, on `synthetic_tasks` held-out tasks."""
+    packs = [Pack.load(path) for path in paths]  # all are checked before the first is scored
+    predict = model_predictor(PatchICL.from_pretrained(checkpoint, device=device))
+    rows = [
+        row
+        for pack in packs
+        for row in evaluate(predict, pack, support=support, seed=seed, size=size, limit=limit, progress=progress)
+    ]
+    if synthetic_tasks:
+        rows += evaluate_synthetic(predict, synthetic_tasks, support=support, size=size or 256, progress=progress)
+    return rows
+
+
+def markdown_table(rows: Sequence[EvaluationRow]) -> str:
+    """The rows as a Markdown table, with a last line of means over the rows."""
+    header = "| data set | class | targets | Dice | IoU | HD95 (px) | copy | Otsu |\n|---|---|---|---|---|---|---|---|\n"
+    lines = [
+        f"| {row.dataset} | {row.class_name} | {row.targets} | {row.dice:.3f} | {row.iou:.3f} "
+        f"| {row.hausdorff95:.1f} | {row.copy:.3f} | {row.otsu:.3f} |\n"
+        for row in [*rows, *_mean_row(rows)]
+    ]
+    return header + "".join(lines)
+
+
+def write_json(rows: Sequence[EvaluationRow], path: str | Path) -> None:
+    """Write the rows as a JSON list of objects; the file appears whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def _mean_row(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    if len(rows) < 2:
+        return []
+    means = {name: float(np.mean([getattr(row, name) for row in rows])) for name in
+             ("dice", "iou", "hausdorff95", "copy", "otsu")}  # fmt: skip
+    return [EvaluationRow("mean", "", sum(row.targets for row in rows), **means)]
+
+
+def _draws(pack: Pack, class_id: int, support: int, seed: int) -> list[tuple[int, NDArray[np.int64]]]:
+    """Targets that contain the class, in an order drawn by `seed`, each with its support images."""
+    holders = np.flatnonzero((pack.masks == class_id).any((1, 2)))
+    draws = []
+    for target in np.random.default_rng((seed, class_id)).permutation(holders):
+        others = holders[holders != target]
+        if pack.patient is not None:
+            others = others[pack.patient[others] != pack.patient[target]]
+        if len(others):
+            chosen = np.random.default_rng((seed, class_id, target)).permutation(others)[:support]
+            draws.append((int(target), chosen))
+    return draws
+
+
+def _case(pack: Pack, class_id: int, target: int, supports: NDArray[np.int64], size: int | None) -> Case:
+    index = np.concatenate([[target], supports])
+    images, masks = _as_float(pack.images[index]), torch.from_numpy(pack.masks[index] == class_id)[:, None].float()
+    if size is not None and images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+        masks = F.interpolate(masks, (size, size), mode="nearest-exact")
+    return Case(images[0], masks[0], images[1:], masks[1:])
+
+
+def _score(predict: Predictor, cases: Iterable[Case], dataset: str, class_name: str) -> EvaluationRow:
+    scores = np.array(list(_scores(predict, cases)))
+    return EvaluationRow(dataset, class_name, len(scores), *(float(v) for v in scores.mean(0)))
+
+
+def _scores(predict: Predictor, cases: Iterable[Case]) -> Iterator[tuple[float, ...]]:
+    """Dice, IoU, HD95 of the prediction, Dice of both floors."""
+    for case in cases:
+        target, truth = case.target[None], case.mask[None] > 0.5
+        support_masks = case.support_masks[None]
+        mask = predict(target, case.support_images[None], support_masks)
+        yield (
+            dice(mask, truth).item(),
+            iou(mask, truth).item(),
+            hausdorff95(mask[0, 0].numpy(), truth[0, 0].numpy()),
+            dice(copy_support(support_masks), truth).item(),
+            dice(otsu(target, truth), truth).item(),
+        )
+
+
+def _as_float(images: NDArray[np.uint8]) -> Tensor:
+    """[N, H, W] to [N, 1, H, W] in [0, 1]."""
+    return torch.from_numpy(images.astype(np.float32) / 255)[:, None]

@@ -1,0 +1,140 @@
+"""Training batches: a pure function of (configuration, seed, step), so that a resumed run sees the same data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icseg.memory import SupportMemory
+from icseg.training.config import DataConfig
+
+
+class Task(Protocol):
+    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] in {0, 1}."""
+
+    @property
+    def images(self) -> NDArray[np.uint8]: ...
+    @property
+    def masks(self) -> NDArray[np.uint8]: ...
+
+
+@dataclass
+class Batch:
+    """T tasks with S supports and Q targets each; float32, images and masks in [0, 1].
+
+    support_images, support_masks: [T, S, 1, H, W]; targets, target_masks: [T * Q, 1, H, W], task by task.
+    seed: for the model's draws in this step.
+    """
+
+    support_images: Tensor
+    support_masks: Tensor
+    targets: Tensor
+    target_masks: Tensor
+    seed: int
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (t.to(device) for t in (self.support_images, self.support_masks, self.targets, self.target_masks))
+        return Batch(*moved, seed=self.seed)
+
+
+def training_batch(pool: Sequence[Task], config: DataConfig, seed: int, step: int) -> Batch:
+    """The batch of one step. Each pass through the pool takes the tasks in a new order."""
+    rng = np.random.default_rng((seed, step))
+    support = int(rng.integers(config.min_support, config.max_support + 1))
+    images, masks = [], []
+    for i in range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step):
+        task = pool[int(_order(len(pool), seed, i // len(pool))[i % len(pool)])]
+        chosen = rng.permutation(len(task.images))[: support + config.targets]
+        augmented = augment(task.images[chosen], task.masks[chosen], config, rng)
+        images.append(augmented[0])
+        masks.append(augmented[1])
+    return _split(torch.stack(images), torch.stack(masks), support, int(rng.integers(2**62)))
+
+
+def validation_batch(task: Task, support: int, seed: int) -> Batch:
+    """The first `support` subjects of a task as supports, all others as targets, as they are."""
+    images, masks = _as_float(task.images, task.masks)
+    return _split(images[None], masks[None], support, seed)
+
+
+def repeat_memory(memory: SupportMemory, times: int) -> SupportMemory:
+    """The memory for `times` targets of each support set, which lie next to each other in the batch."""
+    if times == 1 or memory.batch == 1:
+        return memory
+    tensors = {name: tensor.repeat_interleave(times, 0) for name, tensor in memory.tensors.items()}
+    return SupportMemory(memory.fingerprint, memory.batch * times, tensors)
+
+
+def augment(
+    images: NDArray[np.uint8], masks: NDArray[np.uint8], config: DataConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images and masks [N, 1, H, W] in [0, 1]: one geometric change for the whole task, intensities partly per image."""
+    x, y = _as_float(images, masks)
+    x, y = _crop(x, y, config.crop, rng)
+    if config.flip_rotate:
+        x, y = _flip_rotate(x, y, rng)
+    return _intensity(x, config, rng).contiguous(), y.contiguous()
+
+
+def _crop(x: Tensor, y: Tensor, smallest: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A random box, brought back to the full size; left out where some image would lose its foreground."""
+    height, width = x.shape[-2:]
+    scale = rng.uniform(smallest, 1.0)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    inside = y[..., top : top + h, left : left + w]
+    lost = (y.flatten(1).sum(1) > 0) & (inside.flatten(1).sum(1) == 0)
+    if (h, w) == (height, width) or bool(lost.any()):
+        return x, y
+    x = F.interpolate(x[..., top : top + h, left : left + w], (height, width), mode="bilinear", align_corners=False)
+    y = F.interpolate(inside, (height, width), mode="bilinear", align_corners=False)
+    return x, (y >= 0.5).float()
+
+
+def _flip_rotate(x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """One of the symmetries of the square; of the rectangle where the images are not square."""
+    square = x.shape[-2] == x.shape[-1]
+    turns = int(rng.integers(4)) if square else 2 * int(rng.integers(2))
+    flipped = bool(rng.integers(2))
+    return tuple(torch.rot90(t.flip(-1) if flipped else t, turns, (-2, -1)) for t in (x, y))  # type: ignore[return-value]
+
+
+def _intensity(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    def per_image(limit: float) -> Tensor:
+        return torch.from_numpy(rng.uniform(-limit, limit, (len(x), 1, 1, 1)).astype(np.float32))
+
+    if rng.random() < config.invert:
+        x = 1 - x
+    gamma = 2 ** (float(rng.uniform(-config.gamma, config.gamma)) + per_image(config.gamma / 4))
+    x = x**gamma
+    return ((x - 0.5) * (1 + per_image(config.contrast)) + 0.5 + per_image(config.contrast)).clamp(0, 1)
+
+
+def _as_float(images: NDArray[np.uint8], masks: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    x = torch.from_numpy(images.astype(np.float32) / 255)[:, None]
+    return x, torch.from_numpy((masks > 0).astype(np.float32))[:, None]
+
+
+def _split(images: Tensor, masks: Tensor, support: int, seed: int) -> Batch:
+    """images, masks: [T, S + Q, 1, H, W]."""
+    return Batch(
+        images[:, :support],
+        masks[:, :support],
+        images[:, support:].flatten(0, 1),
+        masks[:, support:].flatten(0, 1),
+        seed,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    # 2^63 keeps these streams apart from those of the steps.
+    return np.random.default_rng((seed, epoch, 2**63)).permutation(count)

@@ -1,0 +1,228 @@
+"""The configuration of a training run: frozen dataclasses, read from TOML, every key and value checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icseg.config import PatchICLConfig, check_keys
+from icseg.losses import LossConfig
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Raise ValueError naming the first of the fields `names` that is not a finite number of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tasks are seen, and how one step is made of them.
+
+    pool:               folder of the task pool; "" is `pool` inside the run's folder. Missing tasks are generated.
+    tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the generator.
+    validation_tasks:   held-out tasks that the log's Dice is taken on.
+    tasks_per_step:     T, tasks a step; targets: Q, targets that share one support set.
+    min_support, max_support: the support size of a step is drawn from this range, both ends included.
+    flip_rotate:        flips and 90-degree rotations, one for the whole task.
+    crop:               smallest side of a random crop, as a share of the image, one for the whole task; 1 is none.
+    invert:             probability that a task's intensities are inverted.
+    gamma:              largest |log2| of a task's gamma; each image differs from it by a quarter of that.
+    contrast:           largest relative change of contrast and shift of brightness, image by image.
+    """
+
+    pool: str = ""
+    tasks: int = 1600
+    subjects: int = 6
+    size: int = 256
+    seed: int = 0
+    validation_tasks: int = 16
+    tasks_per_step: int = 2
+    targets: int = 3
+    min_support: int = 1
+    max_support: int = 3
+    flip_rotate: bool = True
+    crop: float = 0.6
+    invert: float = 0.5
+    gamma: float = 0.6
+    contrast: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size")
+        at_least(self, 0, "seed", "validation_tasks", "gamma", "contrast")
+        if self.max_support < self.min_support:
+            raise ValueError(f"max_support must be at least min_support = {self.min_support}, got {self.max_support}")
+        if self.max_support + self.targets > self.subjects:
+            raise ValueError(
+                f"max_support + targets must be at most subjects = {self.subjects}, "
+                f"got {self.max_support} + {self.targets}"
+            )
+        if not 0 < self.crop <= 1 or not 0 <= self.invert <= 1:
+            raise ValueError(f"crop must lie in (0, 1] and invert in [0, 1], got {self.crop} and {self.invert}")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW, gradient clipping and the moving average of the weights.
+
+    weight_decay: on the weights of linear and convolution layers only.
+    clip:         largest gradient norm.
+    ema:          decay of the moving average that is validated and saved; 0 is the weights themselves.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    ema: float = 0.998
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0 or not self.clip > 0:
+            raise ValueError(f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}")
+        at_least(self, 0, "weight_decay")
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine down to `floor` times the learning rate.
+
+    steps:       optimiser steps of the run.
+    max_minutes: wall-clock budget; 0 is none. Progress is then the larger of steps done and time spent, so how far
+                 the run gets, and with it the result, depends on the machine: only a run without this budget gives
+                 the same weights when it is repeated or resumed.
+    warmup:      steps of the warm-up.
+    """
+
+    steps: int = 2000
+    max_minutes: float = 0.0
+    warmup: int = 100
+    floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps")
+        at_least(self, 0, "max_minutes", "warmup")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """The share of the run that is over after `step` steps and `elapsed` seconds, in [0, 1]."""
+        spent = elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return min(1.0, max(step / self.steps, spent))
+
+    def factor(self, step: int, progress: float) -> float:
+        """What the learning rate is multiplied by at `step` (from 0)."""
+        warmup = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return warmup * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run is carried out; the only section that may differ when a run is resumed, but for `seed`.
+
+    seed:               fixes the initial weights, the order of the data, the augmentation and every draw.
+    precision:          "auto" is bfloat16 autocast where the device has it in hardware, else float32.
+    checkpoint_minutes: minutes between checkpoints; checkpoint_steps: steps between them, 0 is by time only.
+    validate_steps:     steps between validations; log_steps: steps between rows of the log.
+    workers:            processes that make missing tasks of the pool; 0 makes them in this one.
+    """
+
+    seed: int = 0
+    precision: str = "auto"
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    validate_steps: int = 250
+    log_steps: int = 20
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "seed", "checkpoint_minutes", "checkpoint_steps", "workers")
+        at_least(self, 1, "validate_steps", "log_steps")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A whole run. In TOML each field is a table; [model] holds `architecture` and that configuration's fields."""
+
+    model: PatchICLConfig = field(default_factory=PatchICLConfig.sparse)
+    data: DataConfig = DataConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    run: RunConfig = RunConfig()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
+        """The configuration that `values` (tables by name) describe; what they leave out has its default.
+
+        Raises ValueError that names the table for an unknown key or a value of the wrong type or range.
+        """
+        check_keys(cls, values)
+        sections = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "model"}
+        made: dict[str, Any] = {}
+        for name, table in values.items():
+            if not isinstance(table, dict):
+                raise ValueError(f"[{name}] must be a table, got {table!r}")
+            try:
+                made[name] = _model_config(table) if name == "model" else _section(type(sections[name]), table)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"[{name}] {error}") from error
+        return cls(**made)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TrainingConfig:
+        """Read a TOML file. Raises FileNotFoundError, or ValueError for a file that is not a configuration."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"config must be an existing TOML file, got {path}")
+        try:
+            return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON, TOML) from which `from_dict` makes an equal configuration."""
+        tables = {f.name: dataclasses.asdict(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {**tables, "model": self.model.to_dict()}
+
+
+def _section(cls: type, table: dict[str, Any]) -> Any:
+    check_keys(cls, table)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            values[f.name] = _typed(f.name, values[f.name], type(f.default))
+    return cls(**values)
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """`value` if it has the type of the field's default; an integer serves as a float, a list as a choice."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    accepted = (str, tuple) if name == "level_weights" else (kind,)
+    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _model_config(table: dict[str, Any]) -> PatchICLConfig:
+    """The default configuration of the named architecture with the fields of `table` in place of its own."""
+    fields = dict(table)
+    architecture = fields.pop("architecture", "sparse")
+    if architecture == "published" and "levels" not in fields:
+        defaults = PatchICLConfig.published(fields.pop("image_size", 256)).to_dict()
+        return PatchICLConfig.from_dict({**defaults, **fields})
+    return PatchICLConfig.from_dict({"architecture": architecture, **fields})

@@ -1,0 +1,286 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from icseg.checkpoint import save_checkpoint
+from icseg.data.synthetic import TaskPool
+from icseg.losses import segmentation_loss
+from icseg.metrics import dice
+from icseg.model import PatchICL
+from icseg.training.batches import Batch, Task, repeat_memory, training_batch, validation_batch
+from icseg.training.config import TrainingConfig
+from icseg.training.log import append_row, rewind_log
+from icseg.training.optimisation import autocast, make_optimiser, update_average
+from icseg.training.state import STATE_FILE, Progress, load_state, save_state
+
+MODEL_FILE = "model.safetensors"
+LARGEST_RUN_OF_SKIPS = 20
+# Added to the pool's seed: pools of different seeds share no task.
+_VALIDATION_SEED = 10_000
+
+
+@runtime_checkable
+class ScheduledNetwork(Protocol):
+    """A network with schedules of its own (how often patches are picked by the true error, say)."""
+
+    def set_training_progress(self, progress: float) -> None:
+        """Called before every step with the share of the run that is over, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    steps:    optimiser steps done, earlier parts of a resumed run included.
+    minutes:  time spent, likewise.
+    finished: False if it was interrupted; `train(..., resume=True)` then goes on.
+    model:    path of the trained model; None if it was interrupted.
+    dice:     mean Dice of the last validation; None without validation tasks.
+    """
+
+    steps: int
+    minutes: float
+    finished: bool
+    model: Path | None
+    dice: float | None
+
+
+def train_from_file(
+    config_path: str | Path, directory: str | Path, *, resume: bool = False, device: str | torch.device = "cpu"
+) -> TrainingResult:
+    """Train by a TOML file; see `train`."""
+    return train(TrainingConfig.from_file(config_path), directory, resume=resume, device=device)
+
+
+def train(
+    config: TrainingConfig,
+    directory: str | Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    pools: tuple[Sequence[Task], Sequence[Task]] | None = None,
+    show_progress: bool = True,
+) -> TrainingResult:
+    """Train a model on synthetic tasks; the folder `directory` then holds model.safetensors and log.jsonl.
+
+    resume: go on from the folder's last checkpoint. On the same machine, and without `max_minutes`, the weights
+            are then bit for bit those of an uninterrupted run.
+    pools:  training and validation tasks in place of the generated ones.
+
+    One SIGINT (Ctrl-C) or SIGTERM ends the run after the current step, with a checkpoint. Raises FileExistsError
+    if the folder holds a run and `resume` is not given, FileNotFoundError or ValueError if it cannot be resumed,
+    FloatingPointError if the loss stays non-finite.
+    """
+    directory, device = Path(directory), torch.device(device)
+    if not resume and (directory / STATE_FILE).exists():
+        raise FileExistsError(f"directory must not hold a run unless resume is given, got {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    training_pool, validation_pool = pools or open_pools(config, directory)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _stop_request() as stop:
+        run = _Run(config, directory, device)
+        if resume:
+            run.progress = load_state(directory, config, run.model, run.average, run.optimiser)
+        rewind_log(directory, run.progress.step)
+        return run.go(training_pool, validation_pool, stop, show_progress)
+
+
+def open_pools(config: TrainingConfig, directory: Path) -> tuple[Sequence[Task], Sequence[Task]]:
+    """Training and validation tasks on disk; those that are missing are generated now."""
+    data, workers = config.data, config.run.workers
+    folder = Path(data.pool) if data.pool else directory / "pool"
+    training = TaskPool(folder / "training", data.tasks, data.subjects, data.size, data.seed, workers=workers)
+    if not data.validation_tasks:
+        return training, []
+    seed = data.seed + _VALIDATION_SEED
+    validation = TaskPool(folder / "validation", data.validation_tasks, data.subjects, data.size, seed)
+    return training, validation
+
+
+class _Run:
+    def __init__(self, config: TrainingConfig, directory: Path, device: torch.device) -> None:
+        self.config, self.directory, self.device = config, directory, device
+        torch.manual_seed(config.run.seed)
+        self.model = PatchICL(config.model).to(device)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimiser = make_optimiser(self.model, config.optimiser)
+        self.progress = Progress()
+        self.dice: float | None = None
+
+    def go(
+        self, training: Sequence[Task], validation: Sequence[Task], stop: threading.Event, show: bool
+    ) -> TrainingResult:
+        run, progress = self.config.run, self.progress
+        start = last_save = time.monotonic()
+        spent_before = progress.elapsed
+        recent = _Recent()
+        skipped_in_a_row = 0
+        self.model.train()
+        with tqdm(total=self.config.schedule.steps, initial=progress.step, unit="step", disable=not show) as bar:
+            while self._share_done() < 1 and not stop.is_set():
+                batch = training_batch(training, self.config.data, run.seed, progress.step).to(self.device)
+                terms = self._step(batch)
+                skipped_in_a_row = 0 if terms else skipped_in_a_row + 1
+                if skipped_in_a_row > LARGEST_RUN_OF_SKIPS:
+                    raise FloatingPointError(
+                        f"loss and gradient must be finite, got {skipped_in_a_row} steps in a row that were not "
+                        f"(at step {progress.step}); a lower learning rate may help"
+                    )
+                recent.add(terms, len(batch.targets))
+                progress.elapsed = spent_before + time.monotonic() - start
+                bar.update()
+                if progress.step % run.log_steps == 0:
+                    row = recent.row()
+                    append_row(self.directory, {**self._where(), **row})
+                    bar.set_postfix(loss=row.get("total"), samples_per_second=row["samples_per_second"])
+                if validation and progress.step % run.validate_steps == 0:
+                    self._validate(validation)
+                due = run.checkpoint_steps and progress.step % run.checkpoint_steps == 0
+                if due or time.monotonic() - last_save > 60 * run.checkpoint_minutes > 0:
+                    self._save()
+                    last_save = time.monotonic()
+        return self._end(validation)
+
+    def _share_done(self) -> float:
+        return self.config.schedule.progress(self.progress.step, self.progress.elapsed)
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step; the loss and its terms, or nothing if they were not finite and the step was left out."""
+        config, step, share = self.config, self.progress.step, self._share_done()
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.optimiser.learning_rate * config.schedule.factor(step, share)
+        if isinstance(self.model.network, ScheduledNetwork):
+            self.model.network.set_training_progress(share)
+        torch.manual_seed(batch.seed)
+        terms = self._loss(batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip)
+        self.progress.step += 1
+        if not bool(torch.isfinite(terms["total"].detach() + norm)):
+            self.progress.skipped += 1
+            return {}
+        self.optimiser.step()
+        update_average(self.average, self.model, config.optimiser.ema, step)
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def _loss(self, batch: Batch) -> dict[str, Tensor]:
+        targets_a_task = len(batch.targets) // len(batch.support_images)
+        with autocast(self.config.run.precision, self.device):
+            memory = self.model.encode_support(batch.support_images, batch.support_masks, seed=batch.seed)
+            memory = repeat_memory(memory, targets_a_task)
+            output = self.model(batch.targets, memory=memory, target_mask=batch.target_masks, seed=batch.seed)
+        return segmentation_loss(
+            output, batch.target_masks, self.config.loss, batch.support_masks.repeat_interleave(targets_a_task, 0)
+        )
+
+    def _validate(self, pool: Sequence[Task]) -> None:
+        scores = validate(self.average, pool, self.config.data.max_support, self.device)
+        self.dice = scores["dice"]
+        append_row(self.directory, {**self._where(), **scores})
+
+    def _where(self) -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "minutes": round(self.progress.elapsed / 60, 2),
+            "learning_rate": self.optimiser.param_groups[0]["lr"],
+        }
+
+    def _save(self) -> None:
+        save_state(self.directory, self.config, self.progress, self.model, self.average, self.optimiser)
+
+    def _end(self, validation: Sequence[Task]) -> TrainingResult:
+        self._save()
+        progress = self.progress
+        finished = self._share_done() >= 1
+        model = None
+        if finished:
+            if validation and progress.step % self.config.run.validate_steps:
+                self._validate(validation)
+            model = self.directory / MODEL_FILE
+            trained = {**vars(progress), "device": self.device.type, "torch": torch.__version__, "dice": self.dice}
+            metadata = {"training": json.dumps({"config": self.config.to_dict(), **trained})}
+            save_checkpoint(model, self.config.model, self.average.state_dict(), metadata)
+        return TrainingResult(progress.step, progress.elapsed / 60, finished, model, self.dice)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, pool: Sequence[Task], support: int, device: torch.device) -> dict[str, Any]:
+    """Mean Dice of `model` (in evaluation mode) over the targets of the tasks in `pool`.
+
+    Returns {"dice": at the full size, "level_dice": [each level's combined map brought to the full size]}.
+    """
+    scores: list[Tensor] = []
+    for i in range(len(pool)):
+        batch = validation_batch(pool[i], support, seed=i).to(device)
+        memory = model.encode_support(batch.support_images, batch.support_masks)  # type: ignore[operator]
+        output = model(batch.targets, memory=memory)
+        size = batch.targets.shape[-2:]
+        maps = [nn.functional.interpolate(level.logits.float(), size, mode="bilinear") for level in output.levels]
+        scores.append(torch.stack([dice(m > 0, batch.target_masks > 0).mean() for m in [*maps, output.logits]]))
+    *levels, final = torch.stack(scores).mean(0).tolist()
+    return {"dice": final, "level_dice": levels}
+
+
+class _Recent:
+    """Losses and speed since the last row of the log."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = self.samples = 0
+        self.since = time.monotonic()
+
+    def add(self, terms: dict[str, float], samples: int) -> None:
+        self.samples += samples
+        self.steps += bool(terms)
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def row(self) -> dict[str, float]:
+        """Mean of each term, and targets a second; starts anew."""
+        means = {name: round(value / self.steps, 5) for name, value in self.sums.items()}
+        means["samples_per_second"] = round(self.samples / (time.monotonic() - self.since), 2)
+        self._clear()
+        return means
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second acts as usual. Main thread only."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    usual: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, usual[number])
+
+    handler: Callable[[int, Any], None] = request
+    for number in usual:
+        signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, previous in usual.items():
+            signal.signal(number, previous)

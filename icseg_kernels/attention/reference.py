@@ -1,0 +1,150 @@
+"""Attention over selected keys in plain PyTorch: SDPA where every key is listed, written out where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], sink: bool, scale: float) -> Tensor:
+    """SDPA, one call for each run of `queries[i]` queries over the first `keys[i]` keys; no runs: over all.
+
+    Returns [B, h, Nq, Dv].
+    """
+    if sink:  # in front, so that it lies within every bound
+        k, v, keys = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), [n + 1 for n in keys]
+    if not queries:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    parts = [
+        F.scaled_dot_product_attention(run, k[:, :, :n], v[:, :, :n], scale=scale)
+        for run, n in zip(q.split(queries, dim=2), keys, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None,
+    queries: list[int],
+    keys: list[int],
+    sink: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, h, Nq, Dv] in the dtype of q, and logsumexp [B, h, Nq] in `lse_dtype`.
+
+    index: [B, G, M] rows of k and v, one list for each of G equal groups of queries; None lists them all.
+    Run i is `queries[i]` queries (whole groups, if G > 1) over the first `keys[i]` entries of their lists;
+    no runs: all queries, whole lists.
+    """
+    dtype = lse_dtype(q.dtype)
+    outs, lses = [], []
+    with torch.autocast(q.device.type, enabled=False):
+        for run in _runs(q, k, index, queries, keys):
+            scores = _scores(run.grouped(q, dtype), run.selected(k, dtype), run.valid, scale)
+            lse = scores.logsumexp(dim=-1)  # [B, h, G, Nq / G]
+            if sink:
+                lse = torch.logaddexp(lse, torch.zeros_like(lse))
+            out = _probabilities(scores, lse) @ run.selected(v, dtype)
+            outs.append(out.flatten(2, 3))
+            lses.append(lse.flatten(2, 3))
+    return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    queries: list[int],
+    keys: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; the probabilities are computed again from lse, which already holds the sink."""
+    dtype = lse.dtype
+    grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
+    grad_q = []
+    with torch.autocast(q.device.type, enabled=False):
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1, keepdim=True) - grad_lse[..., None]
+        for run in _runs(q, k, index, queries, keys):
+            q_run, grad = run.grouped(q, dtype), run.grouped(grad_out, dtype)
+            k_run, v_run = run.selected(k, dtype), run.selected(v, dtype)
+            p = _probabilities(_scores(q_run, k_run, run.valid, scale), run.grouped(lse[..., None], dtype)[..., 0])
+            grad_scores = p * (grad @ v_run.mT - run.grouped(delta, dtype)) * scale
+            grad_q.append((grad_scores @ k_run).flatten(2, 3))
+            _add_rows(grad_k, run.rows, grad_scores.mT @ q_run)
+            _add_rows(grad_v, run.rows, p.mT @ grad)
+    return torch.cat(grad_q, dim=2).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the computation and of logsumexp: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Run(NamedTuple):
+    """Consecutive queries that attend to equally many entries of their lists."""
+
+    queries: slice
+    rows: Tensor  # [B, G, M] int64, 0 where not valid
+    valid: Tensor  # [B, G, M] bool
+
+    def grouped(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """The run's queries of [B, h, Nq, D], by group: [B, h, G, Nq / G, D]."""
+        run = tokens[:, :, self.queries].to(dtype)
+        groups = self.rows.shape[1]
+        return run.unflatten(2, (groups, run.shape[2] // groups))
+
+    def selected(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """The listed rows of [B, h, Nk, D], by group: [B, h, G, M, D]; zero where the list says none."""
+        rows = self.rows.flatten(1)[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
+        found = tokens.gather(2, rows).unflatten(2, self.rows.shape[1:])
+        return found.masked_fill(~self.valid[:, None, :, :, None], 0).to(dtype)
+
+
+def _runs(q: Tensor, k: Tensor, index: Tensor | None, queries: list[int], keys: list[int]) -> Iterator[_Run]:
+    rows_of_k = k.shape[2]
+    if index is None:
+        index = torch.arange(rows_of_k, device=k.device).expand(k.shape[0], 1, rows_of_k)
+    valid = (index >= 0) & (index < rows_of_k)
+    rows = index.long().masked_fill(~valid, 0)
+    per_group = q.shape[2] // index.shape[1]
+    start = 0
+    if not queries:
+        queries, keys = [q.shape[2]], [index.shape[2]]
+    for count, n in zip(queries, keys, strict=True):
+        stop = start + count
+        groups = slice(start // per_group, stop // per_group) if index.shape[1] > 1 else slice(None)
+        n = n if rows_of_k else 0  # nothing to gather from
+        yield _Run(slice(start, stop), rows[:, groups, :n], valid[:, groups, :n])
+        start = stop
+
+
+def _scores(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:
+    return (q @ k.mT * scale).masked_fill(~valid[:, None, :, None, :], float("-inf"))  # [B, h, G, Nq / G, M]
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), and 0 where a query has no valid key at all (lse = -inf)."""
+    return (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+
+
+def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """total[b, :, rows[b, g, m]] += values[b, :, g, m], in an order that does not depend on the run."""
+    b, h, n, d = total.shape
+    values = values.flatten(2, 3)  # [B, h, G * M, D]
+    if total.is_cuda:  # scatter_add would add atomically; this sorts
+        flat = (rows.flatten(1) + n * torch.arange(b, device=rows.device)[:, None]).flatten()
+        added = values.new_zeros(b * n, h, d).index_put_((flat,), values.transpose(1, 2).flatten(0, 1), accumulate=True)
+        total += added.unflatten(0, (b, n)).transpose(1, 2)
+    else:
+        total.scatter_add_(2, rows.flatten(1)[:, None, :, None].expand_as(values), values)

@@ -1,0 +1,201 @@
+"""FLOP and byte formulas of every op, and their registration with torch.utils.flop_counter and fvcore.
+
+A multiply-add is two FLOPs. As in torch's own counter, only arithmetic that scales with the work counts:
+comparisons, index arithmetic, copies and, in the attention and convolution ops, elementwise operations do not.
+Bytes are compulsory traffic: every input read once, every output written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import flop_counter
+
+# One logarithm by polynomial: nine multiply-adds and six further operations.
+LOGARITHM_FLOPS = 24
+
+Formula = Callable[..., int]
+
+
+def gumbel_topk_flops(batch: int, candidates: int) -> int:
+    """Per candidate: two logarithms make the noise, one addition applies it, one exponential-and-add sums up."""
+    return batch * candidates * (3 * LOGARITHM_FLOPS + 2)
+
+
+def gumbel_topk_bytes(batch: int, candidates: int, k: int, itemsize: int = 4) -> int:
+    """Logits in; int64 indices, scores, logsumexp and kappa out."""
+    return batch * (candidates * itemsize + k * (8 + itemsize) + 2 * itemsize)
+
+
+def sample_patches_flops(batch: int, windows: int, kept_windows: int, blur_size: int = 0) -> int:
+    """Rescaling (2 a window), a separable blur of `blur_size` taps (0: none) and the draw among the kept windows."""
+    return batch * windows * (2 + 2 * 2 * blur_size) + gumbel_topk_flops(batch, kept_windows)
+
+
+def sample_patches_bytes(batch: int, pixels: int, k: int, itemsize: int = 4) -> int:
+    """Weights in; int32 coords, int64 indices and scores out."""
+    return batch * (pixels * itemsize + k * (2 * 4 + 8 + itemsize))
+
+
+def gather_patches_flops(batch: int, patches: int, channels: int, out_size: int, *, bilinear: bool = False) -> int:
+    """A copy is free; a bilinear sample is the weighted sum of four pixels."""
+    return 8 * batch * patches * channels * out_size**2 if bilinear else 0
+
+
+def gather_patches_bytes(
+    batch: int, patches: int, channels: int, patch_size: int, out_size: int | None = None, itemsize: int = 4
+) -> int:
+    """int32 coords and patch pixels in (overlaps read again), patches out."""
+    pixels = patch_size**2 + (patch_size if out_size is None else out_size) ** 2
+    return batch * patches * (2 * 4 + channels * pixels * itemsize)
+
+
+def scatter_patches_flops(batch: int, patches: int, channels: int, patch_size: int, height: int, width: int) -> int:
+    """One multiply-add a patch pixel, one division an output pixel."""
+    return batch * channels * (2 * patches * patch_size**2 + height * width)
+
+
+def scatter_patches_bytes(
+    batch: int, patches: int, channels: int, patch_size: int, height: int, width: int, itemsize: int = 4
+) -> int:
+    """Patches and int32 coords in; mean and a one-byte coverage out."""
+    read = patches * (channels * patch_size**2 * itemsize + 2 * 4)
+    return batch * (read + height * width * (channels * itemsize + 1))
+
+
+def selected_attention_flops(batch: int, heads: int, pairs: int, dim: int, value_dim: int) -> int:
+    """The two products q k^T and p v.
+
+    pairs: query-key pairs per head: Nq * Nk, Nq * M with an index, the sum of queries * keys over the runs of
+    `kv_end`. A sink is one more key where SDPA serves the call (no index), and free elsewhere.
+    """
+    return 2 * batch * heads * pairs * (dim + value_dim)
+
+
+def selected_attention_backward_flops(batch: int, heads: int, pairs: int, dim: int, value_dim: int) -> int:
+    """The five products of the backward pass: scores again, and the gradients of p, v, q and k."""
+    return 2 * batch * heads * pairs * (3 * dim + 2 * value_dim)
+
+
+def selected_attention_bytes(
+    batch: int, heads: int, queries: int, keys: int, dim: int, value_dim: int, itemsize: int = 4
+) -> int:
+    """Queries, attended keys and values in (once per query group), outputs out."""
+    return batch * heads * (queries + keys) * (dim + value_dim) * itemsize
+
+
+def cross_conv2d_flops(
+    batch: int,
+    x_images: int,
+    y_images: int,
+    x_channels: int,
+    y_channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    out_size: tuple[int, int],
+) -> int:
+    """One convolution an image of x and of y; the pairwise additions do not count."""
+    channels = x_images * x_channels + y_images * y_channels
+    return 2 * batch * channels * out_channels * kernel[0] * kernel[1] * out_size[0] * out_size[1]
+
+
+def cross_conv2d_mean_flops(
+    batch: int,
+    x_images: int,
+    x_channels: int,
+    y_channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    out_size: tuple[int, int],
+) -> int:
+    """One convolution an image of x and one of the mean of y."""
+    return cross_conv2d_flops(batch, x_images, 1, x_channels, y_channels, out_channels, kernel, out_size)
+
+
+def cross_conv2d_bytes(
+    batch: int,
+    x_images: int,
+    y_images: int,
+    x_channels: int,
+    y_channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    size: tuple[int, int],
+    out_size: tuple[int, int],
+    *,
+    mean: bool = False,
+    itemsize: int = 4,
+) -> int:
+    """Images and weight in; every pair, or with `mean` every x, out."""
+    read = batch * (x_images * x_channels + y_images * y_channels) * size[0] * size[1]
+    weight = (x_channels + y_channels) * out_channels * kernel[0] * kernel[1]
+    written = batch * x_images * (1 if mean else y_images) * out_channels * out_size[0] * out_size[1]
+    return (read + weight + written) * itemsize
+
+
+def register(overload: Any, formula: Formula) -> None:
+    """Let torch.utils.flop_counter, and with it fvcore, count `overload` (what `backend.register` returned).
+
+    formula: takes the op's arguments with each tensor replaced by its shape, and the keyword `out_shape`.
+    """
+    flop_counter.register_flop_formula(overload.overloadpacket)(formula)
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """Handles for fvcore's FlopCountAnalysis, which counts a multiply-add once and sees the ops under no_grad only.
+
+    ```
+    with torch.no_grad():
+        FlopCountAnalysis(model, inputs).set_op_handle(**icseg_kernels.flops.fvcore_handles()).total()
+    ```
+    """
+    registered = {str(target): formula for target, formula in flop_counter.flop_registry.items()}
+    ours = {name: formula for name, formula in registered.items() if name.startswith("icseg.")}
+    return {name.replace(".", "::"): _fvcore_handle(formula) for name, formula in ours.items()}
+
+
+def _fvcore_handle(formula: Formula) -> Callable[[list[Any], list[Any]], int]:
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        return formula(*map(_plain, inputs), out_val=[_plain(output) for output in outputs]) // 2
+
+    return handle
+
+
+def _plain(value: Any) -> Any:
+    """The shape of a traced tensor, or the value of a traced constant, list or tensor size; None for any other."""
+    if value.isCompleteTensor():
+        return tuple(value.type().sizes())
+    node = value.node()
+    inputs = list(node.inputs())
+    match node.kind():
+        case "prim::ListConstruct":
+            return [_plain(element) for element in inputs]
+        case "aten::size":
+            return _plain(inputs[0])[_plain(inputs[1])]
+        case "prim::NumToTensor" | "aten::Int":
+            return _plain(inputs[0])
+    return value.toIValue()
+
+
+def _register_cpu_sdpa() -> None:
+    """torch counts the attention kernels of every device but the CPU."""
+    aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if forward not in flop_counter.flop_registry:
+        flop_counter.register_flop_formula(forward)(_cpu_sdpa_flops)
+    if backward not in flop_counter.flop_registry:
+        flop_counter.register_flop_formula(backward)(_cpu_sdpa_backward_flops)
+
+
+def _cpu_sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def _cpu_sdpa_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+_register_cpu_sdpa()

@@ -1,0 +1,236 @@
+"""Sampling without replacement by the Gumbel-top-k trick, and the probabilities of what was drawn."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from icseg_kernels import backend as backends
+from icseg_kernels import flops
+from icseg_kernels.gumbel_topk import reference
+from icseg_kernels.gumbel_topk.reference import nan_as_minus_infinity
+from icseg_kernels.philox import seed_tensor
+
+_IMPLEMENTATIONS = {"reference": reference.gumbel_topk}
+
+backends.declare("gumbel_topk", {"reference": backends.Backend()})
+
+
+class TopK(NamedTuple):
+    """An ordered draw of k out of N elements without replacement.
+
+    indices:   int64 [B, k], in the order drawn (descending score); -1 where nothing was left to draw.
+    scores:    [B, k] perturbed logits; -inf where nothing was left. Their gradient goes to the element drawn.
+    logsumexp: [B] log of the normaliser of the logits.
+    kappa:     [B] the (k + 1)-th perturbed logit, -inf if there is none: the threshold of Kool et al. 2019.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    logsumexp: Tensor
+    kappa: Tensor
+
+    def log_prob(self, logits: Tensor) -> Tensor:
+        """[B] log-probability of this ordered draw under the Plackett-Luce model of `logits` [B, N].
+
+        sum_i (l_i - log D_i) over the draws i, where D_i sums exp(l) over what was left before draw i. D is
+        summed from the last draw backwards, so that nearly equal sums are never subtracted. An index of -1
+        adds nothing; to draw an element of logit -inf has log-probability -inf. Gradients reach `logits`, once.
+        """
+        self._check(logits)
+        value: Tensor = _PlackettLuce.apply(nan_as_minus_infinity(logits), self.indices)
+        return value
+
+    def inclusion_log_prob(self, logits: Tensor) -> Tensor:
+        """[B, k] log-probability that each drawn element exceeds kappa: log(1 - exp(-exp(l - kappa))).
+
+        With q = exp of it, the sum over the draws of exp(l_i - logsumexp) / q_i * f_i is an unbiased estimate
+        of the expectation of f under softmax(l) (Kool, van Hoof and Welling 2019). 0 where the index is -1 and
+        where kappa is -inf: then all were drawn. Gradients reach `logits`; kappa counts as a constant.
+        """
+        self._check(logits)
+        undrawn = self.indices < 0
+        drawn = nan_as_minus_infinity(logits).gather(1, self.indices.clamp(min=0))
+        # exp(-exp(7)) is 0 in float64 too, so the clamp changes no value.
+        excess = (drawn - self.kappa.detach().unsqueeze(1)).masked_fill(undrawn, 7.0).clamp(max=7.0)
+        rate = excess.clamp(min=-10.0).exp()
+        series = excess - excess.exp() / 2 + (2 * excess).exp() / 24
+        return torch.where(excess < -10.0, series, (-torch.expm1(-rate)).log())
+
+    def _check(self, logits: Tensor) -> None:
+        if logits.ndim != 2 or logits.shape[0] != self.indices.shape[0]:
+            raise ValueError(
+                f"logits must have shape [B, N] with B = {self.indices.shape[0]}, got {list(logits.shape)}"
+            )
+
+
+def gumbel_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    seed: int | Tensor | None = None,
+    noise: float | Tensor | None = None,
+    backend: str | None = None,
+) -> TopK:
+    """Draw k of N elements without replacement, with probabilities softmax(logits).
+
+    The k largest of logits + Gumbel noise are such a draw, in order (Kool, van Hoof and Welling 2019,
+    "Stochastic beams and where to find them").
+
+    logits:  [B, N] float16, bfloat16, float32 or float64, unnormalised, any strides. -inf and NaN are never
+             drawn; +inf is drawn before every finite logit, lower index first, and makes the row's
+             probabilities undefined.
+    k:       0 <= k <= N. Rows with fewer than k elements to draw end in index -1 and score -inf.
+    seed:    int, or a 0-dim int64 tensor on the device of logits, which a CUDA graph may refill; None takes
+             one from torch's generator. The noise is float32 and depends on seed, row and element alone
+             (`icseg_kernels.philox`), so the same logits give the same draw on every device and backend. Rows
+             count from the start of the batch: half a batch draws as the first half of the whole.
+    noise:   [B, N] (or broadcastable) noise instead of a seed; 0 gives the plain top-k. Receives gradients.
+    backend: "reference", or None for the best.
+
+    Returns TopK, with scores, logsumexp and kappa in float32 (float64 for float64 logits). Of equal scores, the
+    lower index comes first. Gradients reach logits, once, through scores and kappa (1 at the element) and
+    logsumexp. Raises TypeError or ValueError for other types, shapes or values, or if seed and noise are given.
+
+    ```
+    logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    draw = gumbel_topk(logits, 2, seed=1)
+    draw.indices                    # tensor([[0, 2]]): first element 0, then element 2
+    draw.log_prob(logits).exp()     # tensor([0.2333]) = 0.7 * 0.1 / (1 - 0.7)
+    ```
+    """
+    _check_logits(logits, k)
+    seeded, noise = noise_source(seed, noise, logits.shape, logits.device)
+    indices, scores, logsumexp = _GumbelTopK.apply(logits, k, seeded, noise, backend)
+    return TopK(indices[:, :k].contiguous(), scores[:, :k].contiguous(), logsumexp, scores[:, k])
+
+
+def noise_source(
+    seed: int | Tensor | None, noise: float | Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """`seed` and `noise` as tensors for candidates of `shape`: one of them, or neither for no noise."""
+    if noise is None:
+        return seed_tensor(seed, device), None
+    if seed is not None:
+        raise ValueError("seed and noise must not both be given")
+    if not isinstance(noise, Tensor):
+        if noise == 0:
+            return None, None
+        noise = torch.full((1, 1), noise, dtype=torch.float32, device=device)
+    if not noise.is_floating_point() or noise.device != device:
+        given = f"{noise.dtype} on {noise.device}"
+        raise TypeError(f"noise must be a number or a floating-point tensor on {device}, got {given}")
+    try:
+        return None, noise.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"noise must broadcast to shape {list(shape)}, got {list(noise.shape)}") from error
+
+
+def _check_logits(logits: Tensor, k: int) -> None:
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be a floating-point tensor, got {logits.dtype}")
+    if logits.ndim != 2:
+        raise ValueError(f"logits must have shape [B, N], got {list(logits.shape)}")
+    if not 0 <= k <= logits.shape[1]:
+        raise ValueError(f"k must lie in [0, N] with N = {logits.shape[1]}, got {k}")
+
+
+class _GumbelTopK(torch.autograd.Function):
+    """(indices [B, k + 1], scores [B, k + 1], logsumexp [B]); the last column holds kappa."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = backends.select("gumbel_topk", backend, logits)
+        indices, scores, logsumexp = _op(logits, k, seed, noise, chosen)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(logits, indices, logsumexp)
+        ctx.noise_dtype = None if noise is None else noise.dtype
+        return indices, scores, logsumexp
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _: Tensor, grad_scores: Tensor, grad_logsumexp: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        logits, indices, logsumexp = ctx.saved_tensors
+        grad = scattered(grad_scores, indices, logits.shape[1])
+        grad_noise = grad.to(ctx.noise_dtype) if ctx.needs_input_grad[3] else None
+        probability = (logits.to(grad.dtype) - logsumexp.unsqueeze(1)).exp().nan_to_num(nan=0.0)
+        return (
+            (grad + grad_logsumexp.unsqueeze(1) * probability).to(logits.dtype),
+            None,
+            None,
+            grad_noise,
+            None,
+        )
+
+
+class _PlackettLuce(torch.autograd.Function):
+    """Ordered log-probability [B] of `indices` [B, k], with its gradient in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor) -> Tensor:
+        drawn = indices >= 0
+        chosen = logits.gather(1, indices.clamp(min=0)).masked_fill(~drawn, -torch.inf)
+        left_over = logits.masked_fill(scattered(drawn, indices, logits.shape[1]), -torch.inf)
+        # log D of the last draw first.
+        tail = torch.cat([left_over.logsumexp(1, keepdim=True), chosen.flip(1)], dim=1).logcumsumexp(1)[:, 1:]
+        log_total = tail.flip(1)
+        possible = chosen > -torch.inf
+        ctx.save_for_backward(logits, indices, torch.where(possible, -log_total, -torch.inf))
+        terms = torch.where(possible, chosen - log_total, -torch.inf)
+        return terms.masked_fill(~drawn, 0.0).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """d / d l_i = [i drawn] - exp(l_i) * (sum of 1 / D over the draws until i is gone)."""
+        logits, indices, negative_log_total = ctx.saved_tensors
+        drawn = scattered(indices >= 0, indices, logits.shape[1])
+        until_drawn = scattered(negative_log_total.logcumsumexp(1), indices, logits.shape[1])
+        until_the_end = negative_log_total.logsumexp(1, keepdim=True)
+        expected = (logits + torch.where(drawn, until_drawn, until_the_end)).exp()
+        return grad.unsqueeze(1) * (drawn.to(grad.dtype) - expected), None
+
+
+def scattered(values: Tensor, indices: Tensor, size: int) -> Tensor:
+    """[B, size] zeros with values [B, k] at indices [B, k]; index -1 goes nowhere."""
+    spare_first = values.new_zeros(values.shape[0], size + 1)
+    return spare_first.scatter(1, indices + 1, values)[:, 1:]
+
+
+def _implementation(
+    logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _IMPLEMENTATIONS[backend](logits, k, seed, noise)
+
+
+def _fake(
+    logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = logits.shape[0]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return (
+        logits.new_empty((batch, k + 1), dtype=torch.int64),
+        logits.new_empty((batch, k + 1), dtype=dtype),
+        logits.new_empty((batch,), dtype=dtype),
+    )
+
+
+_op = backends.register(
+    "gumbel_topk(Tensor logits, int k, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
+
+
+def _count(logits: Any, k: int, seed: Any, noise: Any, backend: str, *, out_shape: Any = None) -> int:
+    return flops.gumbel_topk_flops(*logits)
+
+
+flops.register(_op, _count)
