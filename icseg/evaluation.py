@@ -71,21 +71,30 @@ class Pack:
             raise FileNotFoundError(f"pack must be an existing .npz file, got {path}")
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("images", "masks", "class_names", "patient") if name in file}
+                arrays = {
+                    name: file[name] for name in ("images", "masks", "class_names", "patient") if name in file
+                }
         except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
             raise ValueError(f"pack must be a readable .npz file, got {path} ({error})") from error
         missing = [name for name in ("images", "masks", "class_names") if name not in arrays]
         if missing:
             raise ValueError(f"pack must hold {', '.join(missing)}, got {path} without")
         images, masks = arrays["images"], arrays["masks"]
-        if images.ndim != 3 or images.shape != masks.shape or images.dtype != np.uint8 or masks.dtype != np.uint8:
+        if (
+            images.ndim != 3
+            or images.shape != masks.shape
+            or images.dtype != np.uint8
+            or masks.dtype != np.uint8
+        ):
             raise ValueError(
                 "pack must hold images and masks of one shape [N, H, W], both uint8, "
                 f"got {list(images.shape)} {images.dtype} and {list(masks.shape)} {masks.dtype} in {path}"
             )
         names = tuple(str(name) for name in arrays["class_names"])
         if masks.size and masks.max() >= len(names):
-            raise ValueError(f"class_names must name class ids up to {masks.max()}, got {len(names)} names in {path}")
+            raise ValueError(
+                f"class_names must name class ids up to {masks.max()}, got {len(names)} names in {path}"
+            )
         return cls(path.stem, images, masks, names, arrays.get("patient"))
 
 
@@ -171,10 +180,14 @@ def evaluate_packs(
     rows = [
         row
         for pack in packs
-        for row in evaluate(predict, pack, support=support, seed=seed, size=size, limit=limit, progress=progress)
+        for row in evaluate(
+            predict, pack, support=support, seed=seed, size=size, limit=limit, progress=progress
+        )
     ]
     if synthetic_tasks:
-        rows += evaluate_synthetic(predict, synthetic_tasks, support=support, size=size or 256, progress=progress)
+        rows += evaluate_synthetic(
+            predict, synthetic_tasks, support=support, size=size or 256, progress=progress
+        )
     return rows
 
 
@@ -192,7 +205,9 @@ def markdown_table(rows: Sequence[EvaluationRow]) -> str:
 def write_json(rows: Sequence[EvaluationRow], path: str | Path) -> None:
     """Write the rows as a JSON list of objects; the file appears whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _mean_row(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
@@ -219,7 +234,10 @@ def _draws(pack: Pack, class_id: int, support: int, seed: int) -> list[tuple[int
 
 def _case(pack: Pack, class_id: int, target: int, supports: NDArray[np.int64], size: int | None) -> Case:
     index = np.concatenate([[target], supports])
-    images, masks = _as_float(pack.images[index]), torch.from_numpy(pack.masks[index] == class_id)[:, None].float()
+    images, masks = (
+        _as_float(pack.images[index]),
+        torch.from_numpy(pack.masks[index] == class_id)[:, None].float(),
+    )
     if size is not None and images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
         masks = F.interpolate(masks, (size, size), mode="nearest-exact")

@@ -132,7 +132,7 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: InContextModel, support: SupportSet, options: SegmentOptions, device: torch.device | str = "cpu"
+        self, model: InContextModel, support: SupportSet, options: SegmentOptions, device: str | torch.device = "cpu"
     ) -> None:
         self.model = model
         self.options = options
@@ -270,24 +270,37 @@ def prepare(image: Image, options: SegmentOptions) -> tuple[NDArray[Any], tuple[
     return planes, options.window
 
 
-def default_device() -> torch.device:
-    """CUDA where there is a device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name; None takes CUDA where there is one, else the CPU. ValueError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of this machine, which has {_devices()}, got {device}")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device}")
+    return resolved
 
 
-def _placed(
-    model: InContextModel | None, device: str | torch.device | None
-) -> tuple[InContextModel, torch.device | str]:
+def _devices() -> str:
+    return ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+
+
+def _placed(model: InContextModel | None, device: str | torch.device | None) -> tuple[InContextModel, torch.device]:
     if model is None:
         from icseg.model import PatchICL
 
-        device = default_device() if device is None else device
-        return PatchICL.from_pretrained(device=device), device
-    if isinstance(model, nn.Module):
-        if device is not None:
-            return model.to(device), device
+        resolved = resolve_device(device)
+        return PatchICL.from_pretrained(device=resolved), resolved
+    if not isinstance(model, nn.Module):
+        return model, resolve_device("cpu" if device is None else device)
+    if device is None:
         return model, next((p.device for p in model.parameters()), torch.device("cpu"))
-    return model, "cpu" if device is None else device
+    resolved = resolve_device(device)
+    return model.to(resolved), resolved
 
 
 def _support_pairs(image: Image, mask: Image, options: SegmentOptions) -> Iterator[SupportPair]:

@@ -64,7 +64,9 @@ class LossConfig:
                 f"dice_smooth and logit_clamp must be above 0, got {self.dice_smooth} and {self.logit_clamp}"
             )
         if self.mask_reduction not in MASK_REDUCTIONS:
-            raise ValueError(f"mask_reduction must be one of {', '.join(MASK_REDUCTIONS)}, got {self.mask_reduction!r}")
+            raise ValueError(
+                f"mask_reduction must be one of {', '.join(MASK_REDUCTIONS)}, got {self.mask_reduction!r}"
+            )
         self._check_level_weights()
 
     def _check_level_weights(self) -> None:
@@ -75,7 +77,9 @@ class LossConfig:
                     f"level_weights must be one of {', '.join(LEVEL_WEIGHTINGS)} or one number a level, got {weights!r}"
                 )
         elif not weights or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"level_weights must hold numbers of at least 0 and one above 0, got {list(weights)}")
+            raise ValueError(
+                f"level_weights must hold numbers of at least 0 and one above 0, got {list(weights)}"
+            )
 
     def weights_of(self, levels: int) -> list[float]:
         """One weight a level, coarse to fine, that sum to 1. Raises ValueError if the explicit list does not fit."""
@@ -91,7 +95,9 @@ class LossConfig:
         return [w / sum(raw) for w in raw]
 
 
-def soft_dice_loss(logits: Tensor, target: Tensor, *, weight: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
+def soft_dice_loss(
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, smooth: float = 1e-5
+) -> Tensor:
     """1 - soft Dice of each sample, then the mean: a scalar.
 
     logits, target: [B, ...], target in [0, 1]; weight: the same shape, 0 leaves a pixel out.
@@ -141,7 +147,9 @@ def segmentation_loss(
         raise ValueError(f"target_mask must have shape [B, 1, H, W], got {list(target_mask.shape)}")
     terms: dict[str, Tensor] = {}
     total = output.logits.new_zeros((), dtype=torch.float32)
-    for i, (level, level_weight) in enumerate(zip(output.levels, config.weights_of(len(output.levels)), strict=True)):
+    for i, (level, level_weight) in enumerate(
+        zip(output.levels, config.weights_of(len(output.levels)), strict=True)
+    ):
         if level_weight == 0:
             continue
         for name, value in level_losses(level, target_mask.float(), config, support_masks).items():
@@ -172,7 +180,9 @@ def level_losses(
     return losses
 
 
-def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: LossConfig) -> dict[str, Tensor]:
+def _support_losses(
+    level: LevelOutput, support_masks: Tensor | None, config: LossConfig
+) -> dict[str, Tensor]:
     if level.support_patch_logits is None or level.support_coords is None or support_masks is None:
         raise ValueError(
             "support_patch and support_aggregated must be 0 for a model that does not decode support patches, "
@@ -186,7 +196,9 @@ def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: Lo
         losses["support_patch"] = _patch_loss(patches, mask, coords, config)
     if config.support_aggregated:
         written = scatter_patches(patches, coords, level.resolution)
-        losses["support_aggregated"] = _dice_and_focal(written.mean, mask, config, written.coverage.to(mask.dtype))
+        losses["support_aggregated"] = _dice_and_focal(
+            written.mean, mask, config, written.coverage.to(mask.dtype)
+        )
     return losses
 
 

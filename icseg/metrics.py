@@ -38,7 +38,11 @@ def soft_dice(probability: Tensor, target: Tensor, *, empty: str = "defined") ->
 
 
 def hausdorff95(
-    prediction: ArrayLike, target: ArrayLike, *, spacing: float | Sequence[float] = 1.0, empty: str = "defined"
+    prediction: ArrayLike,
+    target: ArrayLike,
+    *,
+    spacing: float | Sequence[float] = 1.0,
+    empty: str = "defined",
 ) -> float:
     """95th percentile of the surface distances between two masks, the larger of both directions.
 
@@ -82,6 +86,8 @@ def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:
 
 def _check(prediction: Tensor | NDArray[np.bool_], target: Tensor | NDArray[np.bool_], empty: str) -> None:
     if prediction.shape != target.shape:
-        raise ValueError(f"target must have the shape of prediction {list(prediction.shape)}, got {list(target.shape)}")
+        raise ValueError(
+            f"target must have the shape of prediction {list(prediction.shape)}, got {list(target.shape)}"
+        )
     if empty not in EMPTY_VALUES:
         raise ValueError(f"empty must be one of {', '.join(EMPTY_VALUES)}, got {empty!r}")

@@ -13,7 +13,9 @@ _BINS = 256
 def copy_support(support_masks: Tensor) -> Tensor:
     """The mean support mask, thresholded at one half: [B, S, 1, H, W] in [0, 1] to bool [B, 1, H, W]."""
     if support_masks.ndim != 5 or support_masks.shape[1] == 0:
-        raise ValueError(f"support_masks must have shape [B, S, 1, H, W] with S > 0, got {list(support_masks.shape)}")
+        raise ValueError(
+            f"support_masks must have shape [B, S, 1, H, W] with S > 0, got {list(support_masks.shape)}"
+        )
     return support_masks.float().mean(1) >= 0.5
 
 
@@ -46,7 +48,9 @@ def otsu(target: Tensor, target_mask: Tensor) -> Tensor:
     its Dice is an upper bound of what a global threshold by Otsu can reach.
     """
     if target.shape != target_mask.shape:
-        raise ValueError(f"target_mask must have the shape of target {list(target.shape)}, got {list(target_mask.shape)}")
+        raise ValueError(
+            f"target_mask must have the shape of target {list(target.shape)}, got {list(target_mask.shape)}"
+        )
     bright = target > otsu_threshold(target).view(-1, 1, 1, 1)
     better = dice(bright, target_mask) >= dice(~bright, target_mask)
     return torch.where(better.view(-1, 1, 1, 1), bright, ~bright)

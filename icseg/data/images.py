@@ -139,6 +139,12 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in READERS if name.endswith(suffix)), "")
 
 
+def map_suffix(path: Path) -> str:
+    """The ending of the maps that are written for the image at `path`."""
+    suffix = suffix_of(path)
+    return ".png" if suffix in (".jpg", ".jpeg") else suffix
+
+
 def stem_of(path: Path) -> str:
     """The file's name without the ending of its format (`scan` for `scan.nii.gz`)."""
     return path.name[: len(path.name) - len(suffix_of(path))]

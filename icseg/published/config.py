@@ -53,10 +53,6 @@ class LevelConfig:
         _check_numbers(self, "temperature", above=0)
         _check_numbers(self, "target_blur", "support_blur", least=0)
 
-    def windows(self, patch_size: int, stride: int) -> int:
-        """How many candidate windows there are along one side."""
-        return (self.resolution + self.pad_before + self.pad_after - patch_size) // stride + 1
-
 
 @dataclass(frozen=True)
 class SamplerConfig:
@@ -281,8 +277,8 @@ def published_levels(image_size: int) -> tuple[LevelConfig, ...]:
 class PublishedConfig(PatchICLConfig):
     """The published architecture (arXiv 2604.12752).
 
-    `for_image_size` gives the settings of the paper's final runs; `icseg.published.convert.config_from_published`
-    reads a configuration of the published code, with its defects (docs/published.md) left in.
+    `for_image_size` gives the settings of the paper's final runs; `from_published_dict` reads a configuration of
+    the published code and leaves its defects in (docs/published.md).
 
     image_size:         side of the images that the model is made for; others are resized.
     patch_size:         pixels of a patch side, the same at every level.
@@ -341,6 +337,13 @@ class PublishedConfig(PatchICLConfig):
         }
         check_keys(cls, changes)
         return cls(**{**settings, **changes})
+
+    @classmethod
+    def from_published_dict(cls, published: dict[str, Any]) -> PublishedConfig:
+        """The configuration that a dictionary of the published code describes (`icseg.published.convert`)."""
+        from icseg.published.convert import config_from_published
+
+        return config_from_published(published)
 
     @classmethod
     def _from_fields(cls, values: dict[str, Any]) -> Self:

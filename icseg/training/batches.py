@@ -41,7 +41,9 @@ class Batch:
     seed: int
 
     def to(self, device: torch.device) -> Batch:
-        moved = (t.to(device) for t in (self.support_images, self.support_masks, self.targets, self.target_masks))
+        moved = (
+            t.to(device) for t in (self.support_images, self.support_masks, self.targets, self.target_masks)
+        )
         return Batch(*moved, seed=self.seed)
 
 
@@ -94,7 +96,9 @@ def _crop(x: Tensor, y: Tensor, smallest: float, rng: np.random.Generator) -> tu
     lost = (y.flatten(1).sum(1) > 0) & (inside.flatten(1).sum(1) == 0)
     if (h, w) == (height, width) or bool(lost.any()):
         return x, y
-    x = F.interpolate(x[..., top : top + h, left : left + w], (height, width), mode="bilinear", align_corners=False)
+    x = F.interpolate(
+        x[..., top : top + h, left : left + w], (height, width), mode="bilinear", align_corners=False
+    )
     y = F.interpolate(inside, (height, width), mode="bilinear", align_corners=False)
     return x, (y >= 0.5).float()
 

@@ -59,14 +59,18 @@ class DataConfig:
         at_least(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size")
         at_least(self, 0, "seed", "validation_tasks", "gamma", "contrast")
         if self.max_support < self.min_support:
-            raise ValueError(f"max_support must be at least min_support = {self.min_support}, got {self.max_support}")
+            raise ValueError(
+                f"max_support must be at least min_support = {self.min_support}, got {self.max_support}"
+            )
         if self.max_support + self.targets > self.subjects:
             raise ValueError(
                 f"max_support + targets must be at most subjects = {self.subjects}, "
                 f"got {self.max_support} + {self.targets}"
             )
         if not 0 < self.crop <= 1 or not 0 <= self.invert <= 1:
-            raise ValueError(f"crop must lie in (0, 1] and invert in [0, 1], got {self.crop} and {self.invert}")
+            raise ValueError(
+                f"crop must lie in (0, 1] and invert in [0, 1], got {self.crop} and {self.invert}"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0 or not self.clip > 0:
-            raise ValueError(f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}")
+            raise ValueError(
+                f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}"
+            )
         at_least(self, 0, "weight_decay")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
@@ -177,7 +183,9 @@ class TrainingConfig:
             if not isinstance(table, dict):
                 raise ValueError(f"[{name}] must be a table, got {table!r}")
             try:
-                made[name] = _model_config(table) if name == "model" else _section(type(sections[name]), table)
+                made[name] = (
+                    _model_config(table) if name == "model" else _section(type(sections[name]), table)
+                )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"[{name}] {error}") from error
         return cls(**made)

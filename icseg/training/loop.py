@@ -61,7 +61,11 @@ class TrainingResult:
 
 
 def train_from_file(
-    config_path: str | Path, directory: str | Path, *, resume: bool = False, device: str | torch.device = "cpu"
+    config_path: str | Path,
+    directory: str | Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
 ) -> TrainingResult:
     """Train by a TOML file; see `train`."""
     return train(TrainingConfig.from_file(config_path), directory, resume=resume, device=device)
@@ -131,7 +135,9 @@ class _Run:
         recent = _Recent()
         skipped_in_a_row = 0
         self.model.train()
-        with tqdm(total=self.config.schedule.steps, initial=progress.step, unit="step", disable=not show) as bar:
+        with tqdm(
+            total=self.config.schedule.steps, initial=progress.step, unit="step", disable=not show
+        ) as bar:
             while self._share_done() < 1 and not stop.is_set():
                 batch = training_batch(training, self.config.data, run.seed, progress.step).to(self.device)
                 terms = self._step(batch)
@@ -187,7 +193,10 @@ class _Run:
             memory = repeat_memory(memory, targets_a_task)
             output = self.model(batch.targets, memory=memory, target_mask=batch.target_masks, seed=batch.seed)
         return segmentation_loss(
-            output, batch.target_masks, self.config.loss, batch.support_masks.repeat_interleave(targets_a_task, 0)
+            output,
+            batch.target_masks,
+            self.config.loss,
+            batch.support_masks.repeat_interleave(targets_a_task, 0),
         )
 
     def _validate(self, pool: Sequence[Task]) -> None:
@@ -214,7 +223,12 @@ class _Run:
             if validation and progress.step % self.config.run.validate_steps:
                 self._validate(validation)
             model = self.directory / MODEL_FILE
-            trained = {**vars(progress), "device": self.device.type, "torch": torch.__version__, "dice": self.dice}
+            trained = {
+                **vars(progress),
+                "device": self.device.type,
+                "torch": torch.__version__,
+                "dice": self.dice,
+            }
             metadata = {"training": json.dumps({"config": self.config.to_dict(), **trained})}
             save_checkpoint(model, self.config.model, self.average.state_dict(), metadata)
         return TrainingResult(progress.step, progress.elapsed / 60, finished, model, self.dice)
@@ -232,8 +246,12 @@ def validate(model: nn.Module, pool: Sequence[Task], support: int, device: torch
         memory = model.encode_support(batch.support_images, batch.support_masks)  # type: ignore[operator]
         output = model(batch.targets, memory=memory)
         size = batch.targets.shape[-2:]
-        maps = [nn.functional.interpolate(level.logits.float(), size, mode="bilinear") for level in output.levels]
-        scores.append(torch.stack([dice(m > 0, batch.target_masks > 0).mean() for m in [*maps, output.logits]]))
+        maps = [
+            nn.functional.interpolate(level.logits.float(), size, mode="bilinear") for level in output.levels
+        ]
+        scores.append(
+            torch.stack([dice(m > 0, batch.target_masks > 0).mean() for m in [*maps, output.logits]])
+        )
     *levels, final = torch.stack(scores).mean(0).tolist()
     return {"dice": final, "level_dice": levels}
 

@@ -46,13 +46,20 @@ def save_state(
         tensors |= {f"optimiser/{index}/{name}": torch.as_tensor(value) for name, value in moments.items()}
     metadata = {STATE_KEY: json.dumps({"config": config.to_dict(), "progress": vars(progress)})}
     # clone: safetensors refuses tensors that share storage.
-    whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     with written_whole(directory / STATE_FILE) as temporary:
         save_file(whole, temporary, metadata)
 
 
 def load_state(
-    directory: Path, config: TrainingConfig, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+    directory: Path,
+    config: TrainingConfig,
+    model: nn.Module,
+    average: nn.Module,
+    optimiser: torch.optim.Optimizer,
 ) -> Progress:
     """Restore what `save_state` wrote.
 
@@ -85,7 +92,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         return json.loads(metadata[STATE_KEY]), tensors
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be the state of a training run, got another or a corrupt file") from error
+        raise ValueError(
+            f"{path} must be the state of a training run, got another or a corrupt file"
+        ) from error
 
 
 def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:

@@ -178,10 +178,9 @@ def _checked_runs(
     nq, groups, listed = q.shape[2], 1, k.shape[2]
     if index is not None:
         groups, listed = index.shape[1:]
-    runs = [tuple(run) for run in kv_end]
-    if any(len(run) != 2 for run in runs):
-        raise ValueError(f"kv_end must be an int or (queries, keys) pairs, got {kv_end!r}")
-    runs = [run for run in runs if run[0] != 0]
+    if not isinstance(kv_end, Sequence) or any(not isinstance(run, Sequence) or len(run) != 2 for run in kv_end):
+        raise TypeError(f"kv_end must be an int or a sequence of (queries, keys) pairs of ints, got {kv_end!r}")
+    runs = [run for run in kv_end if run[0] != 0]
     queries, keys = [run[0] for run in runs], [run[1] for run in runs]
     if sum(queries) != nq or any(count < 0 for count in queries):
         raise ValueError(f"kv_end must hold runs whose queries add up to Nq = {nq}, got {queries}")

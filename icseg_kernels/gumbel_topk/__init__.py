@@ -38,7 +38,7 @@ class TopK(NamedTuple):
 
         sum_i (l_i - log D_i) over the draws i, where D_i sums exp(l) over what was left before draw i. D is
         summed from the last draw backwards, so that nearly equal sums are never subtracted. An index of -1
-        adds nothing; to draw an element of logit -inf has log-probability -inf. Gradients reach `logits`, once.
+        adds nothing; drawing an element of logit -inf has log-probability -inf. Gradients reach logits, once.
         """
         self._check(logits)
         value: Tensor = _PlackettLuce.apply(nan_as_minus_infinity(logits), self.indices)
@@ -48,8 +48,8 @@ class TopK(NamedTuple):
         """[B, k] log-probability that each drawn element exceeds kappa: log(1 - exp(-exp(l - kappa))).
 
         With q = exp of it, the sum over the draws of exp(l_i - logsumexp) / q_i * f_i is an unbiased estimate
-        of the expectation of f under softmax(l) (Kool, van Hoof and Welling 2019). 0 where the index is -1 and
-        where kappa is -inf: then all were drawn. Gradients reach `logits`; kappa counts as a constant.
+        of the expectation of f under softmax(l) (Kool, van Hoof and Welling 2019). 0 where the index is -1
+        and where kappa is -inf: then all were drawn. Gradients reach logits; kappa counts as a constant.
         """
         self._check(logits)
         undrawn = self.indices < 0
@@ -91,9 +91,9 @@ def gumbel_topk(
     noise:   [B, N] (or broadcastable) noise instead of a seed; 0 gives the plain top-k. Receives gradients.
     backend: "reference", or None for the best.
 
-    Returns TopK, with scores, logsumexp and kappa in float32 (float64 for float64 logits). Of equal scores, the
-    lower index comes first. Gradients reach logits, once, through scores and kappa (1 at the element) and
-    logsumexp. Raises TypeError or ValueError for other types, shapes or values, or if seed and noise are given.
+    Returns TopK, with scores, logsumexp and kappa in float32 (float64 for float64 logits). Of equal scores,
+    the lower index comes first. Gradients reach logits, once, through scores and kappa (1 at the element) and
+    logsumexp. Raises TypeError or ValueError for other types, shapes or values, or for both seed and noise.
 
     ```
     logits = torch.tensor([[0.7, 0.2, 0.1]]).log()

@@ -50,8 +50,8 @@ def scatter_patches(
         backend: see `icseg_kernels.backend`.
 
     Returns:
-        Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in the
-        order of K, whatever the number of threads, in float32 for the 16-bit types. Autocast changes nothing.
+        Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in
+        the order of K, whatever the number of threads, in float32 for the 16-bit types. Autocast changes nothing.
 
     Once differentiable with respect to `patches`.
 

@@ -1,0 +1,233 @@
+"""The work of `icseg segment`: files in, files out; everything is checked before the first is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import icseg
+from icseg.checkpoint import bundled_weights, written_whole
+from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
+from icseg.inference import Segmenter, SegmentOptions, SupportSet, check_target, resolve_device
+from icseg.model import PatchICL
+from icseg.overlay import save_overlay
+
+RECORD = "icseg.json"
+WITHOUT_EFFECT = ("batch_size",)  # options that do not change a result
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of one target; those not asked for are None."""
+
+    mask: Path
+    uncertainty: Path | None
+    overlay: Path | None
+
+    def paths(self) -> list[Path]:
+        return [path for path in (self.mask, self.uncertainty, self.overlay) if path is not None]
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What `segment_files` did.
+
+    written, kept: the outputs made now, and those that an earlier run had made.
+    classes:       {class id: number of support images or slices that hold it}.
+    """
+
+    written: list[Outputs]
+    kept: list[Outputs]
+    classes: dict[int, int]
+
+
+def segment_files(
+    targets: Sequence[Path],
+    support_images: Path,
+    support_masks: Path,
+    out: Path,
+    options: SegmentOptions,
+    *,
+    checkpoint: Path | None = None,
+    overlay: bool = False,
+    resume: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> JobReport:
+    """Segment files, and all images of folders, into `out`: STEM_mask, STEM_uncertainty and STEM_overlay.
+
+    Supports are paired by file name without ending. `resume` keeps outputs that a run with the same settings,
+    which are recorded in `out`/icseg.json, made of the same inputs. Raises ValueError or OSError, in one sentence,
+    before anything is written, if any input is unfit; a file appears whole or not at all.
+    """
+    files = find_targets(targets, out)
+    plan = {path: _outputs(path, out, options.uncertainty, overlay) for path in files}
+    pairs = pair_supports(support_images, support_masks)
+    inputs = [*files, *(path for pair in pairs for path in pair)]
+    _check_folder(out)
+    _check_no_input_is_output(inputs, [path for outputs in plan.values() for path in outputs.paths()])
+
+    support = SupportSet(*zip(*pairs, strict=True), options)
+    weights = checkpoint or bundled_weights()
+    record = Record(out / RECORD, _settings(pairs, weights, options, overlay))
+    if resume:
+        record.read()
+    kept = [path for path in files if record.holds(path, plan[path])]
+    remaining = [path for path in files if path not in kept]
+    slices = [check_target(path, str(path), support, options) for path in remaining]
+    place = resolve_device(device)
+    segmenter = Segmenter(PatchICL.from_pretrained(weights, device=place), support, options, place)
+
+    out.mkdir(parents=True, exist_ok=True)
+    record.write()
+    with tqdm(total=sum(slices), unit="slice", disable=None if progress else True) as bar:
+        for path in remaining:
+            bar.set_postfix_str(path.name)
+            digest = _digest(path)
+            _write(segmenter, path, plan[path], bar)
+            record.add(path, digest)
+    counts = {i: len(holders) for i, holders in support.classes.items()}
+    return JobReport([plan[path] for path in remaining], [plan[path] for path in kept], counts)
+
+
+class Record:
+    """The settings that the outputs in a folder were made with, and the inputs that are done."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.settings = settings
+        self.done: dict[str, str] = {}
+
+    def read(self) -> None:
+        """Take over what an earlier run did. Raises ValueError if its settings were others."""
+        if not self.path.exists():
+            return
+        try:
+            saved = json.loads(self.path.read_text())
+            settings, done = dict(saved["settings"]), dict(saved["done"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} must be the record of an earlier run, got a damaged file") from error
+        if settings != self.settings:
+            keys = sorted(settings.keys() | self.settings.keys())
+            other = [key for key in keys if settings.get(key) != self.settings.get(key)]
+            raise ValueError(
+                f"--resume must have the settings of the run in {self.path.parent}, got another {', '.join(other)}"
+            )
+        self.done = done
+
+    def holds(self, path: Path, outputs: Outputs) -> bool:
+        """Whether the outputs of the input at `path` are there and were made of its present content."""
+        known = self.done.get(stem_of(path))
+        return known is not None and all(p.is_file() for p in outputs.paths()) and known == _digest(path)
+
+    def add(self, path: Path, digest: str) -> None:
+        self.done[stem_of(path)] = digest
+        self.write()
+
+    def write(self) -> None:
+        with written_whole(self.path) as temporary:
+            temporary.write_text(json.dumps({"settings": self.settings, "done": self.done}, indent=1) + "\n")
+
+
+def find_targets(targets: Sequence[Path], out: Path) -> list[Path]:
+    """The files among `targets` and the images of the folders among them, whose names must differ."""
+    files: list[Path] = []
+    for target in targets:
+        if not target.is_dir():
+            files.append(target)
+            continue
+        if target.resolve() == out.resolve():
+            raise ValueError(f"out must not be a folder of targets, got {out}")
+        images = list_images(target)
+        if not images:
+            raise ValueError(f"{target} must hold at least one image to segment, got none of a known format")
+        files += images
+    by_stem: dict[str, Path] = {}
+    for path in files:
+        other = by_stem.setdefault(stem_of(path), path)
+        if other is not path:
+            raise ValueError(f"targets must have different names without ending, got {other} and {path}")
+    return files
+
+
+def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """(image, mask) files of the two folders with the same name without ending; each must have its partner."""
+    image_files, mask_files = _by_stem(images), _by_stem(masks)
+    if not image_files:
+        raise ValueError(f"support images must be at least one file, got none of a known format in {images}")
+    for path in (path for stem, path in image_files.items() if stem not in mask_files):
+        raise ValueError(f"support image {path} must have a mask named {stem_of(path)} in {masks}, got none")
+    for path in (path for stem, path in mask_files.items() if stem not in image_files):
+        raise ValueError(f"support mask {path} must have an image named {stem_of(path)} in {images}, got none")
+    return [(path, mask_files[stem]) for stem, path in image_files.items()]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in list_images(folder):
+        other = files.setdefault(stem_of(path), path)
+        if other is not path:
+            raise ValueError(f"support files must have different names without ending, got {other} and {path}")
+    return files
+
+
+def _outputs(path: Path, out: Path, uncertainty: bool, overlay: bool) -> Outputs:
+    if not suffix_of(path):
+        raise ValueError(f"{path} must be of a known format (PNG, JPEG, TIFF, NIfTI, npy, npz)")
+    base, suffix = stem_of(path), map_suffix(path)
+    return Outputs(
+        out / f"{base}_mask{suffix}",
+        out / f"{base}_uncertainty{suffix}" if uncertainty else None,
+        out / f"{base}_overlay.png" if overlay else None,
+    )
+
+
+def _write(segmenter: Segmenter, path: Path, outputs: Outputs, bar: tqdm) -> None:
+    result = segmenter(path, on_slices=bar.update)
+    write_like(result.image, outputs.mask, result.mask)
+    if outputs.uncertainty is not None and result.uncertainty is not None:
+        write_like(result.image, outputs.uncertainty, result.uncertainty)
+    if outputs.overlay is not None:
+        save_overlay(result, segmenter.options, outputs.overlay)
+
+
+def _check_folder(out: Path) -> None:
+    """Raise ValueError unless `out` is a folder that can be written to, or can be made."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"out must be a folder that can be written to, got {out}")
+
+
+def _check_no_input_is_output(inputs: list[Path], outputs: list[Path]) -> None:
+    written = {path.resolve() for path in outputs}
+    for path in inputs:
+        if path.resolve() in written:
+            raise ValueError(f"out must not make an output replace an input, got {path} as both")
+
+
+def _settings(
+    pairs: list[tuple[Path, Path]], weights: Path, options: SegmentOptions, overlay: bool
+) -> dict[str, Any]:
+    chosen = {key: value for key, value in asdict(options).items() if key not in WITHOUT_EFFECT}
+    settings = {
+        "version": icseg.__version__,
+        **chosen,
+        "overlay": overlay,
+        "checkpoint": _digest(weights),
+        "support": [[stem_of(image), _digest(image), _digest(mask)] for image, mask in pairs],
+    }
+    return json.loads(json.dumps(settings))  # as it reads back: lists for tuples
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be an existing file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

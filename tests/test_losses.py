@@ -1,0 +1,224 @@
+"""Losses: constants by hand, every level really supervised, every weight with a gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icseg.losses import LossConfig, focal_loss, reduce_mask, segmentation_loss, soft_dice_loss
+from icseg.output import LevelOutput, SegmentationOutput
+
+SIZES = (8, 16, 32)
+TERMS = (
+    "target_patch",
+    "target_aggregated",
+    "target_combined",
+    "support_patch",
+    "support_aggregated",
+    "covered_bce",
+)
+ALONE = dict.fromkeys(TERMS, 0.0)
+
+
+class ToyCascade(nn.Module):
+    """One free map a level; the coarser prediction is detached, so a level is taught by its own terms alone."""
+
+    def __init__(self, sizes: tuple[int, ...], batch: int = 2, support: int = 3) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.sizes = sizes
+        self.patches = nn.ParameterList(torch.randn(batch, 2, 1, 4, 4, generator=generator) for _ in sizes)
+        self.support = nn.ParameterList(
+            torch.randn(batch, support, 2, 1, 4, 4, generator=generator) for _ in sizes
+        )
+
+    def forward(self) -> SegmentationOutput:
+        levels: list[LevelOutput] = []
+        combined: Tensor | None = None
+        for size, patches, support in zip(self.sizes, self.patches, self.support, strict=True):
+            batch = len(patches)
+            coords = torch.tensor([[0, 0], [4, 0]], dtype=torch.int32).expand(batch, 2, 2)
+            written = F.pad(
+                patches.flatten(1, 2).reshape(batch, 1, 8, 4), (0, size - 4, 0, size - 8), value=-10.0
+            )
+            coverage = torch.zeros(batch, 1, size, size, dtype=torch.bool)
+            coverage[..., :8, :4] = True
+            coarser = (
+                torch.zeros(batch, 1, size, size)
+                if combined is None
+                else F.interpolate(combined, size).detach()
+            )
+            combined = coarser + torch.where(coverage, written, 0.0)
+            support_coords = coords[:, None].expand(batch, support.shape[1], 2, 2)
+            levels.append(
+                LevelOutput(
+                    (size, size), combined, written, patches, coords, coverage, support_coords, support
+                )
+            )
+        return SegmentationOutput(levels[-1].logits, levels)
+
+
+@pytest.fixture
+def masks() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    target = (torch.rand(2, 1, 32, 32, generator=generator) > 0.6).float()
+    return target, (torch.rand(2, 3, 1, 32, 32, generator=generator) > 0.6).float()
+
+
+def test_soft_dice_of_a_known_case() -> None:
+    logits = torch.tensor([[0.0, 0.0], [100.0, -100.0]])
+    target = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    first = 1 - (2 * 0.5 + 1e-5) / (1 + 1 + 1e-5)
+    assert soft_dice_loss(logits, target).item() == pytest.approx((first + 0.0) / 2, abs=1e-6)
+
+
+def test_focal_of_a_known_case() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    target = torch.tensor([[1.0, 0.0]])
+    expected = (0.25 * 0.5**2 * math.log(2) + 0.75 * 0.75**2 * math.log(4)) / 2
+    assert focal_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pixels_of_weight_zero_do_not_count() -> None:
+    logits, target = torch.tensor([[1.0, -2.0, 50.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    weight = torch.tensor([[1.0, 1.0, 0.0]])
+    for loss in (soft_dice_loss, focal_loss):
+        assert loss(logits, target, weight=weight).item() == pytest.approx(
+            loss(logits[:, :2], target[:, :2]).item()
+        )
+    nothing = torch.zeros_like(weight)
+    assert focal_loss(logits, target, weight=nothing).item() == 0.0
+
+
+def test_area_reduction_keeps_the_mean_and_hybrid_keeps_thin_structures() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 5, :] = 1
+    assert torch.equal(reduce_mask(mask, (4, 4), "area")[0, 0, 1], torch.full((4,), 0.25))
+    assert torch.equal(reduce_mask(mask, (4, 4), "hybrid")[0, 0, 1], torch.ones(4))
+    assert reduce_mask(mask, (5, 7), "area").mean().item() == pytest.approx(mask.mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "progressive", (1.0, 0.5, 2.0)])
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_reaches_every_level(
+    term: str, weights: str | tuple[float, ...], masks: tuple[Tensor, Tensor]
+) -> None:
+    model = ToyCascade(SIZES)
+    config = LossConfig(**{**ALONE, term: 1.0}, level_weights=weights)
+    losses = segmentation_loss(model(), masks[0], config, masks[1])
+    assert set(losses) == {"total", *(f"{term}/{i}" for i in range(3))}
+    losses["total"].backward()
+    taught = model.support if term.startswith("support") else model.patches
+    untaught = model.patches if term.startswith("support") else model.support
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in taught)
+    assert all(p.grad is None for p in untaught)
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_a_levels_term_teaches_that_level_alone(level: int, masks: tuple[Tensor, Tensor]) -> None:
+    model = ToyCascade(SIZES)
+    segmentation_loss(model(), masks[0], LossConfig())[f"target_combined/{level}"].backward()
+    assert [p.grad is not None for p in model.patches] == [i == level for i in range(3)]
+
+
+@pytest.mark.parametrize("weights", ["uniform", "progressive", (2.0,)])
+def test_a_model_of_one_level_trains(weights: str | tuple[float, ...], masks: tuple[Tensor, Tensor]) -> None:
+    model = ToyCascade((8,))
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.3)
+    config = LossConfig(level_weights=weights)
+    values = []
+    for _ in range(30):
+        loss = segmentation_loss(model(), masks[0], config)["total"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_level_weights() -> None:
+    assert LossConfig().weights_of(4) == [0.25] * 4
+    progressive = LossConfig(level_weights="progressive").weights_of(3)
+    assert progressive == pytest.approx([0.3 / 1.95, 0.65 / 1.95, 1 / 1.95])
+    assert LossConfig(level_weights="progressive").weights_of(1) == [1.0]
+    assert LossConfig(level_weights=(0.0, 3.0)).weights_of(2) == [0.0, 1.0]
+
+
+def test_the_total_is_the_weighted_sum_and_levels_of_weight_zero_are_left_out(
+    masks: tuple[Tensor, Tensor],
+) -> None:
+    config = LossConfig(target_combined=2.0, covered_bce=0.5, level_weights=(1.0, 0.0, 3.0))
+    losses = segmentation_loss(ToyCascade(SIZES)(), masks[0], config)
+    assert set(losses) == {
+        "total",
+        "target_combined/0",
+        "covered_bce/0",
+        "target_combined/2",
+        "covered_bce/2",
+    }
+    by_hand = sum(
+        share * (2 * losses[f"target_combined/{i}"] + 0.5 * losses[f"covered_bce/{i}"])
+        for i, share in ((0, 0.25), (2, 0.75))
+    )
+    assert losses["total"].item() == pytest.approx(float(by_hand), rel=1e-6)
+
+
+def test_covered_cross_entropy_ignores_what_no_patch_covers(masks: tuple[Tensor, Tensor]) -> None:
+    output = ToyCascade(SIZES)()
+    config = LossConfig(**{**ALONE, "covered_bce": 1.0})
+    before = segmentation_loss(output, masks[0], config)["total"]
+    for level in output.levels:
+        level.logits = torch.where(level.coverage, level.logits, 7.0)
+    assert segmentation_loss(output, masks[0], config)["total"].item() == before.item()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_empty_and_full_masks_and_huge_logits_are_finite(value: float, dtype: torch.dtype) -> None:
+    model = ToyCascade(SIZES)
+    with torch.no_grad():
+        for p in (*model.patches, *model.support):
+            p.mul_(1e4)
+    output = model()
+    for level in output.levels:
+        level.logits, level.patch_logits = level.logits.to(dtype), level.patch_logits.to(dtype)
+    config = LossConfig(**dict.fromkeys(TERMS, 1.0), mask_reduction="hybrid")
+    losses = segmentation_loss(
+        output, torch.full((2, 1, 32, 32), value), config, torch.full((2, 3, 1, 32, 32), value)
+    )
+    assert all(v.dtype == torch.float32 and bool(torch.isfinite(v)) for v in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dice": -1.0}, "dice must be a finite number of at least 0, got -1.0"),
+        ({"covered_bce": math.nan}, "covered_bce must be a finite number"),
+        ({"focal_alpha": 1.5}, r"focal_alpha must lie in \[0, 1\], got 1.5"),
+        ({"logit_clamp": 0.0}, "dice_smooth and logit_clamp must be above 0"),
+        ({"mask_reduction": "max"}, "mask_reduction must be one of area, hybrid, got 'max'"),
+        (
+            {"level_weights": "last"},
+            "level_weights must be one of uniform, progressive or one number a level",
+        ),
+        ({"level_weights": (0.0, 0.0)}, "level_weights must hold numbers of at least 0 and one above 0"),
+    ],
+)
+def test_bad_configurations(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_bad_calls(masks: tuple[Tensor, Tensor]) -> None:
+    output = ToyCascade(SIZES)()
+    with pytest.raises(ValueError, match=r"level_weights must hold 3 numbers, one a level, got 2"):
+        segmentation_loss(output, masks[0], LossConfig(level_weights=(1.0, 1.0)))
+    with pytest.raises(ValueError, match=r"target_mask must have shape \[B, 1, H, W\], got \[2, 32, 32\]"):
+        segmentation_loss(output, masks[0][:, 0], LossConfig())
+    output.levels[0].support_patch_logits = None
+    with pytest.raises(ValueError, match="does not decode support patches"):
+        segmentation_loss(output, masks[0], LossConfig(support_patch=1.0), masks[1])
