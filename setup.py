@@ -71,9 +71,11 @@ class BuildNative(build_ext):
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
+            output = Path(self.get_ext_fullpath(extension.name))
             try:
-                build_library(Path(self.get_ext_fullpath(extension.name)))
+                build_library(output)
             except BuildError as error:
+                output.unlink(missing_ok=True)  # of an earlier build
                 if os.environ.get("ICSEG_REQUIRE_NATIVE") == "1":
                     raise
                 print(f"icseg: native library not built, installing as pure Python: {error}", file=sys.stderr)

@@ -30,6 +30,9 @@ ICSEG_API int icseg_abi_version(void);
 /* Compiler and OpenMP version, for bug reports. */
 ICSEG_API const char* icseg_build(void);
 
+/* Threads that a call from this thread may use; 1 without OpenMP. */
+ICSEG_API int icseg_threads(void);
+
 /* One sentence for an error code. */
 ICSEG_API const char* icseg_error(int code);
 

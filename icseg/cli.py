@@ -26,9 +26,12 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
+PACK_HELP = "Files .npz with images [N, H, W], masks of class ids [N, H, W], and class_names."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); the bundled ones if left out.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights (.safetensors); the bundled ones if left out.")
+]
 
 
 def main() -> None:
@@ -70,33 +73,45 @@ def _root(
 
 @app.command()
 def segment(
-    targets: Annotated[list[Path], typer.Argument(metavar="TARGET", help="Images, volumes, or folders of them.")],
+    targets: Annotated[
+        list[Path], typer.Argument(metavar="TARGET", help="Images, volumes, or folders of them.")
+    ],
     support_images: Annotated[Path, typer.Option(help="Folder of annotated images.")],
     support_masks: Annotated[Path, typer.Option(help="Folder of their masks, with the same names.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     size: Annotated[int, typer.Option(help="Pixels of the square the model sees, 128 to 1024.")] = 256,
-    class_id: Annotated[list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")] = None,
+    class_id: Annotated[
+        list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")
+    ] = None,
     axis: Annotated[
         int | None,
         typer.Option(help="Slice volumes along axis 0, 1 or 2 (NIfTI: sagittal, coronal, axial)."),
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."),
+        typer.Option(
+            metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Least probability of a class.")] = 0.5,
-    seed: Annotated[list[int] | None, typer.Option(help="Average over draws with these seeds; repeatable.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Average over draws with these seeds; repeatable.")
+    ] = None,
     uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write uncertainty maps.")] = False,
-    overlay: Annotated[bool, typer.Option("--overlay", help="Also write pictures of the masks on the images.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier, equal run has written.")] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write pictures of the masks on the images.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an earlier, equal run has written.")
+    ] = False,
     checkpoint: Checkpoint = None,
     batch_size: Annotated[int, typer.Option(help="Slices that go through the model together.")] = 8,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Segment images from a folder of annotated ones; masks come back in each input's size, format and geometry."""
+    """Segment images from a folder of annotated ones; masks come back in each input's size and format."""
     with _exit_codes():
-        from icseg.inference import SegmentOptions
+        from icseg.inputs import SegmentOptions
         from icseg.job import segment_files
 
         _use_threads(threads)
@@ -156,7 +171,9 @@ def doctor(
 def train(
     config: Annotated[Path, typer.Option(help="TOML file with the model, the tasks and the schedule.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights, the checkpoints and the log.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")
+    ] = False,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
@@ -173,6 +190,40 @@ def train(
         typer.echo("icseg: interrupted; --resume goes on", err=True)
         raise typer.Exit(INTERRUPTED)
     typer.echo(str(result.model))
+
+
+@app.command()
+def evaluate(
+    packs: Annotated[list[Path], typer.Argument(metavar="PACK", help=PACK_HELP)],
+    checkpoint: Checkpoint = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    support: Annotated[int, typer.Option(min=1, help="Support pairs a target.")] = 3,
+    size: Annotated[
+        int | None, typer.Option(min=32, help="Pixels of a side; the pack's own if left out.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Targets a class, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the support sets.")] = 0,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Score a model on labelled packs, beside two floors that need no model."""
+    with _exit_codes():
+        from icseg.evaluation import evaluate_packs, markdown_table, write_json
+        from icseg.inference import resolve_device
+
+        _use_threads(threads)
+        rows = evaluate_packs(
+            packs,
+            checkpoint=checkpoint,
+            support=support,
+            seed=seed,
+            size=size,
+            limit=limit,
+            device=resolve_device(device),
+        )
+        if out is not None:
+            write_json(rows, out)
+    typer.echo(markdown_table(rows), nl=False)
 
 
 def _use_threads(threads: int | None) -> None:

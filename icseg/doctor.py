@@ -15,12 +15,23 @@ import icseg_kernels  # declares the ops  # noqa: F401
 from icseg.checkpoint import bundled_weights, load_checkpoint
 from icseg_kernels import backend, library
 
-PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "tifffile", "imagecodecs", "nibabel", "safetensors", "typer")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "pillow",
+    "tifffile",
+    "imagecodecs",
+    "nibabel",
+    "safetensors",
+    "typer",
+)
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
 def examine() -> dict[str, Any]:
-    """Plain data (JSON): versions, system, devices, the native library, the ops' backends, the bundled weights."""
+    """Plain data (JSON): versions, system, devices, native library, the ops' backends, bundled weights."""
     return {
         "versions": {"icseg": icseg.__version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
@@ -55,7 +66,9 @@ def format_report(report: dict[str, Any]) -> str:
         "",
     ]
     if report["backend_forced"]:
-        lines.append(f"{backend.ENVIRONMENT_VARIABLE}={report['backend_forced']} names the backend of every op")
+        lines.append(
+            f"{backend.ENVIRONMENT_VARIABLE}={report['backend_forced']} names the backend of every op"
+        )
     for op, backends in report["ops"].items():
         lines.append(op)
         lines += [f"  {name:<12}{'; '.join(reasons) or 'available'}" for name, reasons in backends.items()]

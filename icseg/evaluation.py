@@ -1,4 +1,4 @@
-"""Dice of a model on labelled images and held-out synthetic tasks, with floors that need no model beside it."""
+"""Dice of a model on labelled images and held-out synthetic tasks, beside floors that need no model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from icseg.metrics import dice, hausdorff95, iou
 from icseg.model import PatchICL
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(target [B, 1, H, W], support_images, support_masks [B, S, 1, H, W], all in [0, 1]) -> mask, bool [B, 1, H, W]."""
+"""(target [B, 1, H, W], support images and masks [B, S, 1, H, W], all in [0, 1]) -> bool [B, 1, H, W]."""
 
 # Apart from the seeds that training pools use.
 _SYNTHETIC_SEED = 1_000_000
@@ -51,7 +51,8 @@ class EvaluationRow:
 class Pack:
     """Labelled images: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids, 0 is background.
 
-    class_names: by class id. patient: [N], or None where it is not known; a target's supports are other patients'.
+    class_names: by class id. patient: [N], or None where it is not known; a target's supports are other
+    patients'.
     """
 
     name: str
@@ -64,7 +65,8 @@ class Pack:
     def load(cls, path: str | Path) -> Pack:
         """Read an .npz with `images`, `masks`, `class_names` and, if known, `patient`.
 
-        Raises FileNotFoundError, or ValueError for a file that is not such a pack. Pickled content is refused.
+        Raises FileNotFoundError, or ValueError for a file that is not such a pack. Pickled content is
+        refused.
         """
         path = Path(path)
         if not path.is_file():
@@ -132,9 +134,11 @@ def evaluate(
 ) -> list[EvaluationRow]:
     """Score `predict` on each foreground class of a pack, one row a class.
 
-    Each target that contains the class is segmented from `support` images that contain it, of other patients (other
-    images, where patients are not known), drawn by (seed, target). size: pixels of a side, None is the pack's own.
-    limit: targets a class, drawn by the seed; None is all. A class that no target has a support image for is left out.
+    Each target that contains the class is segmented from `support` images that contain it, of other patients
+    (other images, where patients are not known), drawn by (seed, target). size: pixels of a side, None is the
+    pack's own.
+    limit: targets a class, drawn by the seed; None is all. A class that no target has a support image for is
+    left out.
     """
     for name, value in (("support", support), ("size", size), ("limit", limit)):
         if value is not None and value < 1:
@@ -174,7 +178,7 @@ def evaluate_packs(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> list[EvaluationRow]:
-    """Score a checkpoint (None: the bundled one) on packs and, if asked, on `synthetic_tasks` held-out tasks."""
+    """Score a checkpoint (None: the bundled one) on packs and on `synthetic_tasks` held-out tasks."""
     packs = [Pack.load(path) for path in paths]  # all are checked before the first is scored
     predict = model_predictor(PatchICL.from_pretrained(checkpoint, device=device))
     rows = [
@@ -193,7 +197,7 @@ def evaluate_packs(
 
 def markdown_table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as a Markdown table, with a last line of means over the rows."""
-    header = "| data set | class | targets | Dice | IoU | HD95 (px) | copy | Otsu |\n|---|---|---|---|---|---|---|---|\n"
+    header = "| data set | class | targets | Dice | IoU | HD95 (px) | copy | Otsu |\n" + "|---" * 8 + "|\n"
     lines = [
         f"| {row.dataset} | {row.class_name} | {row.targets} | {row.dice:.3f} | {row.iou:.3f} "
         f"| {row.hausdorff95:.1f} | {row.copy:.3f} | {row.otsu:.3f} |\n"

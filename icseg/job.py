@@ -15,7 +15,8 @@ from tqdm import tqdm
 import icseg
 from icseg.checkpoint import bundled_weights, written_whole
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
-from icseg.inference import Segmenter, SegmentOptions, SupportSet, check_target, resolve_device
+from icseg.inference import Segmenter, check_target, resolve_device
+from icseg.inputs import SegmentOptions, SupportSet
 from icseg.model import PatchICL
 from icseg.overlay import save_overlay
 
@@ -64,8 +65,8 @@ def segment_files(
     """Segment files, and all images of folders, into `out`: STEM_mask, STEM_uncertainty and STEM_overlay.
 
     Supports are paired by file name without ending. `resume` keeps outputs that a run with the same settings,
-    which are recorded in `out`/icseg.json, made of the same inputs. Raises ValueError or OSError, in one sentence,
-    before anything is written, if any input is unfit; a file appears whole or not at all.
+    which are recorded in `out`/icseg.json, made of the same inputs. Raises ValueError or OSError, in one
+    sentence, before anything is written, if any input is unfit; a file appears whole or not at all.
     """
     files = find_targets(targets, out)
     plan = {path: _outputs(path, out, options.uncertainty, overlay) for path in files}
@@ -74,7 +75,7 @@ def segment_files(
     _check_folder(out)
     _check_no_input_is_output(inputs, [path for outputs in plan.values() for path in outputs.paths()])
 
-    support = SupportSet(*zip(*pairs, strict=True), options)
+    support = SupportSet([image for image, _ in pairs], [mask for _, mask in pairs], options)
     weights = checkpoint or bundled_weights()
     record = Record(out / RECORD, _settings(pairs, weights, options, overlay))
     if resume:
@@ -113,12 +114,14 @@ class Record:
             saved = json.loads(self.path.read_text())
             settings, done = dict(saved["settings"]), dict(saved["done"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} must be the record of an earlier run, got a damaged file") from error
-        if settings != self.settings:
-            keys = sorted(settings.keys() | self.settings.keys())
-            other = [key for key in keys if settings.get(key) != self.settings.get(key)]
             raise ValueError(
-                f"--resume must have the settings of the run in {self.path.parent}, got another {', '.join(other)}"
+                f"{self.path} must be the record of an earlier run, got a damaged file"
+            ) from error
+        if settings != self.settings:
+            names = sorted(settings.keys() | self.settings.keys())
+            other = [key for key in names if settings.get(key) != self.settings.get(key)]
+            raise ValueError(
+                f"resume needs the settings of the run in {self.path.parent}, got another {', '.join(other)}"
             )
         self.done = done
 
@@ -158,14 +161,16 @@ def find_targets(targets: Sequence[Path], out: Path) -> list[Path]:
 
 
 def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """(image, mask) files of the two folders with the same name without ending; each must have its partner."""
+    """(image, mask) files of the two folders with the same name without ending; all must have a partner."""
     image_files, mask_files = _by_stem(images), _by_stem(masks)
     if not image_files:
         raise ValueError(f"support images must be at least one file, got none of a known format in {images}")
     for path in (path for stem, path in image_files.items() if stem not in mask_files):
         raise ValueError(f"support image {path} must have a mask named {stem_of(path)} in {masks}, got none")
     for path in (path for stem, path in mask_files.items() if stem not in image_files):
-        raise ValueError(f"support mask {path} must have an image named {stem_of(path)} in {images}, got none")
+        raise ValueError(
+            f"support mask {path} must have an image named {stem_of(path)} in {images}, got none"
+        )
     return [(path, mask_files[stem]) for stem, path in image_files.items()]
 
 
@@ -174,7 +179,9 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     for path in list_images(folder):
         other = files.setdefault(stem_of(path), path)
         if other is not path:
-            raise ValueError(f"support files must have different names without ending, got {other} and {path}")
+            raise ValueError(
+                f"support files must have different names without ending, got {other} and {path}"
+            )
     return files
 
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 LEVEL_WEIGHTINGS = ("uniform", "progressive")
 MASK_REDUCTIONS = ("area", "hybrid")
+TERMS = (
+    "target_patch",
+    "target_aggregated",
+    "target_combined",
+    "support_patch",
+    "support_aggregated",
+    "covered_bce",
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,10 @@ class LossConfig:
     support_aggregated: the same for the support patches written back.
     covered_bce:        weight of the cross-entropy of a level's combined map where its target patches lie.
     dice, focal:        the parts of each of the first five: soft Dice and focal loss.
-    level_weights:      "uniform", "progressive" (0.3 at the coarsest level to 1 at the finest), or one number a level.
-    mask_reduction:     how the mask is brought to a level's resolution: "area" (mean) or "hybrid" (any touched
-                        pixel counts in full, as published).
+    level_weights:      "uniform", "progressive" (0.3 at the coarsest level to 1 at the finest), or one number
+                        a level.
+    mask_reduction:     how the mask is brought to a level's resolution: "area" (mean) or "hybrid" (any
+                        touched pixel counts in full, as published).
     dice_smooth, focal_alpha, focal_gamma, logit_clamp: the published constants (arXiv 2604.12752).
     """
 
@@ -52,8 +61,7 @@ class LossConfig:
     logit_clamp: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("target_patch", "target_aggregated", "target_combined", "support_patch", "support_aggregated",
-                     "covered_bce", "dice", "focal", "focal_gamma"):  # fmt: skip
+        for name in (*TERMS, "dice", "focal", "focal_gamma"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
@@ -74,7 +82,8 @@ class LossConfig:
         if isinstance(weights, str):
             if weights not in LEVEL_WEIGHTINGS:
                 raise ValueError(
-                    f"level_weights must be one of {', '.join(LEVEL_WEIGHTINGS)} or one number a level, got {weights!r}"
+                    f"level_weights must be one of {', '.join(LEVEL_WEIGHTINGS)} or one number a level, "
+                    f"got {weights!r}"
                 )
         elif not weights or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
@@ -82,9 +91,9 @@ class LossConfig:
             )
 
     def weights_of(self, levels: int) -> list[float]:
-        """One weight a level, coarse to fine, that sum to 1. Raises ValueError if the explicit list does not fit."""
+        """One weight a level, coarse to fine, that sum to 1. Raises ValueError if a list does not fit."""
         weights = self.level_weights
-        if weights == "uniform" or levels == 1 and isinstance(weights, str):
+        if weights == "uniform" or (levels == 1 and isinstance(weights, str)):
             raw = [1.0] * levels
         elif weights == "progressive":
             raw = [0.3 + 0.7 * i / (levels - 1) for i in range(levels)]
@@ -127,8 +136,8 @@ def focal_loss(
 def reduce_mask(mask: Tensor, size: tuple[int, int], reduction: str = "area") -> Tensor:
     """Bring a mask [B, 1, H, W] in [0, 1] to `size`, in [0, 1].
 
-    "area" is the mean over each pixel's area. "hybrid" is the larger of that and the maximum over the area, so
-    that thin structures survive at coarse levels; it widens them (the published reduction).
+    "area" is the mean over each pixel's area. "hybrid" is the larger of that and the maximum over the area:
+    thin structures survive at coarse levels, widened (the published reduction).
     """
     mean = F.adaptive_avg_pool2d(mask, size)
     return mean if reduction == "area" else torch.maximum(mean, F.adaptive_max_pool2d(mask, size))
@@ -140,8 +149,9 @@ def segmentation_loss(
     """The loss of a model's output, with its terms.
 
     target_mask:   [B, 1, H, W] in [0, 1]; support_masks: [B, S, 1, h, w], read only by the support terms.
-    Returns {"total": the weighted sum, "<term>/<level>": each term before its weights}. Every level with a weight
-    is compared at its own resolution, in float32. Raises ValueError if a support term has no support prediction.
+    Returns {"total": the weighted sum, "<term>/<level>": each term before its weights}. Every level with a
+    weight is compared at its own resolution, in float32. Raises ValueError if a support term has no support
+    prediction.
     """
     if target_mask.ndim != 4 or target_mask.shape[1] != 1:
         raise ValueError(f"target_mask must have shape [B, 1, H, W], got {list(target_mask.shape)}")
@@ -185,7 +195,7 @@ def _support_losses(
 ) -> dict[str, Tensor]:
     if level.support_patch_logits is None or level.support_coords is None or support_masks is None:
         raise ValueError(
-            "support_patch and support_aggregated must be 0 for a model that does not decode support patches, "
+            "support_patch and support_aggregated must be 0 where support patches are not decoded, "
             f"got {config.support_patch} and {config.support_aggregated}"
         )
     losses: dict[str, Tensor] = {}

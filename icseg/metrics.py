@@ -46,8 +46,9 @@ def hausdorff95(
 ) -> float:
     """95th percentile of the surface distances between two masks, the larger of both directions.
 
-    prediction, target: [H, W] or [D, H, W], non-zero is foreground. spacing: size of a pixel along each axis; the
-    distance has its unit. Both empty: 0; one empty: the diagonal of the image. empty="nan" gives NaN for either.
+    prediction, target: [H, W] or [D, H, W], non-zero is foreground. spacing: size of a pixel along each axis;
+    the distance has its unit. Both empty: 0; one empty: the diagonal of the image. empty="nan" gives NaN for
+    either.
     """
     first, second = np.asarray(prediction) != 0, np.asarray(target) != 0
     _check(first, second, empty)

@@ -86,7 +86,12 @@ class PatchICL(nn.Module):
         """
         config, state = load_checkpoint(bundled_weights() if path is None else path)
         model = cls(config)
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"checkpoint must hold the weights that its configuration names, got {path} ({error})"
+            ) from error
         return model.to(device).eval()
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -12,7 +12,8 @@ from scipy import ndimage
 from icseg.checkpoint import written_whole
 from icseg.data.formats.content import Array
 from icseg.data.normalise import normalise
-from icseg.inference import SegmentationResult, SegmentOptions, prepare
+from icseg.inference import SegmentationResult
+from icseg.inputs import SegmentOptions, prepare
 
 # Okabe and Ito: told apart under the common forms of colour blindness. Black and white are left out.
 PALETTE = np.array(
@@ -63,7 +64,7 @@ def montage(pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def overlay(result: SegmentationResult, options: SegmentOptions) -> NDArray[np.uint8]:
-    """The picture [H, W, 3] of a result; of a volume, up to nine slices, evenly spaced over those with a label."""
+    """The picture [H, W, 3] of a result; of a volume up to nine slices, evenly from those with a label."""
     planes, window = prepare(result.image, options)
     masks = result.image.planes_of(result.mask, options.axis)
     labelled = np.flatnonzero(masks.any((1, 2)))

@@ -24,7 +24,7 @@ BACKENDS = ("cuda", "triton", "native", "reference")
 ENVIRONMENT_VARIABLE = "ICSEG_BACKEND"
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("icseg_backend", default=None)
-# The same choice for torch.compile, which cannot trace a ContextVar but recompiles when a global changes.
+# The same choice for torch.compile, which cannot trace a ContextVar but recompiles if a global changes.
 _forced_in_graphs: str | None = None
 
 
@@ -44,7 +44,7 @@ class Backend:
     unsupported: Callable[..., list[str]] = lambda *call: []
 
     def reasons(self, *call: Any) -> list[str]:
-        return self.missing() or self.unsupported(*call)
+        return [*self.missing(), *self.unsupported(*call)]
 
 
 _registry: dict[str, Mapping[str, Backend]] = {}
@@ -54,7 +54,9 @@ def declare(op: str, backends: Mapping[str, Backend]) -> None:
     """Declare the backends of `op`, best first. The reference must be among them."""
     unknown = set(backends) - set(BACKENDS)
     if unknown or "reference" not in backends:
-        raise ValueError(f"op {op} must declare backends among {BACKENDS} and a reference, got {list(backends)}")
+        raise ValueError(
+            f"op {op} must declare backends among {BACKENDS} and a reference, got {list(backends)}"
+        )
     _registry[op] = dict(backends)
 
 
@@ -65,11 +67,14 @@ def select(op: str, backend: str | None, *call: Any) -> str:
     """
     declared = _registry[op]
     forced = _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
-    named = backend or forced or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    named = forced if backend is None else backend
+    origin = ""
+    if named is None:
+        named, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, f" from {ENVIRONMENT_VARIABLE}"
     if named is None:
         return next(name for name, candidate in declared.items() if not candidate.reasons(*call))
     if named not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}{origin}")
     if named not in declared:
         raise BackendError(f"{op} has no {named} backend; it has {', '.join(declared)}")
     if reasons := declared[named].reasons(*call):
@@ -99,7 +104,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def status() -> dict[str, dict[str, list[str]]]:
     """{op: {backend: reasons why it is missing on this machine}}; an empty list means that it is there."""
-    return {op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())}
+    return {
+        op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())
+    }
 
 
 _library = torch.library.Library("icseg", "DEF")

@@ -39,7 +39,9 @@ def sample_patches_bytes(batch: int, pixels: int, k: int, itemsize: int = 4) -> 
     return batch * (pixels * itemsize + k * (2 * 4 + 8 + itemsize))
 
 
-def gather_patches_flops(batch: int, patches: int, channels: int, out_size: int, *, bilinear: bool = False) -> int:
+def gather_patches_flops(
+    batch: int, patches: int, channels: int, out_size: int, *, bilinear: bool = False
+) -> int:
     """A copy is free; a bilinear sample is the weighted sum of four pixels."""
     return 8 * batch * patches * channels * out_size**2 if bilinear else 0
 
@@ -52,7 +54,9 @@ def gather_patches_bytes(
     return batch * patches * (2 * 4 + channels * pixels * itemsize)
 
 
-def scatter_patches_flops(batch: int, patches: int, channels: int, patch_size: int, height: int, width: int) -> int:
+def scatter_patches_flops(
+    batch: int, patches: int, channels: int, patch_size: int, height: int, width: int
+) -> int:
     """One multiply-add a patch pixel, one division an output pixel."""
     return batch * channels * (2 * patches * patch_size**2 + height * width)
 
@@ -194,7 +198,9 @@ def _cpu_sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any)
     return flop_counter.sdpa_flop_count(query, key, value)
 
 
-def _cpu_sdpa_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+def _cpu_sdpa_backward_flops(
+    grad_out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> int:
     return flop_counter.sdpa_backward_flop_count(grad_out, query, key, value)
 
 

@@ -6,7 +6,8 @@ import ctypes
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
-import torch  # noqa: F401  loads the OpenMP runtime, which the library then shares: torch.set_num_threads holds for both
+# torch loads its OpenMP runtime, which the library then shares: torch.set_num_threads holds for both.
+import torch  # noqa: F401
 
 ABI_VERSION = 1
 PATH = Path(__file__).with_name("libicseg.so")
@@ -14,10 +15,11 @@ PATH = Path(__file__).with_name("libicseg.so")
 _SIGNATURES = {
     "icseg_abi_version": (c_int, []),
     "icseg_build": (c_char_p, []),
+    "icseg_threads": (c_int, []),
     "icseg_error": (c_char_p, [c_int]),
     # source, coords, patches; outer, inner, C, H, W, K, p; strides of outer, inner, C, H, W; bytes an element
     "icseg_gather_patches": (c_int, [c_void_p] * 3 + [c_int64] * 13),
-    # patches, coords, images; outer, inner, C, H, W, K, p; strides of outer, inner, K, C, y, x
+    # patches, coords, images; outer, inner, K, C, p, H, W; strides of outer, inner, K, C, y, x
     "icseg_gather_patches_backward_f32": (c_int, [c_void_p] * 3 + [c_int64] * 13),
     "icseg_gather_patches_backward_f64": (c_int, [c_void_p] * 3 + [c_int64] * 13),
 }

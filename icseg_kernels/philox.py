@@ -112,7 +112,9 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != torch.device(device):
+        wanted = torch.device(device)
+        elsewhere = seed.device.type != wanted.type or wanted.index not in (None, seed.device.index)
+        if seed.ndim != 0 or seed.dtype != torch.int64 or elsewhere:
             raise ValueError(
                 f"seed must be a 0-dim int64 tensor on {device}, "
                 f"got shape {list(seed.shape)}, {seed.dtype} on {seed.device}"

@@ -19,7 +19,13 @@ INT64 = torch.iinfo(torch.int64)
 
 
 def tokens(
-    *, nq: int = NQ, nk: int = NK, dv: int = DV, dtype: torch.dtype = torch.float64, grad: bool = False, seed: int = 0
+    *,
+    nq: int = NQ,
+    nk: int = NK,
+    dv: int = DV,
+    dtype: torch.dtype = torch.float64,
+    grad: bool = False,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((B, H, nq, D), (B, H, nk, D), (B, H, nk, dv))
@@ -47,8 +53,10 @@ def oracle(
     q, k, v = (t.double() for t in (q, k, v))
     (b, h, nq, d), nk = q.shape, k.shape[2]
     scale = d**-0.5 if scale is None else scale
-    lists = torch.arange(nk).expand(b, 1, nk) if index is None else index.view(b, -1, index.shape[-1])
-    runs = [(nq, lists.shape[2] if kv_end is None else kv_end)] if kv_end is None or isinstance(kv_end, int) else kv_end
+    lists = torch.arange(nk).expand(b, nk) if index is None else index
+    lists = lists[:, None] if lists.ndim == 2 else lists
+    kv_end = lists.shape[2] if kv_end is None else kv_end
+    runs = [(nq, kv_end)] if isinstance(kv_end, int) else kv_end
     ends = list(itertools.chain.from_iterable([keys] * queries for queries, keys in runs))
     out = torch.zeros(b, h, nq, v.shape[3], dtype=torch.float64)
     lse = torch.full((b, h, nq), -torch.inf, dtype=torch.float64)
@@ -73,7 +81,9 @@ LISTS: dict[str, Callable[[], Tensor | None]] = {
     "all": lambda: None,
     "hostile": hostile_index,
     "hostile_int32": lambda: hostile_index(torch.int32),
-    "groups": lambda: torch.stack([hostile_index(), hostile_index().flip(1), hostile_index().roll(3, 1)], dim=1),
+    "groups": lambda: torch.stack(
+        [hostile_index(), hostile_index().flip(1), hostile_index().roll(3, 1)], dim=1
+    ),
     "empty": lambda: torch.zeros(B, 0, dtype=torch.int64),
     "long": lambda: torch.arange(40).remainder(NK + 2).expand(B, 40),
 }
@@ -99,8 +109,12 @@ def test_worked_example_by_hand() -> None:
     q = torch.tensor([[[[1.0], [1.0]]]])
     k = torch.tensor([[[[0.0], [float(torch.log(torch.tensor(3.0)))]]]])
     v = torch.tensor([[[[4.0], [8.0]]]])
-    out, lse = selected_attention(q, k, v, index=torch.tensor([[0, 1, 1]]), kv_end=[(1, 2), (1, 3)], return_lse=True)
-    close(out.flatten(), torch.tensor([(4 + 3 * 8) / 4, (4 + 6 * 8) / 7]), 1e-6)  # weights 1 : 3 and 1 : 3 : 3
+    out, lse = selected_attention(
+        q, k, v, index=torch.tensor([[0, 1, 1]]), kv_end=[(1, 2), (1, 3)], return_lse=True
+    )
+    close(
+        out.flatten(), torch.tensor([(4 + 3 * 8) / 4, (4 + 6 * 8) / 7]), 1e-6
+    )  # weights 1 : 3 and 1 : 3 : 3
     close(lse.flatten().exp(), torch.tensor([4.0, 7.0]), 1e-6)
 
 
@@ -163,7 +177,10 @@ def test_rows_that_no_list_names_may_be_nan() -> None:
     assert unnamed.any(1).all()
     assert unnamed[1, 1]
     assert not unnamed[0, 1]
-    q, k, v = (t.requires_grad_() for t in (q, *(t.masked_fill(unnamed[:, None, :, None], torch.nan) for t in (k, v))))
+    q, k, v = (
+        t.requires_grad_()
+        for t in (q, *(t.masked_fill(unnamed[:, None, :, None], torch.nan) for t in (k, v)))
+    )
     out = selected_attention(q, k, v, index=index)
     assert torch.equal(out, expected)
     out.square().sum().backward()
@@ -186,7 +203,9 @@ def test_no_valid_key_gives_zero(sink: bool) -> None:
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("sizes", [(0, NK, 4), (NQ, 0, 4), (NQ, NK, 0), (0, 0, 0), (NQ, 0, None), (0, NK, None)])
+@pytest.mark.parametrize(
+    "sizes", [(0, NK, 4), (NQ, 0, 4), (NQ, NK, 0), (0, 0, 0), (NQ, 0, None), (0, NK, None)]
+)
 def test_empty_sizes(sizes: tuple[int, int, int | None], sink: bool, return_lse: bool) -> None:
     nq, nk, m = sizes
     q, k, v = tokens(nq=nq, nk=nk, grad=True)
@@ -240,7 +259,9 @@ def test_second_derivative_of_a_list_is_refused() -> None:
 
 def test_logsumexp_merges_disjoint_keys() -> None:
     q, k, v = tokens()
-    parts = [selected_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 4), slice(4, NK))]
+    parts = [
+        selected_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 4), slice(4, NK))
+    ]
     weights = torch.stack([lse for _, lse in parts]).softmax(0)
     merged = sum(w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True))
     close(merged, selected_attention(q, k, v))
@@ -299,7 +320,9 @@ def test_keys_shared_by_heads_and_batch() -> None:
     shared = [t.expand(B, H, -1, -1) for t in (k, v)]
     close(selected_attention(q, *shared, index=hostile_index()), oracle(q, *shared, hostile_index())[0])
     assert torch.autograd.gradcheck(
-        lambda k, v: selected_attention(q, k.expand(B, H, -1, -1), v.expand(B, H, -1, -1), index=hostile_index()),
+        lambda k, v: selected_attention(
+            q, k.expand(B, H, -1, -1), v.expand(B, H, -1, -1), index=hostile_index()
+        ),
         (k, v),
     )
 
@@ -339,8 +362,9 @@ def test_half_types_keep_dtype_and_return_float32_lse(dtype: torch.dtype) -> Non
 
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = tokens(dtype=torch.float32)
-    out = selected_attention(q * 1e4, k * 1e4, v, index=hostile_index())
-    close(out, oracle(q * 1e4, k * 1e4, v, hostile_index())[0], 1e-6)
+    q, k = (200 * (3 * t).round() for t in (q, k))  # scores of up to 1e7, all exact in float32
+    out = selected_attention(q, k, v, index=hostile_index(), scale=1.0)
+    close(out, oracle(q, k, v, hostile_index(), scale=1.0)[0], 1e-6)
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -386,7 +410,7 @@ def test_opcheck(indexed: bool, runs: tuple[list[int], list[int]]) -> None:
         index = hostile_index()[:, None] if indexed else None
         opcheck(attention._forward_op, (q, k, v, index, *runs, True, 0.3))
         out, lse = attention._forward_op(q, k, v, index, *runs, True, 0.3)
-        opcheck(attention._backward_op, (out, lse, q, k, v, index, out, lse, *runs, 0.3))
+        opcheck(attention._backward_op, (out, lse, q, k, v, index, *runs, True, 0.3))
 
 
 @pytest.mark.parametrize("kv_end", [None, 5, ((2, 3), (4, 8))])
@@ -426,7 +450,7 @@ def test_compile_serves_new_values_and_sizes_without_recompiling() -> None:
     )
     for n in (4, 5, 9):
         q, k, v = tokens(nq=n, nk=n + 2, seed=n)
-        index = torch.randint(-1, n + 3, (B, 2 * n))
+        index = torch.randint(-1, n + 3, (B, 2 * n + 3))
         close(compiled(q, k, v, index), oracle(q, k, v, index, sink=True)[0])
     assert graphs == 1
 
@@ -439,7 +463,11 @@ def bad(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: bad(q=torch.zeros(2, 3, 4)), ValueError, r"q must have shape \[B, h, Nq, D\], got \[2, 3, 4\]"),
+        (
+            lambda: bad(q=torch.zeros(2, 3, 4)),
+            ValueError,
+            r"q must have shape \[B, h, Nq, D\], got \[2, 3, 4\]",
+        ),
         (lambda: bad(k=torch.zeros(2, 3, 9, 7)), ValueError, "k must have shape .* D = 2, 3, 8, got"),
         (lambda: bad(v=torch.zeros(2, 3, 8, 5)), ValueError, "v must have shape .* Nk = 2, 3, 9, got"),
         (lambda: bad(v=torch.zeros(2, 3, 9, 5).half()), TypeError, "must have one floating dtype"),
@@ -454,7 +482,11 @@ def bad(**changes: object) -> dict[str, object]:
         (lambda: bad(kv_end=[(7, 1), (-1, 4)]), ValueError, r"add up to Nq = 6, got \[7, -1\]"),
         (lambda: bad(kv_end=[(3, 1), (3, 10)]), ValueError, r"from 0 to 9, got \[1, 10\]"),
         (lambda: bad(kv_end=[3, 3]), TypeError, "an int or a sequence of .queries, keys. pairs"),
-        (lambda: bad(kv_end=torch.tensor([[6, 9]])), TypeError, "an int or a sequence of .queries, keys. pairs"),
+        (
+            lambda: bad(kv_end=torch.tensor([[6, 9]])),
+            TypeError,
+            "an int or a sequence of .queries, keys. pairs",
+        ),
         (
             lambda: bad(kv_end=[(3, 1), (3, 2)], index=torch.zeros(2, 3, 4).long()),
             ValueError,

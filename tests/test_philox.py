@@ -8,13 +8,20 @@ from scipy import stats
 from icseg_kernels.philox import exponential, gumbel_noise, log, philox4x32, seed_tensor
 
 FLOAT = np.float32
-COEFFICIENTS = [
-    FLOAT(c)
-    for c in (
-        "7.0376836292e-2 -1.1514610310e-1 1.1676998740e-1 -1.2420140846e-1 1.4249322787e-1 "
-        "-1.6668057665e-1 2.0000714765e-1 -2.4999993993e-1 3.3333331174e-1"
-    ).split()
-]
+COEFFICIENTS = np.array(
+    [
+        7.0376836292e-2,
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    ],
+    FLOAT,
+)
 
 
 def numpy_philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -134,7 +141,7 @@ def test_log_is_accurate() -> None:
     x = torch.logspace(-33, 5, 1_000_000, base=2, dtype=torch.float32)
     exact = np.log(x.double().numpy())
     error = np.abs(log(x).double().numpy() - exact) / np.maximum(np.abs(exact), 1e-30)
-    assert error[exact != 0].max() < 1.2e-7
+    assert error[exact != 0].max() < 1.0e-7
     assert np.array_equal(bits_of(log(x)), bits_of(numpy_log(x.numpy())))
     assert log(torch.ones(1)) == 0
 
@@ -143,7 +150,8 @@ def test_exponential_is_accurate() -> None:
     bits = torch.linspace(0, 2**32 - 1, 1_000_000, dtype=torch.float64).long()
     v = np.minimum((bits.numpy().astype(FLOAT) + FLOAT(0.5)) * FLOAT(2.0**-32), FLOAT(1 - 2.0**-24))
     exact = -np.log1p(-v.astype(np.float64))
-    assert np.abs(exponential(bits).double().numpy() / exact - 1).max() < 1.8e-7
+    # Half a unit in the last place from rounding 1 - v (1.2e-7 of E), and the logarithm's own error (7.1e-8).
+    assert np.abs(exponential(bits).double().numpy() / exact - 1).max() < 1.92e-7
 
 
 def test_noise_is_gumbel_distributed() -> None:

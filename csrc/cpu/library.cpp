@@ -1,6 +1,10 @@
 // What the library says of itself.
 #include "../icseg.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #define ICSEG_TEXT_(x) #x
 #define ICSEG_TEXT(x) ICSEG_TEXT_(x)
 
@@ -19,6 +23,14 @@
 int icseg_abi_version(void) { return ICSEG_ABI_VERSION; }
 
 const char* icseg_build(void) { return ICSEG_COMPILER ", " ICSEG_OPENMP; }
+
+int icseg_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
 
 const char* icseg_error(int code) {
     switch (code) {

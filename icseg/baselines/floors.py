@@ -22,8 +22,8 @@ def copy_support(support_masks: Tensor) -> Tensor:
 def otsu_threshold(image: Tensor) -> Tensor:
     """Otsu's threshold (1979) of each image: [B, ...] in [0, 1] to [B]; foreground is what lies above it.
 
-    Of thresholds that separate equally well (a gap in the histogram) the middle one is taken. A constant image
-    has none: its own grey level is returned.
+    Of thresholds that separate equally well (a gap in the histogram) the middle one is taken. A constant
+    image has none: its own grey level is returned.
     """
     levels = (image.flatten(1).double() * (_BINS - 1)).round().clamp(0, _BINS - 1).long()
     counts = torch.zeros(len(levels), _BINS, dtype=torch.float64, device=image.device)
@@ -44,8 +44,8 @@ def otsu_threshold(image: Tensor) -> Tensor:
 def otsu(target: Tensor, target_mask: Tensor) -> Tensor:
     """Otsu's mask of each target with the better polarity: bool [B, 1, H, W].
 
-    target: [B, 1, H, W] in [0, 1]; target_mask: the same shape, bool. The polarity is chosen by the true mask, so
-    its Dice is an upper bound of what a global threshold by Otsu can reach.
+    target: [B, 1, H, W] in [0, 1]; target_mask: the same shape, bool. The polarity is chosen by the true
+    mask, so its Dice is an upper bound of what a global threshold by Otsu can reach.
     """
     if target.shape != target_mask.shape:
         raise ValueError(

@@ -1,7 +1,7 @@
 """UniverSeg (Butoi et al. 2023, arXiv 2304.06131), factorised: the same outputs for about half of the work.
 
-A cross convolution is linear and has no activation, so the convolution of a (target, support) pair is the sum of
-two convolutions, the new target is the mean of the pairs, and the last block's support side, which nothing
+A cross convolution is linear and has no activation, so the convolution of a (target, support) pair is the sum
+of two convolutions, the new target is the mean of the pairs, and the last block's support side, which nothing
 reads, collapses to its mean.
 """
 
@@ -40,7 +40,9 @@ class CrossBlock(nn.Module):
         self.target = nn.Conv2d(channels, channels, 3, padding=1)
         self.support = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, target: Tensor, support: Tensor, *, keep_support: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, target: Tensor, support: Tensor, *, keep_support: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """target: [B, Ct, H, W], support: [B, S, Cs, H, W] -> [B, C, H, W] and [B, S, C, H, W].
 
         keep_support=False leaves the new support out (None); only its mean over S then matters.
@@ -72,17 +74,16 @@ class UniverSegEncoder(nn.Module):
         inputs = [(1, 2), *((c, c) for c in channels[:-1])]
         self.blocks = nn.ModuleList(CrossBlock(*pair, c) for pair, c in zip(inputs, channels, strict=True))
 
-    def forward(self, target: Tensor, support: Tensor, depth: int) -> list[Tensor]:
-        """The target features of the first `depth` scales, [B, C, H / 2^i, W / 2^i] each.
+    def forward(self, target: Tensor, support: Tensor) -> list[Tensor]:
+        """The target features of every scale, [B, C, H / 2^i, W / 2^i] each.
 
         target: [B, 1, H, W]; support: [B, S, 2, H, W], images beside masks.
         """
-        features = []
-        for i in range(depth):
-            if i > 0:
+        features: list[Tensor] = []
+        for block in self.blocks:
+            if features:
                 target, support = downsampled(target, support)
-            target, kept = self.blocks[i](target, support, keep_support=i + 1 < depth)
-            support = support if kept is None else kept
+            target, support = block(target, support, keep_support=len(features) + 1 < len(self.blocks))
             features.append(target)
         return features
 
@@ -109,16 +110,17 @@ class UniverSeg(nn.Module):
         for coarse, skip in zip(channels[:0:-1], channels[-2::-1], strict=True):
             self.decoder.append(CrossBlock(coarse + skip, coarse + skip, skip))
         self.head = nn.Conv2d(channels[0], 1, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="leaky_relu")
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.kaiming_normal_(parameter, nonlinearity="leaky_relu")
 
     def forward(self, target: Tensor, support_images: Tensor, support_masks: Tensor) -> Tensor:
         """Logits [B, 1, H, W].
 
-        target: [B, 1, H, W]; support_images, support_masks: [B, S, 1, H, W], S >= 1; all floating point in [0, 1].
-        H and W must be multiples of 2^(scales - 1), 8 for the published model. Raises ValueError.
+        target: [B, 1, H, W]; support_images, support_masks: [B, S, 1, H, W], S >= 1; all floating point in
+        [0, 1]. H and W must be multiples of 2^(scales - 1), 8 for the published model. Raises ValueError.
         """
         self._check(target, support_images, support_masks)
         support = torch.cat([support_images, support_masks.to(support_images.dtype)], dim=2)
@@ -133,7 +135,9 @@ class UniverSeg(nn.Module):
         target, support = skips.pop()
         for block in self.decoder:
             skip, support_skip = skips.pop()
-            if not skips:  # the last block reads the mean of its support alone, and averaging commutes with upsampling
+            if (
+                not skips
+            ):  # the last block reads the mean of its support alone, and averaging commutes with upsampling
                 support, support_skip = (s.mean(dim=1, keepdim=True) for s in (support, support_skip))
             target = torch.cat([upsampled(target), skip], dim=1)
             support = torch.cat([upsampled(support), support_skip], dim=2)
@@ -160,7 +164,9 @@ class UniverSeg(nn.Module):
         batch, _, height, width = target.shape
         multiple = 2 ** len(self.decoder)
         if height % multiple or width % multiple:
-            raise ValueError(f"target must have height and width divisible by {multiple}, got {height} x {width}")
+            raise ValueError(
+                f"target must have height and width divisible by {multiple}, got {height} x {width}"
+            )
         fits = images.ndim == 5 and images.shape[0] == batch and images.shape[1] > 0
         if not fits or images.shape[2:] != (1, height, width):
             raise ValueError(
@@ -169,12 +175,14 @@ class UniverSeg(nn.Module):
             )
         if masks.shape != images.shape:
             raise ValueError(
-                f"support_masks must have the shape of support_images {list(images.shape)}, got {list(masks.shape)}"
+                f"support_masks must have the shape of support_images {list(images.shape)}, "
+                f"got {list(masks.shape)}"
             )
 
     @classmethod
     def from_file(cls, path: str | Path, *, factorised: bool = True) -> Self:
-        """The model of a published weight file (.pt, or .safetensors with the same names), in evaluation mode.
+        """The model of a published weight file (.pt, or .safetensors with the same names), in evaluation
+        mode.
 
         The number of scales and their channels are read off the file. Nothing in it is executed. Raises
         FileNotFoundError, or ValueError for a file that is not a UniverSeg state dict.
@@ -183,10 +191,14 @@ class UniverSeg(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, factorised: bool = True) -> Self:
-        """The model of a state dict with the published names. Raises ValueError if any is missing or unknown."""
+        """The model of a state dict with the published names. Raises ValueError if any is missing or
+        unknown.
+        """
         ours = renamed(state)
         if len(ours) != len(state) or "encoder.blocks.1.cross.bias" not in ours:
-            raise ValueError(f"weights must be a UniverSeg state dict, got the keys {', '.join(list(state)[:3])}, ...")
+            raise ValueError(
+                f"weights must be a UniverSeg state dict, got the keys {', '.join(list(state)[:3])}, ..."
+            )
         depth = sum(re.fullmatch(r"encoder\.blocks\.\d+\.cross\.bias", name) is not None for name in ours)
         biases = [ours.get(f"encoder.blocks.{i}.cross.bias") for i in range(depth)]
         model = cls([0 if b is None else b.shape[0] for b in biases], factorised=factorised)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from icseg.data.formats.content import Array
 
 
 @dataclass(frozen=True)
@@ -17,18 +20,24 @@ class SquareFrame:
     width: int
     size: int
 
+    @classmethod
+    def of(cls, pixels: Array, size: int) -> Self:
+        """The frame of `pixels` [..., height, width]."""
+        height, width = pixels.shape[-2:]
+        return cls(height, width, size)
+
     @property
     def scaled(self) -> tuple[int, int]:
         """(height, width) of the image inside the square."""
-        longer = max(self.height, self.width)
-        return tuple(max(1, round(side * self.size / longer)) for side in (self.height, self.width))  # type: ignore[return-value]
+        scale = self.size / max(self.height, self.width)
+        return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
     def enter(self, images: Tensor) -> Tensor:
         """[N, height, width] float to [N, 1, size, size]."""
         return F.pad(self._scale(images), self._margins(), mode="replicate")
 
     def enter_masks(self, masks: Tensor) -> Tensor:
-        """[N, height, width] in [0, 1] to [N, 1, size, size]; pixels at a border become its area on either side."""
+        """[N, height, width] in [0, 1] to [N, 1, size, size]; border pixels hold the share of the mask."""
         return F.pad(self._scale(masks), self._margins())
 
     def leave(self, logits: Tensor) -> Tensor:

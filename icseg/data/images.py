@@ -1,18 +1,18 @@
 """Reading images and masks, 2-D or 3-D, and writing maps back in the input's own format, size and geometry.
 
-| format         | read                                                     | a map is written as                          |
-|----------------|----------------------------------------------------------|----------------------------------------------|
-| PNG            | 1 to 16 bits, grey, palette, RGB; alpha is ignored       | PNG                                          |
-| JPEG           | grey or colour; not for masks, which must be exact       | PNG                                          |
-| TIFF           | any bit depth, grey, palette, RGB; pages are a volume    | TIFF with resolution and georeference        |
-| NIfTI          | .nii and .nii.gz, 2-D or 3-D                             | NIfTI with affine, orientation and header    |
-| NumPy          | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                                   |
+| format | read                                                     | a map is written as                   |
+|--------|----------------------------------------------------------|---------------------------------------|
+| PNG    | 1 to 16 bits, grey, palette, RGB; alpha is ignored       | PNG                                   |
+| JPEG   | grey or colour; not for masks, which must be exact       | PNG                                   |
+| TIFF   | any bit depth, grey, palette, RGB; pages are a volume    | TIFF with resolution, georeference    |
+| NIfTI  | .nii and .nii.gz, 2-D or 3-D                             | NIfTI with affine, orientation, header|
+| NumPy  | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                            |
 
 Colour becomes grey by luma (ITU-R BT.601). Pixels are taken as a viewer displays them: where EXIF or TIFF
 tags turn a picture, its map is written turned, without the tag, so that the two overlay.
 
 A mask of class ids is written in the dtype of the input where that is an integer type that holds them, else
-in the smallest unsigned type that does. A map in [0, 1] is written as float32, in PNG as uint8 with 255 for 1.
+in the smallest unsigned type that does. A map in [0, 1] is written as float32; in PNG as uint8, 255 for 1.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Image:
     geometry: Geometry
 
     def slice_axis(self, axis: int | None) -> int:
-        """The axis to slice along: `axis`, or one of length 1. ValueError if it is None and the image is a volume."""
+        """The axis to slice along: `axis`, or if it is None one of length 1; ValueError if there is none."""
         if self.array.ndim == 2:
             return 0
         if axis is not None:
@@ -82,7 +82,7 @@ class Image:
         return self.geometry.from_planes(planes, self.slice_axis(axis), self.array.ndim)
 
     def mask_dtype(self, largest: int) -> np.dtype[Any]:
-        """The dtype of a mask of this image with class ids up to `largest`; ValueError if its format has none."""
+        """The dtype of a mask with class ids up to `largest`; ValueError if the format cannot hold them."""
         if largest > self.geometry.largest:
             raise ValueError(
                 f"class ids of a {self.geometry.suffix} mask (for {self.name}) must be at most "
@@ -128,7 +128,9 @@ def write_like(image: Image, path: str | Path, array: Array) -> None:
     if suffix_of(path) != image.geometry.suffix:
         raise ValueError(f"path must end in {image.geometry.suffix} for a map of {image.name}, got {path}")
     if array.shape != image.array.shape:
-        raise ValueError(f"array must have the shape {list(image.array.shape)} of {image.name}, got {list(array.shape)}")
+        raise ValueError(
+            f"array must have the shape {list(image.array.shape)} of {image.name}, got {list(array.shape)}"
+        )
     with written_whole(path) as temporary:
         image.geometry.write(temporary, array)
 
@@ -196,5 +198,7 @@ def _class_ids(array: Array, name: str) -> Array:
             raise ValueError(f"{name} must hold integer class ids, got {array[fractions][0]:g}")
         array = ids.astype(np.int64)
     if array.min() < 0 or array.max() >= 2**32:
-        raise ValueError(f"{name} must hold class ids from 0 to {2**32 - 1}, got {array.min()} to {array.max()}")
+        raise ValueError(
+            f"{name} must hold class ids from 0 to {2**32 - 1}, got {array.min()} to {array.max()}"
+        )
     return array

@@ -21,6 +21,40 @@ CONFIDENCES = ("none", "entropy", "learned")
 AGGREGATIONS = ("average", "gaussian")
 
 
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def _check_ints(config: Any, least: int, *names: str, optional: bool = False) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (optional and value is None):
+            _check_int(name, value, least)
+
+
+def _check_numbers(
+    config: Any, *names: str, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> None:
+    for name in names:
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not least <= value <= most or not value > above:
+            bounds = f"above {above}" if above > -math.inf else f"in [{least}, {most}]"
+            raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
+
+def _check_bools(config: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
+
+
+def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
+
+
 @dataclass(frozen=True)
 class LevelConfig:
     """One level of the cascade. Images are seen as squares of `resolution` pixels.
@@ -30,7 +64,8 @@ class LevelConfig:
     stride, support_stride:          spacing of the candidate windows; None for the support is the target's.
     temperature:                     divides the scores, which lie in [0, 1], before Gumbel noise is added.
     pad_before, pad_after:           zeros around the map, so that windows may stick out of the image.
-    target_blur, support_blur:       standard deviation, in pixels, of a Gaussian over the pooled score map; 0 is none.
+    target_blur, support_blur:       standard deviation, in pixels, of a Gaussian over the pooled score map; 0
+                                     is none.
     """
 
     resolution: int
@@ -58,14 +93,14 @@ class LevelConfig:
 class SamplerConfig:
     """What makes a window worth picking.
 
-    oracle_score:   of the target's true mask m: "foreground" (m), "foreground_entropy" (half m, half its entropy),
-                    "error" (|coarser probability - m|, m at the first level).
+    oracle_score:   of the target's true mask m: "foreground" (m), "foreground_entropy" (half m, half its
+                    entropy), "error" (|coarser probability - m|, m at the first level).
     model_score:    of the coarser prediction p: "entropy", "foreground_entropy" (half p, half entropy),
                     "confidence" (1 - the confidence map), "uniform". The first level is always uniform.
     support_score:  of a support mask: "foreground", "foreground_entropy" or "uniform".
-    differentiable: how gradients reach the score map in training. "off": they do not. "straight_through": the soft
-                    weight of a picked patch multiplies its logits by one in the forward pass. "published": it scales
-                    the logits by K times the weight, in training alone.
+    differentiable: how gradients reach the score map in training. "off": they do not. "straight_through": the
+                    soft weight of a picked patch multiplies its logits by one in the forward pass.
+                    "published": it scales the logits by K times the weight, in training alone.
     """
 
     oracle_score: str = "foreground_entropy"
@@ -85,8 +120,8 @@ class OracleSchedule:
     """When targets are picked by their true mask (`oracle_score`) and not by the model's own prediction.
 
     train_levels, eval_levels: one bool a level, or () for never. In evaluation it is always or never.
-    scheduled: False uses the oracle for every sample of such a level; True for a random share of them: `start` for
-               `warmup` steps, then changing linearly over `decay` steps to `end`. A step is what
+    scheduled: False uses the oracle for every sample of such a level; True for a random share of them:
+               `start` for `warmup` steps, then changing linearly over `decay` steps to `end`. A step is what
                `PublishedNetwork.set_oracle_step` counts, an epoch in the paper.
     """
 
@@ -137,13 +172,15 @@ class FeatureConfig:
 
     extractor:  "universeg" (the encoder of UniverSeg), "convolutional" (image and mask streams, trained from
                 scratch) or "custom" (a module set as `network.features.extractor`).
-    channels:   of each scale, or of the whole for "custom". scales: which of the extractor's scales are read, from 0.
-    input_size: images are encoded at this square size. grid: side of the feature map that patches are read from.
+    channels:   of each scale, or of the whole for "custom". scales: which of the extractor's scales are read,
+                from 0.
+    input_size: images are encoded at this square size. grid: side of the feature map that patches are read
+                from.
     freeze:     no gradients, and evaluation mode throughout.
     rescale:    clip each image to its 0.5 and 99.5 percentiles and stretch it to [0, 1] first.
     via_grid:   resize images to `grid` before `input_size`, as published, which throws detail away.
-    alignment:  "published" reads a patch at points from edge to edge, half a pixel off and spaced p / (p - 1);
-                "pixel" at the centres of the level's own pixels.
+    alignment:  "published" reads a patch at points from edge to edge, half a pixel off and spaced p / (p -
+                1); "pixel" at the centres of the level's own pixels.
     antialias:  average features to the level's resolution first where that is coarser ("pixel" only).
     chunk:      images encoded at once.
     """
@@ -166,7 +203,9 @@ class FeatureConfig:
         _check_ints(self, 1, "channels", "input_size", "grid", "chunk")
         _check_bools(self, "freeze", "rescale", "via_grid", "antialias")
         if not self.scales or list(self.scales) != sorted(set(self.scales) & {0, 1, 2, 3}):
-            raise ValueError(f"scales must be distinct ints of 0 to 3 in ascending order, got {self.scales!r}")
+            raise ValueError(
+                f"scales must be distinct ints of 0 to 3 in ascending order, got {self.scales!r}"
+            )
         if self.extractor != "custom" and self.input_size % 2 ** self.scales[-1]:
             raise ValueError(f"input_size must be divisible by {2 ** self.scales[-1]}, got {self.input_size}")
         if self.antialias and self.alignment != "pixel":
@@ -182,16 +221,18 @@ class FeatureConfig:
 class BackboneConfig:
     """Patch encoder, transformer and patch decoder, shared by all levels.
 
-    dim, heads:      width of a token, and attention heads. layers: over all tokens; context_layers: before them,
-                     over support tokens and registers alone.
+    dim, heads:      width of a token, and attention heads. layers: over all tokens; context_layers: before
+                     them, over support tokens and registers alone.
     registers:       learned tokens. zero_key: every query may also attend to a zero key with a zero value.
-    dropout:         in attention and MLP. checkpointing: recompute the transformer's layers in the backward pass.
+    dropout:         in attention and MLP. checkpointing: recompute the transformer's layers in the backward
+                     pass.
     patch_grid:      features read a patch side, 8 or 16. skips: the decoder also reads the encoder's scales.
-    support_mask:    support tokens are fused with their encoded mask. fusion: "additive", "gated" or "concat".
-    mask_prior:      target tokens are fused with the coarser prediction, as a "probability" or, as published, as
-                     "logits" through an encoder that otherwise sees masks; or "none".
-    positions:       "image" rotates by the share of the image's own height and width; "published" by pixels of the
-                     height over `PublishedConfig.image_size`, clamped.
+    support_mask:    support tokens are fused with their encoded mask. fusion: "additive", "gated" or
+                     "concat".
+    mask_prior:      target tokens are fused with the coarser prediction, as a "probability" or, as published,
+                     as "logits" through an encoder that otherwise sees masks; or "none".
+    positions:       "image" rotates by the share of the image's own height and width; "published" by pixels
+                     of the height over `PublishedConfig.image_size`, clamped.
     """
 
     dim: int = 256
@@ -227,7 +268,8 @@ class BackboneConfig:
 class ConfidenceConfig:
     """A confidence map in [0, 1] beside each prediction.
 
-    source: "none", "entropy" (1 - binary entropy of the logits over a temperature) or "learned" (a decoder head).
+    source: "none", "entropy" (1 - binary entropy of the logits over a temperature) or "learned" (a decoder
+            head).
     """
 
     source: str = "none"
@@ -264,7 +306,9 @@ class AggregationConfig:
 
 
 def published_levels(image_size: int) -> tuple[LevelConfig, ...]:
-    """The levels of the paper's final runs: 24, 64, 128 pixels as far as they are below `image_size`, then that."""
+    """The levels of the paper's final runs: 24, 64, 128 pixels as far as they are below `image_size`, then
+    that.
+    """
     coarse = [(r, k) for r, k in ((24, 9), (64, 20), (128, 20)) if r < image_size]
     blur = [0.0 if r == 24 else 4.0 for r, _ in coarse] + [4.0]
     return tuple(
@@ -277,8 +321,8 @@ def published_levels(image_size: int) -> tuple[LevelConfig, ...]:
 class PublishedConfig(PatchICLConfig):
     """The published architecture (arXiv 2604.12752).
 
-    `for_image_size` gives the settings of the paper's final runs; `from_published_dict` reads a configuration of
-    the published code and leaves its defects in (docs/published.md).
+    `for_image_size` gives the settings of the paper's final runs; `from_published_dict` reads a configuration
+    of the published code and leaves its defects in (docs/published.md).
 
     image_size:         side of the images that the model is made for; others are resized.
     patch_size:         pixels of a patch side, the same at every level.
@@ -312,7 +356,9 @@ class PublishedConfig(PatchICLConfig):
             if self.sampler.model_score == "confidence":
                 raise ValueError('model_score must not be "confidence" where confidence.source is "none"')
             if self.aggregation.confidence_weighting:
-                raise ValueError('confidence_weighting must be False where confidence.source is "none", got True')
+                raise ValueError(
+                    'confidence_weighting must be False where confidence.source is "none", got True'
+                )
 
     def _check_levels(self) -> None:
         for level in self.levels:
@@ -324,7 +370,9 @@ class PublishedConfig(PatchICLConfig):
         for name in ("train_levels", "eval_levels"):
             flags = getattr(self.oracle, name)
             if flags and len(flags) != len(self.levels):
-                raise ValueError(f"{name} must hold {len(self.levels)} bools, one a level, or none, got {len(flags)}")
+                raise ValueError(
+                    f"{name} must hold {len(self.levels)} bools, one a level, or none, got {len(flags)}"
+                )
 
     @classmethod
     def for_image_size(cls, image_size: int = 256, **changes: Any) -> Self:
@@ -373,37 +421,3 @@ def _section(kind: type, values: Any, name: str) -> Any:
         raise ValueError(f"{name} must hold tables, got {values!r}")
     check_keys(kind, values)
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-
-
-def _check_ints(config: Any, least: int, *names: str, optional: bool = False) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (optional and value is None):
-            _check_int(name, value, least)
-
-
-def _check_numbers(
-    config: Any, *names: str, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
-) -> None:
-    for name in names:
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not least <= value <= most or not value > above:
-            bounds = f"above {above}" if above > -math.inf else f"in [{least}, {most}]"
-            raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-
-
-def _check_bools(config: Any, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
-
-
-def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")

@@ -16,14 +16,19 @@ from icseg_kernels import gather_patches
 class FeatureExtractor(nn.Module):
     """Images, for support also masks, to feature maps [N, D, grid, grid].
 
-    `extractor` maps images [N, 1, s, s] and masks, the same shape or None, to a list of maps [N, C, h, w] whose
-    channels add up to D. With FeatureConfig.extractor = "custom", set the attribute before the first call.
+    `extractor` maps images [N, 1, s, s] and masks, the same shape or None, to a list of maps [N, C, h, w]
+    whose channels add up to D. With FeatureConfig.extractor = "custom", set the attribute before the first
+    call.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.config = config
-        kinds = {"universeg": UniverSegFeatures, "convolutional": ConvolutionalFeatures, "custom": MissingFeatures}
+        kinds = {
+            "universeg": UniverSegFeatures,
+            "convolutional": ConvolutionalFeatures,
+            "custom": MissingFeatures,
+        }
         self.extractor: nn.Module = kinds[config.extractor](config)
         if config.freeze:
             self.extractor.requires_grad_(False)
@@ -57,17 +62,19 @@ class FeatureExtractor(nn.Module):
 
 
 class UniverSegFeatures(nn.Module):
-    """UniverSeg's contracting half on one image: its own support with its mask, or beside an empty one without."""
+    """UniverSeg's contracting half on one image: its own support with its mask, or beside an empty one
+    without.
+    """
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.scales = config.scales
-        self.encoder = UniverSegEncoder([config.channels] * 4)
+        self.encoder = UniverSegEncoder([config.channels] * (config.scales[-1] + 1))
 
     def forward(self, images: Tensor, masks: Tensor | None) -> list[Tensor]:
         own = torch.cat([images, images if masks is None else masks], dim=1)[:, None]
         support = torch.zeros_like(own) if masks is None else own
-        maps = self.encoder(images, support, self.scales[-1] + 1)
+        maps = self.encoder(images, support)
         return [maps[i] for i in self.scales]
 
 
@@ -117,7 +124,9 @@ def read_patches(
         extent = max(1, int(patch_size * scale))  # whole feature pixels, as published
         return gather_patches(features, coords * scale, extent, out_size=samples, alignment="published")
     if config.antialias and resolution < grid:
-        features = F.adaptive_avg_pool2d(features.flatten(0, -4), resolution).unflatten(0, features.shape[:-3])
+        features = F.adaptive_avg_pool2d(features.flatten(0, -4), resolution).unflatten(
+            0, features.shape[:-3]
+        )
         scale = 1.0
     return gather_patches(features, coords * scale, patch_size * scale, out_size=samples, alignment="pixel")
 
@@ -141,9 +150,10 @@ def _regridded(features: Tensor, grid: int) -> Tensor:
 
 
 def _rescaled(images: Tensor) -> Tensor:
-    """Each image clipped to its 0.5 and 99.5 percentiles and stretched to [0, 1]; a constant image becomes 0."""
+    """Each image clipped to its 0.5 and 99.5 percentiles and stretched to [0, 1]; a constant image becomes
+    0.
+    """
     flat = images.flatten(1).float()
-    limits = torch.tensor([0.005, 0.995], device=images.device)
-    low, high = torch.quantile(flat, limits, dim=1, keepdim=True)
+    low, high = (torch.quantile(flat, q, dim=1, keepdim=True) for q in (0.005, 0.995))
     flat = (torch.minimum(torch.maximum(flat, low), high) - low) / (high - low).clamp_min(1e-8)
     return flat.view_as(images).to(images.dtype)

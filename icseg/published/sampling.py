@@ -27,7 +27,8 @@ def half_entropy(probability: Tensor) -> Tensor:
 
 
 def level_mask(mask: Tensor, resolution: int, touched_value: float = 1.0) -> Tensor:
-    """A mask [N, 1, H, W] at [N, 1, r, r]: the mean over a pixel's area, but at least `touched_value` times the maximum.
+    """A mask [N, 1, H, W] at [N, 1, r, r]: the mean over a pixel's area, but at least `touched_value` times
+    the maximum.
 
     At 1, any touched pixel counts in full: nothing vanishes, and thin structures get wider.
     """
@@ -75,9 +76,9 @@ def _given(confidence: Tensor | None) -> Tensor:
 class Draws:
     """Where the noise of each sampler call of one forward pass comes from.
 
-    Level i draws its target patches in call 2 i and its support patches in call 2 i + 1. `noise` holds uniforms in
-    (0, 1), [rows, candidates] for each call; `seed` derives one seed a call. With neither, training draws from
-    torch's generator, and evaluation takes the best windows.
+    Level i draws its target patches in call 2 i and its support patches in call 2 i + 1. `noise` holds
+    uniforms in (0, 1), [rows, candidates] for each call; `seed` derives one seed a call. With neither,
+    training draws from torch's generator, and evaluation takes the best windows.
     """
 
     def __init__(self, levels: int, training: bool, seed: int | None, noise: Sequence[Tensor] | None) -> None:
@@ -101,4 +102,6 @@ class Draws:
         """[B, 1, 1, 1] uniforms in (0, 1): a sample below the oracle's share is picked for by the oracle."""
         if self._seed is None:
             return torch.rand(batch, 1, 1, 1, device=device)
-        return uniform(derived_seed(self._seed, 2 * self._levels + level), batch, 1, device).view(batch, 1, 1, 1)
+        return uniform(derived_seed(self._seed, 2 * self._levels + level), batch, 1, device).view(
+            batch, 1, 1, 1
+        )

@@ -1,9 +1,8 @@
-"""Training batches: a pure function of (configuration, seed, step), so that a resumed run sees the same data."""
+"""Training batches: a pure function of (configuration, seed, step), so that a resumed run sees the same."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +25,13 @@ class Task(Protocol):
     def masks(self) -> NDArray[np.uint8]: ...
 
 
+class Tasks(Protocol):
+    """Tasks by index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Task: ...
+
+
 @dataclass
 class Batch:
     """T tasks with S supports and Q targets each; float32, images and masks in [0, 1].
@@ -41,13 +47,16 @@ class Batch:
     seed: int
 
     def to(self, device: torch.device) -> Batch:
-        moved = (
-            t.to(device) for t in (self.support_images, self.support_masks, self.targets, self.target_masks)
+        return Batch(
+            self.support_images.to(device),
+            self.support_masks.to(device),
+            self.targets.to(device),
+            self.target_masks.to(device),
+            self.seed,
         )
-        return Batch(*moved, seed=self.seed)
 
 
-def training_batch(pool: Sequence[Task], config: DataConfig, seed: int, step: int) -> Batch:
+def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int) -> Batch:
     """The batch of one step. Each pass through the pool takes the tasks in a new order."""
     rng = np.random.default_rng((seed, step))
     support = int(rng.integers(config.min_support, config.max_support + 1))
@@ -78,7 +87,7 @@ def repeat_memory(memory: SupportMemory, times: int) -> SupportMemory:
 def augment(
     images: NDArray[np.uint8], masks: NDArray[np.uint8], config: DataConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images and masks [N, 1, H, W] in [0, 1]: one geometric change for the whole task, intensities partly per image."""
+    """Images and masks [N, 1, H, W] in [0, 1]: one geometric change a task, intensities partly per image."""
     x, y = _as_float(images, masks)
     x, y = _crop(x, y, config.crop, rng)
     if config.flip_rotate:
@@ -108,7 +117,8 @@ def _flip_rotate(x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor
     square = x.shape[-2] == x.shape[-1]
     turns = int(rng.integers(4)) if square else 2 * int(rng.integers(2))
     flipped = bool(rng.integers(2))
-    return tuple(torch.rot90(t.flip(-1) if flipped else t, turns, (-2, -1)) for t in (x, y))  # type: ignore[return-value]
+    x, y = (torch.rot90(t.flip(-1) if flipped else t, turns, (-2, -1)) for t in (x, y))
+    return x, y
 
 
 def _intensity(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:

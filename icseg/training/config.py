@@ -16,7 +16,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
-    """Raise ValueError naming the first of the fields `names` that is not a finite number of at least `least`."""
+    """Raise ValueError naming the first field of `names` that is not a finite number of at least `least`."""
     for name in names:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= least):
@@ -27,13 +27,16 @@ def at_least(config: Any, least: float, *names: str) -> None:
 class DataConfig:
     """Which tasks are seen, and how one step is made of them.
 
-    pool:               folder of the task pool; "" is `pool` inside the run's folder. Missing tasks are generated.
-    tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the generator.
+    pool:               folder of the task pool; "" is `pool` inside the run's folder. Missing tasks are
+                        generated.
+    tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
+                        generator.
     validation_tasks:   held-out tasks that the log's Dice is taken on.
     tasks_per_step:     T, tasks a step; targets: Q, targets that share one support set.
     min_support, max_support: the support size of a step is drawn from this range, both ends included.
     flip_rotate:        flips and 90-degree rotations, one for the whole task.
-    crop:               smallest side of a random crop, as a share of the image, one for the whole task; 1 is none.
+    crop:               smallest side of a random crop, as a share of the image, one for the whole task; 1 is
+                        none.
     invert:             probability that a task's intensities are inverted.
     gamma:              largest |log2| of a task's gamma; each image differs from it by a quarter of that.
     contrast:           largest relative change of contrast and shift of brightness, image by image.
@@ -105,9 +108,9 @@ class ScheduleConfig:
     """Linear warm-up, then a cosine down to `floor` times the learning rate.
 
     steps:       optimiser steps of the run.
-    max_minutes: wall-clock budget; 0 is none. Progress is then the larger of steps done and time spent, so how far
-                 the run gets, and with it the result, depends on the machine: only a run without this budget gives
-                 the same weights when it is repeated or resumed.
+    max_minutes: wall-clock budget; 0 is none. Progress is then the larger of steps done and time spent, so
+                 how far the run gets, and with it the result, depends on the machine: only a run without this
+                 budget gives the same weights when it is repeated or resumed.
     warmup:      steps of the warm-up.
     """
 
@@ -161,13 +164,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A whole run. In TOML each field is a table; [model] holds `architecture` and that configuration's fields."""
+    """A whole run. In TOML each field is a table; [model] holds `architecture` and its fields."""
 
     model: PatchICLConfig = field(default_factory=PatchICLConfig.sparse)
     data: DataConfig = DataConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = RunConfig()
 
     @classmethod
@@ -177,22 +180,19 @@ class TrainingConfig:
         Raises ValueError that names the table for an unknown key or a value of the wrong type or range.
         """
         check_keys(cls, values)
-        sections = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "model"}
         made: dict[str, Any] = {}
         for name, table in values.items():
             if not isinstance(table, dict):
                 raise ValueError(f"[{name}] must be a table, got {table!r}")
             try:
-                made[name] = (
-                    _model_config(table) if name == "model" else _section(type(sections[name]), table)
-                )
+                made[name] = _model_config(table) if name == "model" else _section(_SECTIONS[name], table)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"[{name}] {error}") from error
         return cls(**made)
 
     @classmethod
     def from_file(cls, path: str | Path) -> TrainingConfig:
-        """Read a TOML file. Raises FileNotFoundError, or ValueError for a file that is not a configuration."""
+        """Read a TOML file. Raises FileNotFoundError, or ValueError if it is not a configuration."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"config must be an existing TOML file, got {path}")
@@ -205,6 +205,15 @@ class TrainingConfig:
         """Plain data (JSON, TOML) from which `from_dict` makes an equal configuration."""
         tables = {f.name: dataclasses.asdict(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {**tables, "model": self.model.to_dict()}
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "optimiser": OptimiserConfig,
+    "schedule": ScheduleConfig,
+    "loss": LossConfig,
+    "run": RunConfig,
+}
 
 
 def _section(cls: type, table: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +22,7 @@ from icseg.data.synthetic import TaskPool
 from icseg.losses import segmentation_loss
 from icseg.metrics import dice
 from icseg.model import PatchICL
-from icseg.training.batches import Batch, Task, repeat_memory, training_batch, validation_batch
+from icseg.training.batches import Batch, Tasks, repeat_memory, training_batch, validation_batch
 from icseg.training.config import TrainingConfig
 from icseg.training.log import append_row, rewind_log
 from icseg.training.optimisation import autocast, make_optimiser, update_average
@@ -36,10 +36,10 @@ _VALIDATION_SEED = 10_000
 
 @runtime_checkable
 class ScheduledNetwork(Protocol):
-    """A network with schedules of its own (how often patches are picked by the true error, say)."""
+    """A network that picks patches by the true mask on a schedule of its own."""
 
-    def set_training_progress(self, progress: float) -> None:
-        """Called before every step with the share of the run that is over, in [0, 1]."""
+    def set_oracle_step(self, step: int) -> None:
+        """Called before every optimiser step with the number of passes through the task pool that are over."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ def train(
     *,
     resume: bool = False,
     device: str | torch.device = "cpu",
-    pools: tuple[Sequence[Task], Sequence[Task]] | None = None,
+    pools: tuple[Tasks, Tasks] | None = None,
     show_progress: bool = True,
 ) -> TrainingResult:
     """Train a model on synthetic tasks; the folder `directory` then holds model.safetensors and log.jsonl.
 
-    resume: go on from the folder's last checkpoint. On the same machine, and without `max_minutes`, the weights
-            are then bit for bit those of an uninterrupted run.
+    resume: go on from the folder's last checkpoint. On the same machine, and without `max_minutes`, the
+            weights are then bit for bit those of an uninterrupted run.
     pools:  training and validation tasks in place of the generated ones.
 
-    One SIGINT (Ctrl-C) or SIGTERM ends the run after the current step, with a checkpoint. Raises FileExistsError
-    if the folder holds a run and `resume` is not given, FileNotFoundError or ValueError if it cannot be resumed,
-    FloatingPointError if the loss stays non-finite.
+    One SIGINT (Ctrl-C) or SIGTERM ends the run after the current step, with a checkpoint. Raises
+    FileExistsError if the folder holds a run and `resume` is not given, FileNotFoundError or ValueError if it
+    cannot be resumed, FloatingPointError if the loss stays non-finite.
     """
     directory, device = Path(directory), torch.device(device)
     if not resume and (directory / STATE_FILE).exists():
@@ -104,7 +104,7 @@ def train(
         return run.go(training_pool, validation_pool, stop, show_progress)
 
 
-def open_pools(config: TrainingConfig, directory: Path) -> tuple[Sequence[Task], Sequence[Task]]:
+def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
     """Training and validation tasks on disk; those that are missing are generated now."""
     data, workers = config.data, config.run.workers
     folder = Path(data.pool) if data.pool else directory / "pool"
@@ -125,53 +125,46 @@ class _Run:
         self.optimiser = make_optimiser(self.model, config.optimiser)
         self.progress = Progress()
         self.dice: float | None = None
+        self.skipped_in_a_row = 0
 
-    def go(
-        self, training: Sequence[Task], validation: Sequence[Task], stop: threading.Event, show: bool
-    ) -> TrainingResult:
+    def go(self, training: Tasks, validation: Tasks, stop: threading.Event, show: bool) -> TrainingResult:
         run, progress = self.config.run, self.progress
-        start = last_save = time.monotonic()
-        spent_before = progress.elapsed
+        clock = _Clock(progress.elapsed)
         recent = _Recent()
-        skipped_in_a_row = 0
         self.model.train()
-        with tqdm(
-            total=self.config.schedule.steps, initial=progress.step, unit="step", disable=not show
-        ) as bar:
+        total = self.config.schedule.steps
+        with tqdm(total=total, initial=progress.step, unit="step", disable=not show) as bar:
             while self._share_done() < 1 and not stop.is_set():
                 batch = training_batch(training, self.config.data, run.seed, progress.step).to(self.device)
-                terms = self._step(batch)
-                skipped_in_a_row = 0 if terms else skipped_in_a_row + 1
-                if skipped_in_a_row > LARGEST_RUN_OF_SKIPS:
-                    raise FloatingPointError(
-                        f"loss and gradient must be finite, got {skipped_in_a_row} steps in a row that were not "
-                        f"(at step {progress.step}); a lower learning rate may help"
-                    )
-                recent.add(terms, len(batch.targets))
-                progress.elapsed = spent_before + time.monotonic() - start
+                recent.add(self._step(batch), len(batch.targets))
+                progress.elapsed = clock.elapsed()
                 bar.update()
                 if progress.step % run.log_steps == 0:
                     row = recent.row()
-                    append_row(self.directory, {**self._where(), **row})
+                    self._log(row)
                     bar.set_postfix(loss=row.get("total"), samples_per_second=row["samples_per_second"])
-                if validation and progress.step % run.validate_steps == 0:
+                if progress.step % run.validate_steps == 0:
                     self._validate(validation)
-                due = run.checkpoint_steps and progress.step % run.checkpoint_steps == 0
-                if due or time.monotonic() - last_save > 60 * run.checkpoint_minutes > 0:
+                if self._checkpoint_due(clock):
                     self._save()
-                    last_save = time.monotonic()
+                    clock.mark()
         return self._end(validation)
+
+    def _checkpoint_due(self, clock: _Clock) -> bool:
+        every, minutes = self.config.run.checkpoint_steps, self.config.run.checkpoint_minutes
+        by_steps = every > 0 and self.progress.step % every == 0
+        return by_steps or clock.since_mark() > 60 * minutes > 0
 
     def _share_done(self) -> float:
         return self.config.schedule.progress(self.progress.step, self.progress.elapsed)
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; the loss and its terms, or nothing if they were not finite and the step was left out."""
+        """One optimiser step: the loss and its terms, or nothing if it was left out as not finite."""
         config, step, share = self.config, self.progress.step, self._share_done()
         for group in self.optimiser.param_groups:
             group["lr"] = config.optimiser.learning_rate * config.schedule.factor(step, share)
         if isinstance(self.model.network, ScheduledNetwork):
-            self.model.network.set_training_progress(share)
+            self.model.network.set_oracle_step(step * config.data.tasks_per_step // config.data.tasks)
         torch.manual_seed(batch.seed)
         terms = self._loss(batch)
         self.optimiser.zero_grad(set_to_none=True)
@@ -180,11 +173,21 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip)
         self.progress.step += 1
         if not bool(torch.isfinite(terms["total"].detach() + norm)):
-            self.progress.skipped += 1
+            self._skip()
             return {}
+        self.skipped_in_a_row = 0
         self.optimiser.step()
         update_average(self.average, self.model, config.optimiser.ema, step)
         return {name: float(value.detach()) for name, value in terms.items()}
+
+    def _skip(self) -> None:
+        self.progress.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > LARGEST_RUN_OF_SKIPS:
+            raise FloatingPointError(
+                f"loss and gradient must be finite, got {self.skipped_in_a_row} steps running that were not, "
+                f"up to step {self.progress.step}; a lower learning rate may help"
+            )
 
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
         targets_a_task = len(batch.targets) // len(batch.support_images)
@@ -199,28 +202,30 @@ class _Run:
             batch.support_masks.repeat_interleave(targets_a_task, 0),
         )
 
-    def _validate(self, pool: Sequence[Task]) -> None:
-        scores = validate(self.average, pool, self.config.data.max_support, self.device)
-        self.dice = scores["dice"]
-        append_row(self.directory, {**self._where(), **scores})
+    def _validate(self, tasks: Tasks) -> None:
+        if len(tasks):
+            scores = validate(self.average, tasks, self.config.data.max_support, self.device)
+            self.dice = scores["dice"]
+            self._log(scores)
 
-    def _where(self) -> dict[str, Any]:
-        return {
+    def _log(self, values: dict[str, Any]) -> None:
+        where = {
             "step": self.progress.step,
             "minutes": round(self.progress.elapsed / 60, 2),
             "learning_rate": self.optimiser.param_groups[0]["lr"],
         }
+        append_row(self.directory, {**where, **values})
 
     def _save(self) -> None:
         save_state(self.directory, self.config, self.progress, self.model, self.average, self.optimiser)
 
-    def _end(self, validation: Sequence[Task]) -> TrainingResult:
+    def _end(self, validation: Tasks) -> TrainingResult:
         self._save()
         progress = self.progress
         finished = self._share_done() >= 1
         model = None
         if finished:
-            if validation and progress.step % self.config.run.validate_steps:
+            if progress.step % self.config.run.validate_steps:
                 self._validate(validation)
             model = self.directory / MODEL_FILE
             trained = {
@@ -235,7 +240,7 @@ class _Run:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, pool: Sequence[Task], support: int, device: torch.device) -> dict[str, Any]:
+def validate(model: nn.Module, pool: Tasks, support: int, device: torch.device) -> dict[str, Any]:
     """Mean Dice of `model` (in evaluation mode) over the targets of the tasks in `pool`.
 
     Returns {"dice": at the full size, "level_dice": [each level's combined map brought to the full size]}.
@@ -254,6 +259,23 @@ def validate(model: nn.Module, pool: Sequence[Task], support: int, device: torch
         )
     *levels, final = torch.stack(scores).mean(0).tolist()
     return {"dice": final, "level_dice": levels}
+
+
+class _Clock:
+    """Seconds spent, those before a resumption included, and seconds since the last mark."""
+
+    def __init__(self, spent: float) -> None:
+        self._marked = time.monotonic()
+        self._start = self._marked - spent
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def mark(self) -> None:
+        self._marked = time.monotonic()
+
+    def since_mark(self) -> float:
+        return time.monotonic() - self._marked
 
 
 class _Recent:
@@ -294,9 +316,8 @@ def _stop_request() -> Iterator[threading.Event]:
         stop.set()
         signal.signal(number, usual[number])
 
-    handler: Callable[[int, Any], None] = request
     for number in usual:
-        signal.signal(number, handler)
+        signal.signal(number, request)
     try:
         yield stop
     finally:

@@ -31,13 +31,14 @@ def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Ada
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the weights of `average` towards those of `model`; buffers are copied.
 
-    Early steps use the smaller decay (1 + step) / (10 + step), so that the initial weights are soon forgotten.
+    Early steps use the smaller decay (1 + step) / (10 + step), so that the initial weights are soon
+    forgotten.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for mean, value in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(value, 1 - decay)
-    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
-        mean.copy_(value)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:

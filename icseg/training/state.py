@@ -21,7 +21,7 @@ STATE_KEY = "icseg_training"
 
 @dataclass
 class Progress:
-    """step: optimiser steps done; elapsed: seconds spent; skipped: steps left out for a loss that was not finite."""
+    """step: optimiser steps done; elapsed: seconds spent; skipped: steps left out as not finite."""
 
     step: int = 0
     elapsed: float = 0.0

@@ -1,4 +1,4 @@
-"""selected_attention: softmax attention over lists of keys, with bounds instead of masks and an optional sink."""
+"""selected_attention: softmax attention over lists of keys, with bounds for masks and an optional sink."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def selected_attention(
     elif kv_end is not None:
         queries, keys = _checked_runs(kv_end, q, k, index)
     backends.select("selected_attention", backend, q, k, v, index)
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if index is None and not return_lse:
-        return reference.dense(q, k, v, queries, keys, sink, factor)
+        return reference.dense(q, k, v, queries, keys, sink, scale)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     attend = _SelectedAttention.apply if graph else _forward_op
     out, lse = attend(q, k, v, index, queries, keys, sink, factor)
@@ -124,18 +124,14 @@ class _SelectedAttention(torch.autograd.Function):
         sink: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward_op(q, k, v, index, queries, keys, sink, scale)
-        ctx.save_for_backward(q, k, v, index, out, lse)
-        ctx.runs = queries, keys
-        ctx.scale = scale
-        return out, lse
+        ctx.save_for_backward(q, k, v, index)
+        ctx.settings = queries, keys, sink, scale
+        return _forward_op(q, k, v, index, queries, keys, sink, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, index, out, lse = ctx.saved_tensors
-        grads = _backward_op(grad_out, grad_lse, q, k, v, index, out, lse, *ctx.runs, ctx.scale)
-        return *grads, None, None, None, None, None
+        return *_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -145,7 +141,9 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != d:
         raise ValueError(f"k must have shape [B, h, Nk, D] with B, h, D = {b}, {h}, {d}, got {list(k.shape)}")
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k.shape[2]}, got {list(v.shape)}")
+        raise ValueError(
+            f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k.shape[2]}, got {list(v.shape)}"
+        )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise TypeError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
@@ -178,8 +176,12 @@ def _checked_runs(
     nq, groups, listed = q.shape[2], 1, k.shape[2]
     if index is not None:
         groups, listed = index.shape[1:]
-    if not isinstance(kv_end, Sequence) or any(not isinstance(run, Sequence) or len(run) != 2 for run in kv_end):
-        raise TypeError(f"kv_end must be an int or a sequence of (queries, keys) pairs of ints, got {kv_end!r}")
+    if not isinstance(kv_end, Sequence) or any(
+        not isinstance(run, Sequence) or len(run) != 2 for run in kv_end
+    ):
+        raise TypeError(
+            f"kv_end must be an int or a sequence of (queries, keys) pairs of ints, got {kv_end!r}"
+        )
     runs = [run for run in kv_end if run[0] != 0]
     queries, keys = [run[0] for run in runs], [run[1] for run in runs]
     if sum(queries) != nq or any(count < 0 for count in queries):
@@ -220,10 +222,9 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     index: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     queries: list[int],
     keys: list[int],
+    sink: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -237,7 +238,7 @@ _forward_op = backends.register(
 )
 _backward_op = backends.register(
     "selected_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor? index,"
-    " Tensor out, Tensor lse, SymInt[] queries, SymInt[] keys, float scale) -> (Tensor, Tensor, Tensor)",
+    " SymInt[] queries, SymInt[] keys, bool sink, float scale) -> (Tensor, Tensor, Tensor)",
     reference.backward,
     _fake_backward,
 )
@@ -265,10 +266,9 @@ def _count_backward(
     k: tuple[int, ...],
     v: tuple[int, ...],
     index: tuple[int, ...] | None,
-    out: tuple[int, ...],
-    lse: tuple[int, ...],
     queries: list[int],
     keys: list[int],
+    sink: bool,
     scale: float,
     *,
     out_shape: Any,

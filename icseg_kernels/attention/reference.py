@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], sink: bool, scale: float) -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], sink: bool, scale: float | None
+) -> Tensor:
     """SDPA, one call for each run of `queries[i]` queries over the first `keys[i]` keys; no runs: over all.
 
     Returns [B, h, Nq, Dv].
@@ -46,13 +48,10 @@ def forward(
     outs, lses = [], []
     with torch.autocast(q.device.type, enabled=False):
         for run in _runs(q, k, index, queries, keys):
-            scores = _scores(run.grouped(q, dtype), run.selected(k, dtype), run.valid, scale)
-            lse = scores.logsumexp(dim=-1)  # [B, h, G, Nq / G]
-            if sink:
-                lse = torch.logaddexp(lse, torch.zeros_like(lse))
-            out = _probabilities(scores, lse) @ run.selected(v, dtype)
+            scores = _scores(run.grouped(q, dtype), run.selected(k, dtype), run.valid, sink, scale)
+            out = _probabilities(scores, sink) @ run.selected(v, dtype)
             outs.append(out.flatten(2, 3))
-            lses.append(lse.flatten(2, 3))
+            lses.append(scores.logsumexp(dim=-1).flatten(2, 3))
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
 
@@ -63,23 +62,23 @@ def backward(
     k: Tensor,
     v: Tensor,
     index: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     queries: list[int],
     keys: list[int],
+    sink: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the probabilities are computed again from lse, which already holds the sink."""
-    dtype = lse.dtype
+    """Gradients of q, k and v; the probabilities are computed again."""
+    dtype = lse_dtype(q.dtype)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
     grad_q = []
     with torch.autocast(q.device.type, enabled=False):
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1, keepdim=True) - grad_lse[..., None]
         for run in _runs(q, k, index, queries, keys):
-            q_run, grad = run.grouped(q, dtype), run.grouped(grad_out, dtype)
-            k_run, v_run = run.selected(k, dtype), run.selected(v, dtype)
-            p = _probabilities(_scores(q_run, k_run, run.valid, scale), run.grouped(lse[..., None], dtype)[..., 0])
-            grad_scores = p * (grad @ v_run.mT - run.grouped(delta, dtype)) * scale
+            q_run, k_run, v_run = run.grouped(q, dtype), run.selected(k, dtype), run.selected(v, dtype)
+            p = _probabilities(_scores(q_run, k_run, run.valid, sink, scale), sink)
+            grad = run.grouped(grad_out, dtype)
+            grad_p = grad @ v_run.mT
+            mean = (p * grad_p).sum(dim=-1, keepdim=True)
+            grad_scores = p * (grad_p - mean + run.grouped(grad_lse[..., None], dtype)) * scale
             grad_q.append((grad_scores @ k_run).flatten(2, 3))
             _add_rows(grad_k, run.rows, grad_scores.mT @ q_run)
             _add_rows(grad_v, run.rows, p.mT @ grad)
@@ -129,13 +128,17 @@ def _runs(q: Tensor, k: Tensor, index: Tensor | None, queries: list[int], keys: 
         start = stop
 
 
-def _scores(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:
-    return (q @ k.mT * scale).masked_fill(~valid[:, None, :, None, :], float("-inf"))  # [B, h, G, Nq / G, M]
+def _scores(q: Tensor, k: Tensor, valid: Tensor, sink: bool, scale: float) -> Tensor:
+    """[B, h, G, Nq / G, M], -inf where not valid; a sink is one more column, of zeros."""
+    scores = (q @ k.mT * scale).masked_fill(~valid[:, None, :, None, :], float("-inf"))
+    return F.pad(scores, (0, 1)) if sink else scores
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 where a query has no valid key at all (lse = -inf)."""
-    return (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+def _probabilities(scores: Tensor, sink: bool) -> Tensor:
+    """Of the listed keys: softmax, and 0 where a query has no key at all."""
+    if sink:
+        return scores.softmax(dim=-1)[..., :-1]
+    return scores.softmax(dim=-1).masked_fill((scores == float("-inf")).all(dim=-1, keepdim=True), 0)
 
 
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -144,7 +147,9 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
     values = values.flatten(2, 3)  # [B, h, G * M, D]
     if total.is_cuda:  # scatter_add would add atomically; this sorts
         flat = (rows.flatten(1) + n * torch.arange(b, device=rows.device)[:, None]).flatten()
-        added = values.new_zeros(b * n, h, d).index_put_((flat,), values.transpose(1, 2).flatten(0, 1), accumulate=True)
+        added = values.new_zeros(b * n, h, d).index_put_(
+            (flat,), values.transpose(1, 2).flatten(0, 1), accumulate=True
+        )
         total += added.unflatten(0, (b, n)).transpose(1, 2)
     else:
         total.scatter_add_(2, rows.flatten(1)[:, None, :, None].expand_as(values), values)

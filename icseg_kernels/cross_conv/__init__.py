@@ -90,10 +90,14 @@ def _checked(
         raise ValueError(f"x must have shape [B, Sx, Cx, H, W], got {list(x.shape)}")
     b, _, cx, h, w = x.shape
     if y.ndim != 5 or y.shape[0] != b or y.shape[3:] != x.shape[3:]:
-        raise ValueError(f"y must have shape [B, Sy, Cy, H, W] with B, H, W = {b}, {h}, {w}, got {list(y.shape)}")
+        raise ValueError(
+            f"y must have shape [B, Sy, Cy, H, W] with B, H, W = {b}, {h}, {w}, got {list(y.shape)}"
+        )
     channels = cx + y.shape[2]
     if weight.ndim != 4 or weight.shape[1] != channels:
-        raise ValueError(f"weight must have shape [Co, {channels}, kh, kw] (Cx + Cy), got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape [Co, {channels}, kh, kw] (Cx + Cy), got {list(weight.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
     if padding_mode not in _PAD_MODES:

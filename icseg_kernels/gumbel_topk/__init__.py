@@ -87,7 +87,7 @@ def gumbel_topk(
     seed:    int, or a 0-dim int64 tensor on the device of logits, which a CUDA graph may refill; None takes
              one from torch's generator. The noise is float32 and depends on seed, row and element alone
              (`icseg_kernels.philox`), so the same logits give the same draw on every device and backend. Rows
-             count from the start of the batch: half a batch draws as the first half of the whole.
+             count from the start of the batch: its first half alone draws the same, its second half does not.
     noise:   [B, N] (or broadcastable) noise instead of a seed; 0 gives the plain top-k. Receives gradients.
     backend: "reference", or None for the best.
 

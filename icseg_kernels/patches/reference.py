@@ -74,7 +74,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pixels(coords: Tensor, patch_size: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """rows, cols [..., K, p], clamped into the image, and inside [..., K, 1, p, p], where no clamp was needed."""
+    """rows, cols [..., K, p], clamped into the image; inside [..., K, 1, p, p], where no clamp was needed."""
     rows, rows_inside = _pixels_along(coords[..., 0], patch_size, height)
     cols, cols_inside = _pixels_along(coords[..., 1], patch_size, width)
     return rows, cols, (rows_inside[..., :, None] & cols_inside[..., None, :]).unsqueeze(-3)

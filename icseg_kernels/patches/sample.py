@@ -61,7 +61,7 @@ def sample_patches(
     The chain of PatchICL (arXiv 2604.12752): zero-pad the map; take the maximum over every window of
     patch_size x patch_size pixels; rescale each sample's maxima to [0, 1], (m - min) / (max - min + 1e-6);
     blur them with a normalised Gaussian of int(4 * sigma + 1) | 1 taps, zeros outside; keep every stride-th
-    window on both axes; divide by the temperature; draw with `gumbel_topk`. A constant map is drawn uniformly.
+    window on both axes; divide by the temperature; draw with `gumbel_topk`. A constant map draws uniformly.
 
     weights:        [B, 1, H, W] float16, bfloat16, float32 or float64 (narrow types compute in float32), any
                     strides. NaN and -inf count as the map's lowest finite value, +inf as its highest.

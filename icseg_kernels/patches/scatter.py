@@ -51,7 +51,7 @@ def scatter_patches(
 
     Returns:
         Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in
-        the order of K, whatever the number of threads, in float32 for the 16-bit types. Autocast changes nothing.
+        the order of K, with any number of threads, in float32 for the 16-bit types. Autocast changes nothing.
 
     Once differentiable with respect to `patches`.
 

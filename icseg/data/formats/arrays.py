@@ -18,7 +18,10 @@ class ArrayGeometry(Geometry):
         """An .npz file holds the array under the name `mask` (class ids) or `uncertainty` (float)."""
         with path.open("wb") as file:
             if self.suffix == ".npz":
-                np.savez_compressed(file, **{"uncertainty" if array.dtype.kind == "f" else "mask": array})
+                if array.dtype.kind == "f":
+                    np.savez_compressed(file, uncertainty=array)
+                else:
+                    np.savez_compressed(file, mask=array)
             else:
                 np.save(file, array, allow_pickle=False)
 

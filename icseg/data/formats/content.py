@@ -53,7 +53,7 @@ class Content:
 
 
 def luma(channels: Array) -> Array:
-    """Grey values of colour pixels: [..., C] to [...]; C = 2 and 4 end in an alpha channel, which is ignored."""
+    """Grey values of colour pixels: [..., C] to [...]; the alpha channel of C = 2 and 4 is ignored."""
     if channels.shape[-1] <= 2:
         return channels[..., 0]
     return channels[..., :3].astype(np.float32) @ LUMA

@@ -1,4 +1,4 @@
-"""NIfTI. Volumes are turned so that every slice is as a radiologist's viewer shows it; maps are turned back."""
+"""NIfTI. Volumes are turned so that slices are as a radiologist's viewer shows them; maps are turned back."""
 
 from __future__ import annotations
 

@@ -39,15 +39,10 @@ class TiffGeometry(Geometry):
 def read(path: Path, *, labels: bool) -> Content:
     """Read a TIFF file; `labels` keeps palette indices and demands one channel."""
     with _damage_is_an_error(), tifffile.TiffFile(path) as file:
-        if len(file.series) != 1:
-            raise ValueError(
-                f"it holds {len(file.series)} images of different shapes; one image or stack is needed"
-            )
-        series = file.series[0]
-        page = series.keyframe
-        pixels, axes = _squeezed(series.asarray(), series.axes)
+        pixels, axes = _stack(file)
+        page = file.series[0].keyframe
         dtype = pixels.dtype
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not labels:
+        if page.colormap is not None and not labels:
             pixels, axes = np.moveaxis(page.colormap, 0, -1)[pixels], axes + "S"
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and dtype.kind in "bu":
             pixels = np.invert(pixels)
@@ -64,13 +59,15 @@ def read(path: Path, *, labels: bool) -> Content:
     return Content(upright(pixels, orientation) if orientation != 1 else pixels, dtype, geometry, lossy)
 
 
-def _squeezed(pixels: Array, axes: str) -> tuple[Array, str]:
-    """Without axes of length 1, except height and width."""
-    keep = [
-        i
-        for i, (name, length) in enumerate(zip(axes, pixels.shape, strict=True))
-        if length > 1 or name in "YX"
-    ]
+def _stack(file: tifffile.TiffFile) -> tuple[Array, str]:
+    """All pages, and tifffile's letters of the axes, without axes of length 1 other than height and width."""
+    series = file.series
+    if len({(one.shape, one.axes, one.dtype) for one in series}) != 1:
+        raise ValueError(f"it holds {len(series)} images of different shapes; one image or stack is needed")
+    pixels, axes = series[0].asarray(), series[0].axes
+    if len(series) > 1:
+        pixels, axes = np.stack([one.asarray() for one in series]), "I" + axes
+    keep = [i for i, (name, n) in enumerate(zip(axes, pixels.shape, strict=True)) if n > 1 or name in "YX"]
     return pixels.reshape([pixels.shape[i] for i in keep]), "".join(axes[i] for i in keep)
 
 

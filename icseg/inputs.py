@@ -1,0 +1,137 @@
+"""What `segment` works on, checked: its options, the support set, and the slices of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icseg.data.images import Image, as_image, as_mask
+from icseg.data.normalise import check_intensities, check_window, intensity_window, normalise
+
+SIZES = (128, 1024)
+MOST_CLASSES = 64  # more distinct values than this are a grey image, not a mask of class ids
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How targets are segmented; every field is checked.
+
+    size:        pixels of the square that the model sees, 128 to 1024; masks have the input's own size.
+    classes:     class ids to segment; None takes all that the support masks hold.
+    axis:        0, 1 or 2: go through volumes slice by slice along it (NIfTI: sagittal, coronal, axial).
+    window:      (low, high) intensities to map to [0, 1]; None takes percentiles of each image or volume.
+    batch_size:  slices of a volume that go through the model together.
+    threshold:   least probability of a pixel's class; below it, the pixel is background.
+    seeds:       average over draws of patches with these seeds; none takes the best patches, without noise.
+    uncertainty: also return the entropy of the classes.
+    """
+
+    size: int = 256
+    classes: tuple[int, ...] | None = None
+    axis: int | None = None
+    window: tuple[float, float] | None = None
+    batch_size: int = 8
+    threshold: float = 0.5
+    seeds: tuple[int, ...] = ()
+    uncertainty: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or not SIZES[0] <= self.size <= SIZES[1]:
+            raise ValueError(f"size must be an integer from {SIZES[0]} to {SIZES[1]}, got {self.size}")
+        if self.axis not in (None, 0, 1, 2):
+            raise ValueError(f"axis must be 0, 1, 2 or None, got {self.axis}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}")
+        if self.classes is not None and (not self.classes or min(self.classes) < 1):
+            raise ValueError(f"classes must be ids of at least 1 (0 is background), got {list(self.classes)}")
+        check_window(self.window)
+
+
+@dataclass(frozen=True)
+class SupportPair:
+    """image: [H, W] float32 in [0, 1]; mask: [H, W] class ids."""
+
+    image: NDArray[np.float32]
+    mask: NDArray[Any]
+
+
+class SupportSet:
+    """Annotated images, checked. `classes`: {class id: the pairs that hold it}, by ascending id."""
+
+    def __init__(
+        self, images: Sequence[object], masks: Sequence[object], options: SegmentOptions | None = None
+    ) -> None:
+        options = options or SegmentOptions()
+        if len(images) == 0:
+            raise ValueError("support_images must hold at least one image, got none")
+        if len(images) != len(masks):
+            raise ValueError(
+                f"support_masks must hold one mask for each of {len(images)} support images, got {len(masks)}"
+            )
+        self.pairs = [
+            pair
+            for i, (image, mask) in enumerate(zip(images, masks, strict=True))
+            for pair in _support_pairs(
+                as_image(image, f"support_images[{i}]"), as_mask(mask, f"support_masks[{i}]"), options
+            )
+        ]
+        present = sorted({int(i) for pair in self.pairs for i in np.unique(pair.mask)} - {0})
+        self.classes = {
+            i: [pair for pair in self.pairs if (pair.mask == i).any()] for i in _chosen(present, options)
+        }
+
+
+def prepare(image: Image, options: SegmentOptions) -> tuple[NDArray[Any], tuple[float, float]]:
+    """The slices [N, H, W] of an image and the intensities that become 0 and 1.
+
+    Raises ValueError for a volume without an axis, and for values that are constant or not finite.
+    """
+    planes = image.planes(options.axis)
+    if options.window is None:
+        return planes, intensity_window(image.array, image.name)
+    check_intensities(image.array, image.name)
+    check_intensities(
+        np.clip(image.array, *options.window), f"{image.name} inside the window {options.window}"
+    )
+    return planes, options.window
+
+
+def _support_pairs(image: Image, mask: Image, options: SegmentOptions) -> Iterator[SupportPair]:
+    """The pair, or for a volume one pair for each slice with a label."""
+    slices, window = prepare(image, options)
+    labels = mask.planes(options.axis)
+    if labels.shape != slices.shape:
+        raise ValueError(
+            f"{mask.name} must have the size of {image.name} ({_size(slices)}), got {_size(labels)}"
+        )
+    for values, ids in zip(slices, labels, strict=True):
+        if len(slices) == 1 or ids.any():
+            yield SupportPair(normalise(values, window), ids)
+
+
+def _size(planes: NDArray[Any]) -> str:
+    count, height, width = planes.shape
+    return f"{height} x {width}" if count == 1 else f"{count} slices of {height} x {width}"
+
+
+def _chosen(present: list[int], options: SegmentOptions) -> list[int]:
+    if not present:
+        raise ValueError("support_masks must mark at least one pixel, got only background")
+    if options.classes is not None:
+        if absent := sorted(set(options.classes) - set(present)):
+            raise ValueError(
+                f"classes must be ids in the support masks ({', '.join(map(str, present))}), "
+                f"got {', '.join(map(str, absent))}"
+            )
+        return sorted(set(options.classes))
+    if len(present) > MOST_CLASSES:
+        raise ValueError(
+            f"support_masks must hold at most {MOST_CLASSES} ids unless classes are given, got {len(present)}"
+        )
+    return present

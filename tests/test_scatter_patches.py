@@ -1,0 +1,345 @@
+"""scatter_patches against naive loops, F.fold and its own adjoint."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from icseg_kernels import BackendError, flops, gather_patches, scatter_patches
+from icseg_kernels.patches import NO_PATCH, gaussian_weight
+
+INT64 = torch.iinfo(torch.int64)
+HOSTILE = [
+    [0, 0],
+    [2, 3],
+    [2, 3],
+    [-2, -1],
+    [6, 7],
+    [-4, 0],
+    [0, 9],
+    [NO_PATCH, 1],
+    [INT64.min, 0],
+    [INT64.max, 0],
+]
+
+
+def scattered_by_loop(
+    patches: Tensor, coords: Tensor, size: tuple[int, int], weight: Tensor, fill: float
+) -> tuple[Tensor, Tensor]:
+    """[K, C, p, p], [K, 2] -> mean [C, H, W], coverage [H, W], pixel by pixel in float64."""
+    sums, total = (
+        torch.zeros(patches.shape[1], *size, dtype=torch.float64),
+        torch.zeros(size, dtype=torch.float64),
+    )
+    for k, (top, left) in enumerate(coords.tolist()):
+        for i, j in itertools.product(range(patches.shape[-1]), repeat=2):
+            y, x = top + i, left + j
+            if 0 <= y < size[0] and 0 <= x < size[1]:
+                sums[:, y, x] += weight[i, j].double() * patches[k, :, i, j].double()
+                total[y, x] += weight[i, j].double()
+    return torch.where(total > 0, sums / total, fill), total > 0
+
+
+def random_patches(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def random_coords(*shape: int, low: int = -3, high: int = 9, seed: int = 1) -> Tensor:
+    return torch.randint(low, high, (*shape, 2), generator=torch.Generator().manual_seed(seed))
+
+
+def weights(kind: str, patch_size: int) -> tuple[str | Tensor | None, Tensor]:
+    """The argument, and the same as a tensor."""
+    if kind == "uniform":
+        return None, torch.ones(patch_size, patch_size)
+    if kind == "gaussian":
+        return "gaussian", gaussian_weight(patch_size)
+    table = torch.rand(patch_size, patch_size, generator=torch.Generator().manual_seed(3))
+    table[0] = 0
+    return table, table
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "tensor"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
+)
+def test_equals_a_loop_over_pixels(kind, dtype, tolerance):
+    patches, coords = random_patches(2, len(HOSTILE), 3, 4, 4, dtype=dtype), torch.tensor(HOSTILE)
+    coords = torch.stack([coords, coords.flip(0)])
+    weight, table = weights(kind, 4)
+    found = scatter_patches(patches, coords, (7, 9), weight=weight, fill=-3.0)
+    assert found.mean.dtype == dtype
+    assert found.coverage.shape == (2, 1, 7, 9)
+    for b in range(2):
+        mean, covered = scattered_by_loop(patches[b], coords[b], (7, 9), table, -3.0)
+        assert torch.equal(found.coverage[b, 0], covered)
+        torch.testing.assert_close(found.mean[b].double(), mean, rtol=tolerance, atol=tolerance)
+        assert (found.mean[b][:, ~covered] == -3).all()
+
+
+def test_worked_example():
+    patches = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 2, 2)
+    found = scatter_patches(patches, torch.tensor([[[0, 0], [0, 1]]]), (2, 4))
+    assert found.mean.tolist() == [[[[1, 2, 3, -10], [1, 2, 3, -10]]]]
+    assert found.coverage.tolist() == [[[[True, True, True, False]] * 2]]
+
+
+def test_a_patch_given_twice_counts_twice():
+    patches = torch.tensor([0.0, 0.0, 3.0]).view(1, 3, 1, 1, 1)
+    coords = torch.zeros(1, 3, 2, dtype=torch.int32)
+    assert scatter_patches(patches, coords, (1, 1)).mean.item() == 1.0
+
+
+@pytest.mark.parametrize("weight", [None, "gaussian"])
+def test_what_was_gathered_comes_back_where_it_lay(weight):
+    source, coords = random_patches(2, 3, 12, 14, dtype=torch.float64), random_coords(2, 6, low=-3, high=13)
+    found = scatter_patches(gather_patches(source, coords, 5), coords, (12, 14), weight=weight)
+    expected = torch.where(found.coverage, source, -10.0)
+    torch.testing.assert_close(found.mean, expected, rtol=1e-14, atol=1e-14)
+    assert 0 < found.coverage.float().mean() < 1
+
+
+def test_one_patch_a_pixel_comes_back_exact():
+    source = random_patches(2, 3, 12, 16)
+    grid = torch.cartesian_prod(torch.arange(0, 12, 4), torch.arange(0, 16, 4)).expand(2, 12, 2)
+    for weight in (None, "gaussian"):
+        found = scatter_patches(gather_patches(source, grid, 4), grid, (12, 16), weight=weight)
+        assert found.coverage.all()
+        torch.testing.assert_close(found.mean, source, rtol=3e-7, atol=0)
+
+
+def test_a_constant_stays_constant_under_coverage():
+    coords = random_coords(3, 20, low=-7, high=30)
+    for weight in (None, "gaussian"):
+        found = scatter_patches(torch.full((3, 20, 2, 8, 8), 0.7), coords, (32, 24), weight=weight, fill=5.0)
+        expected = torch.where(found.coverage, torch.tensor(0.7), 5.0).expand(3, 2, 32, 24)
+        torch.testing.assert_close(found.mean, expected, rtol=5e-7, atol=0)
+
+
+def test_regular_grid_is_fold_over_fold_of_ones():
+    patches = random_patches(2, 9, 3, 4, 4, dtype=torch.float64)
+    coords = torch.cartesian_prod(torch.tensor([0, 2, 4]), torch.tensor([0, 2, 4])).expand(2, 9, 2)
+
+    def fold(values: Tensor) -> Tensor:
+        return F.fold(values.movedim(1, -1).flatten(1, 3), (8, 8), 4, stride=2)
+
+    found = scatter_patches(patches, coords, (8, 8)).mean
+    torch.testing.assert_close(found, fold(patches) / fold(torch.ones_like(patches)))
+
+
+def test_gaussian_weight():
+    weight = gaussian_weight(16)
+    assert torch.equal(weight, weight.T)
+    assert torch.equal(weight, weight.flip(0))
+    assert weight.min().item() == pytest.approx(1e-3)
+    assert weight[7, 7].item() == pytest.approx(torch.exp(torch.tensor(-2 * 0.5**2 / (2 * 2.0**2))).item())
+    assert weight[3, 7].item() == pytest.approx(
+        torch.exp(torch.tensor(-(4.5**2 + 0.5**2) / (2 * 2.0**2))).item()
+    )
+    assert gaussian_weight(1).item() == 1.0
+
+
+def test_a_pixel_of_weight_zero_is_not_covered():
+    weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    found = scatter_patches(
+        torch.ones(1, 1, 1, 2, 2), torch.zeros(1, 1, 2, dtype=torch.int64), (2, 2), weight=weight
+    )
+    assert found.mean.tolist() == [[[[1, -10], [1, 1]]]]
+    assert found.coverage.tolist() == [[[[True, False], [True, True]]]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((2, 0, 3, 4, 4), (7, 9)),
+        ((0, 5, 3, 4, 4), (7, 9)),
+        ((2, 5, 0, 4, 4), (7, 9)),
+        ((2, 5, 3, 4, 4), (0, 9)),
+    ],
+)
+def test_empty_inputs(shape, size):
+    patches = torch.ones(shape, requires_grad=True)
+    found = scatter_patches(patches, torch.zeros(*shape[:2], 2, dtype=torch.int64), size)
+    assert found.mean.shape == (shape[0], shape[2], *size)
+    if shape[1] == 0:
+        assert (found.mean == -10).all()
+        assert not found.coverage.any()
+    found.mean.sum().backward()
+    assert patches.grad.shape == shape
+
+
+def test_what_lies_outside_never_leaks():
+    patches = torch.full((1, 3, 1, 2, 2), float("nan"), requires_grad=True)
+    coords = torch.tensor([[[NO_PATCH, NO_PATCH], [5, 0], [0, -2]]])
+    found = scatter_patches(patches, coords, (5, 5))
+    assert (found.mean == -10).all()
+    assert not found.coverage.any()
+    found.mean.sum().backward()
+    assert not patches.grad.any()
+
+
+def test_any_strides():
+    patches, coords = (
+        random_patches(4, 4, 3, 5, 2).permute(4, 3, 2, 1, 0),
+        random_coords(5, 2).transpose(0, 1),
+    )
+    expanded = random_patches(2, 1, 3, 1, 4).expand(2, 5, 3, 4, 4)
+    for given in (patches, expanded):
+        found = scatter_patches(given, coords, (7, 9), weight="gaussian")
+        expected = scatter_patches(given.contiguous(), coords.contiguous(), (7, 9), weight="gaussian")
+        assert torch.equal(found.mean, expected.mean)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "tensor"])
+def test_gradcheck(kind):
+    patches, coords = (
+        random_patches(2, 5, 2, 3, 3, dtype=torch.float64).requires_grad_(),
+        random_coords(2, 5, high=6),
+    )
+    weight, _ = weights(kind, 3)
+    assert torch.autograd.gradcheck(lambda x: scatter_patches(x, coords, (5, 6), weight=weight).mean, patches)
+
+
+def test_adjoint_identity():
+    """With fill 0 the op is linear: <scatter(x), y> == <x, scatter_backward(y)> in float64."""
+    patches, coords = random_patches(2, 8, 3, 4, 4, dtype=torch.float64).requires_grad_(), random_coords(2, 8)
+    mean = scatter_patches(patches, coords, (7, 9), weight="gaussian", fill=0.0).mean
+    upstream = random_patches(*mean.shape, dtype=torch.float64, seed=5)
+    (found,) = torch.autograd.grad(mean, patches, upstream)
+    torch.testing.assert_close((mean * upstream).sum(), (patches * found).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_same_bits_with_any_number_of_threads():
+    patches, coords = (
+        random_patches(2, 64, 3, 16, 16).requires_grad_(),
+        random_coords(2, 64, low=-8, high=100),
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            mean = scatter_patches(patches, coords, (100, 90), weight="gaussian").mean
+            found.append((mean, *torch.autograd.grad(mean.square().sum(), patches)))
+    finally:
+        torch.set_num_threads(before)
+    for mean, grad in found[1:]:
+        assert torch.equal(mean, found[0][0])
+        assert torch.equal(grad, found[0][1])
+
+
+def test_compiles_into_one_graph():
+    torch._dynamo.reset()
+
+    def write(patches: Tensor, coords: Tensor) -> Tensor:
+        mean, coverage = scatter_patches(patches, coords, (7, 9), weight="gaussian")
+        return (mean.square() * coverage).sum()
+
+    compiled = torch.compile(write, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (0, 1):
+            patches, coords = (
+                random_patches(2, 5, 3, 4, 4, seed=seed).requires_grad_(),
+                random_coords(2, 5, seed=seed),
+            )
+            (expected,) = torch.autograd.grad(write(patches, coords), patches)
+            (found,) = torch.autograd.grad(compiled(patches, coords), patches)
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_are_registered_as_torch_expects(dtype):
+    patches, coords, weight = (
+        random_patches(2, 5, 3, 4, 4, dtype=dtype),
+        random_coords(2, 5),
+        gaussian_weight(4),
+    )
+    ops = torch.ops.icseg
+    torch.library.opcheck(ops.scatter_patches.default, (patches, coords, weight, 7, 9, -10.0, "reference"))
+    _, total = ops.scatter_patches(patches, coords, weight, 7, 9, -10.0, "reference")
+    grad = random_patches(2, 3, 7, 9, dtype=dtype)
+    torch.library.opcheck(ops.scatter_patches_backward.default, (grad, total, coords, weight, "reference"))
+
+
+def test_autocast_changes_nothing():
+    patches, coords = random_patches(1, 4, 1, 3, 3), random_coords(1, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scatter_patches(patches, coords, (7, 9), weight="gaussian")
+    assert torch.equal(found.mean, scatter_patches(patches, coords, (7, 9), weight="gaussian").mean)
+
+
+def test_flops():
+    patches, coords = random_patches(2, 5, 3, 4, 4).requires_grad_(), random_coords(2, 5)
+    with FlopCounterMode(display=False) as counter:
+        mean = scatter_patches(patches, coords, (7, 9)).mean
+    forward = flops.scatter_patches_flops(2, 5, 3, 4, 7, 9)
+    assert counter.get_total_flops() == forward == 2 * 3 * (2 * 5 * 16 + 7 * 9)
+    with FlopCounterMode(display=False) as counter:
+        mean.sum().backward()
+    assert counter.get_total_flops() == 2 * 3 * (5 * 16 + 7 * 9)
+
+
+COORDS = torch.zeros(1, 2, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "patches", "coords", "size", "options"),
+    [
+        (
+            ValueError,
+            r"\[B, K, 2\] = \[1, 2, 2\], got \[1, 3, 2\]",
+            (1, 2, 1, 3, 3),
+            COORDS.new_zeros(1, 3, 2),
+            4,
+            {},
+        ),
+        (
+            ValueError,
+            r"must have shape \[B, K, C, p, p\], got \[1, 2, 1, 3, 4\]",
+            (1, 2, 1, 3, 4),
+            COORDS,
+            4,
+            {},
+        ),
+        (ValueError, r"must have shape \[B, K, C, p, p\], got \[2, 1, 3, 3\]", (2, 1, 3, 3), COORDS, 4, {}),
+        (
+            TypeError,
+            "coords must be an integer tensor, got torch.float32",
+            (1, 2, 1, 3, 3),
+            COORDS.float(),
+            4,
+            {},
+        ),
+        (ValueError, r"neither negative, got \(-1, -1\)", (1, 2, 1, 3, 3), COORDS, -1, {}),
+        (ValueError, "weight must be None", (1, 2, 1, 3, 3), COORDS, 4, {"weight": "uniform"}),
+        (
+            ValueError,
+            r"\[p, p\] with p = 3, got \[2, 2\]",
+            (1, 2, 1, 3, 3),
+            COORDS,
+            4,
+            {"weight": torch.ones(2, 2)},
+        ),
+        (
+            BackendError,
+            "scatter_patches has no native backend",
+            (1, 2, 1, 3, 3),
+            COORDS,
+            4,
+            {"backend": "native"},
+        ),
+    ],
+)
+def test_bad_arguments_are_named(error, message, patches, coords, size, options):
+    with pytest.raises(error, match=message):
+        scatter_patches(torch.zeros(patches), coords, (size, size), **options)
+
+
+def test_integer_patches_are_refused():
+    with pytest.raises(TypeError, match="patches must be a floating-point tensor, got"):
+        scatter_patches(torch.zeros(1, 2, 1, 3, 3, dtype=torch.uint8), COORDS, (4, 4))

@@ -1,0 +1,470 @@
+"""Training: the same seed gives the same weights, interrupted or not; bad configurations are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import icseg.training.loop as loop
+from icseg.checkpoint import load_checkpoint
+from icseg.config import PatchICLConfig
+from icseg.memory import SupportMemory
+from icseg.model import PatchICL
+from icseg.training import DataConfig, OptimiserConfig, RunConfig, ScheduleConfig, TrainingConfig, train
+from icseg.training.batches import augment, repeat_memory, training_batch, validation_batch
+from icseg.training.log import LOG_FILE, read_rows
+from icseg.training.optimisation import autocast, make_optimiser, update_average
+from icseg.training.state import STATE_FILE
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SIZE = 32
+MODEL = {
+    "levels": [16, 32],
+    "target_patches": [4, 6],
+    "support_patches": [4, 4],
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "stem_channels": 8,
+    "propagation_heads": 2,
+    "propagation_key_dim": 4,
+    "propagation_value_dim": 4,
+}
+DATA = {"tasks": 5, "size": SIZE, "subjects": 4, "tasks_per_step": 2, "targets": 2, "max_support": 2}
+
+
+@dataclass
+class Task:
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+
+
+def make_task(seed: int, subjects: int = 4) -> Task:
+    """Bright squares on noise."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((subjects, SIZE, SIZE), np.uint8)
+    for mask in masks:
+        top, left = rng.integers(0, SIZE - 14, 2)
+        mask[top : top + 14, left : left + 14] = 1
+    return Task((masks * 140 + rng.integers(0, 90, masks.shape)).astype(np.uint8), masks)
+
+
+POOLS = ([make_task(i) for i in range(5)], [make_task(100)])
+
+
+def tiny(steps: int = 6, **sections: dict[str, object]) -> TrainingConfig:
+    tables: dict[str, dict[str, object]] = {
+        "model": MODEL,
+        "data": DATA,
+        "schedule": {"steps": steps, "warmup": 2},
+        "loss": {"covered_bce": 1.0, "focal": 0},
+        "run": {"log_steps": 1, "validate_steps": 4, "precision": "float32"},
+    }
+    for name, table in sections.items():
+        tables[name] = {**tables.get(name, {}), **table}
+    return TrainingConfig.from_dict(tables)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_checkpoint(directory / "model.safetensors")[1]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process an interrupt during `step`, as Ctrl-C does."""
+    usual = loop.training_batch
+
+    def interrupting(*arguments: object) -> object:
+        if arguments[-1] == step:
+            signal.raise_signal(signal.SIGINT)
+        return usual(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "training_batch", interrupting)
+
+
+def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(tiny(), tmp_path / "whole", pools=POOLS, show_progress=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        part = train(tiny(), tmp_path / "parts", pools=POOLS, show_progress=False)
+    assert (part.finished, part.steps, part.model) == (False, 3, None)
+    torch.manual_seed(123)  # the resumed run must not depend on it
+    resumed = train(tiny(), tmp_path / "parts", resume=True, pools=POOLS, show_progress=False)
+    assert resumed.finished
+    assert resumed.steps == whole.steps == 6
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert resumed.dice == whole.dice is not None
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("minutes", "samples_per_second")} for row in read_rows(tmp_path / d)]
+        for d in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_from_a_checkpoint_drops_what_came_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(run={"checkpoint_steps": 3})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: object) -> object:
+        if arguments[-1] == 5:
+            raise Killed
+        return training_batch(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_batch", kill)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "killed", pools=POOLS, show_progress=False)
+    assert [row["step"] for row in read_rows(tmp_path / "killed")] == [1, 2, 3, 4, 4, 5]
+    with (tmp_path / "killed" / LOG_FILE).open("a") as file:
+        file.write('{"step": 5, "cut sho')
+    train(config, tmp_path / "killed", resume=True, pools=POOLS, show_progress=False)
+    train(config, tmp_path / "whole", pools=POOLS, show_progress=False)
+    assert equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert [row["step"] for row in read_rows(tmp_path / "killed")] == [1, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_the_seed_fixes_everything_and_matters(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name) % 1000)
+        train(tiny(2, run={"seed": seed}), tmp_path / name, pools=POOLS, show_progress=False)
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_training_leaves_the_global_generator_and_handlers_alone(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(tiny(1), tmp_path, pools=POOLS, show_progress=False)
+    assert torch.equal(torch.rand(3), expected)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_training_off_the_main_thread(tmp_path: Path) -> None:
+    results: list[loop.TrainingResult] = []
+    thread = threading.Thread(
+        target=lambda: results.append(train(tiny(1), tmp_path, pools=POOLS, show_progress=False))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].finished
+
+
+def test_the_trained_model_opens_and_says_how_it_was_made(tmp_path: Path) -> None:
+    result = train(tiny(2), tmp_path, pools=POOLS, show_progress=False)
+    assert result.model == tmp_path / "model.safetensors"
+    model = PatchICL.from_pretrained(result.model)
+    out = model(torch.rand(1, 1, SIZE, SIZE), torch.rand(1, 2, 1, SIZE, SIZE), torch.ones(1, 2, 1, SIZE, SIZE))
+    assert bool(torch.isfinite(out.logits).all())
+    from safetensors import safe_open
+
+    with safe_open(result.model, framework="pt") as file:
+        made = json.loads(file.metadata()["training"])
+    assert made["step"] == 2
+    assert TrainingConfig.from_dict(made["config"]) == tiny(2)
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    train(
+        tiny(40, optimiser={"learning_rate": 3e-3}, data={"crop": 1.0, "invert": 0.0}, run={"log_steps": 10}),
+        tmp_path,
+        pools=POOLS,
+        show_progress=False,
+    )
+    totals = [row["total"] for row in read_rows(tmp_path) if "total" in row]
+    assert totals[-1] < 0.9 * totals[0]
+
+
+def test_the_tasks_are_generated_and_held_out(tmp_path: Path) -> None:
+    config = tiny(data={"tasks": 2, "validation_tasks": 1, "size": 64})
+    training, validation = loop.open_pools(config, tmp_path)
+    assert (len(training), len(validation)) == (2, 1)
+    assert training[0].images.shape == (4, 64, 64)
+    assert not any(np.array_equal(training[i].images, validation[0].images) for i in range(2))
+    assert (tmp_path / "pool" / "training").is_dir()
+    assert len(loop.open_pools(tiny(data={"tasks": 2, "size": 64, "validation_tasks": 0}), tmp_path)[1]) == 0
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, count = loop.segmentation_loss, iter(range(100))
+
+    def broken(*arguments: object) -> dict[str, Tensor]:
+        terms = usual(*arguments)  # type: ignore[arg-type]
+        return {**terms, "total": terms["total"] * (math.nan if next(count) in bad else 1.0)}
+
+    monkeypatch.setattr(loop, "segmentation_loss", broken)
+    bad = range(1, 2)
+    train(tiny(3), tmp_path / "one", pools=POOLS, show_progress=False)
+    assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "one").values())
+    assert ["total" in row for row in read_rows(tmp_path / "one")] == [True, False, True, False]
+    bad = range(0, 100)
+    with pytest.raises(FloatingPointError, match="loss and gradient must be finite, got 21 steps running"):
+        train(tiny(50), tmp_path / "all", pools=POOLS, show_progress=False)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="resume needs a run's state.safetensors"):
+        train(tiny(1), tmp_path / "none", resume=True, pools=POOLS, show_progress=False)
+    train(tiny(1), tmp_path, pools=POOLS, show_progress=False)
+    with pytest.raises(FileExistsError, match="must not hold a run unless resume is given"):
+        train(tiny(1), tmp_path, pools=POOLS, show_progress=False)
+    other = tiny(2, optimiser={"clip": 2.0}, run={"log_steps": 3})
+    with pytest.raises(ValueError, match=r"must keep its configuration, got another \[optimiser\] clip, \[schedule\] steps"):
+        train(other, tmp_path, resume=True, pools=POOLS, show_progress=False)
+    with pytest.raises(ValueError, match=r"got another \[run\] seed"):
+        train(tiny(1, run={"seed": 3}), tmp_path, resume=True, pools=POOLS, show_progress=False)
+    (tmp_path / STATE_FILE).write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="must be the state of a training run, got another or a corrupt file"):
+        train(tiny(1), tmp_path, resume=True, pools=POOLS, show_progress=False)
+
+
+def test_a_wall_clock_budget_ends_the_run(tmp_path: Path) -> None:
+    config = tiny(10**6, schedule={"steps": 10**6, "max_minutes": 0.5 / 60})
+    result = train(config, tmp_path, pools=POOLS, show_progress=False)
+    assert result.finished
+    assert 0 < result.steps < 10**6
+    assert result.minutes >= 0.5 / 60
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------
+
+
+def test_schedule_values() -> None:
+    schedule = ScheduleConfig(steps=100, warmup=4, floor=0.1)
+    assert [schedule.factor(i, 0.0) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedule.factor(50, schedule.progress(50, 0)) == pytest.approx(0.55)
+    assert schedule.factor(100, schedule.progress(100, 0)) == pytest.approx(0.1)
+    assert ScheduleConfig(warmup=0).factor(0, 0.0) == 1.0
+
+
+def test_progress_is_the_larger_of_steps_and_time() -> None:
+    schedule = ScheduleConfig(steps=100, max_minutes=10)
+    assert schedule.progress(50, 0.0) == 0.5
+    assert schedule.progress(50, 450.0) == 0.75
+    assert schedule.progress(50, 1e6) == 1.0
+    assert ScheduleConfig(steps=100).progress(50, 1e6) == 0.5
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    config = DataConfig(**DATA)  # type: ignore[arg-type]
+    first = [training_batch(POOLS[0], config, 0, step) for step in range(6)]
+    again = [training_batch(POOLS[0], config, 0, step) for step in reversed(range(6))][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.support_images, b.support_images)
+        assert torch.equal(a.target_masks, b.target_masks)
+        assert a.seed == b.seed
+    assert not torch.equal(first[0].targets, training_batch(POOLS[0], config, 1, 0).targets)
+    assert {b.support_images.shape[1] for b in first} == {1, 2}
+    assert len({b.seed for b in first}) == 6
+
+
+def test_a_pass_sees_every_task_once() -> None:
+    config = DataConfig(**DATA, flip_rotate=False, crop=1.0, invert=0.0, gamma=0.0, contrast=0.0)  # type: ignore[arg-type]
+    seen = []
+    for step in range(5):
+        batch = training_batch(POOLS[0], config, 3, step)
+        for target in batch.targets[::2, 0]:
+            seen += [
+                i
+                for i, task in enumerate(POOLS[0])
+                if any(torch.equal(torch.from_numpy(image / np.float32(255)), target) for image in task.images)
+            ]
+    assert sorted(seen) == sorted([0, 1, 2, 3, 4] * 2)
+    assert sorted(seen[:5]) == [0, 1, 2, 3, 4]
+
+
+def test_shapes_and_ranges_of_a_batch() -> None:
+    config = DataConfig(**{**DATA, "min_support": 2})  # type: ignore[arg-type]
+    batch = training_batch(POOLS[0], config, 0, 0)
+    assert batch.support_images.shape == batch.support_masks.shape == (2, 2, 1, SIZE, SIZE)
+    assert batch.targets.shape == batch.target_masks.shape == (4, 1, SIZE, SIZE)
+    assert 0 <= batch.targets.min() < batch.targets.max() <= 1
+    assert set(batch.target_masks.unique().tolist()) == {0.0, 1.0}
+    held_out = validation_batch(POOLS[1][0], 3, seed=0)
+    assert held_out.support_images.shape == (1, 3, 1, SIZE, SIZE)
+    assert held_out.targets.shape == (1, 1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
+def test_augmentation_moves_images_and_masks_together(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((4, *shape), np.uint8)
+    masks[:, 3:15, 5:12] = 1
+    config = DataConfig(gamma=0.0, contrast=0.0, invert=0.0)
+    moved = 0
+    for _ in range(20):
+        x, y = augment(masks * np.uint8(255), masks, config, rng)
+        assert x.shape == y.shape == (4, 1, *shape)
+        assert torch.equal((x >= 0.5).float(), y)
+        assert all(torch.equal(y[0], other) for other in y)  # the same for the whole task
+        assert y.sum() > 0
+        moved += not torch.equal(y[0, 0], torch.from_numpy(masks[0]).float())
+    assert moved > 10
+
+
+def test_augmentation_keeps_small_foregrounds() -> None:
+    masks = np.zeros((6, 32, 32), np.uint8)
+    masks[range(6), [0, 31, 0, 31, 16, 4], [0, 31, 31, 0, 16, 20]] = 1
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert bool((augment(masks, masks, DataConfig(crop=0.5), rng)[1].flatten(1).sum(1) > 0).all())
+
+
+def test_no_augmentation_is_the_identity() -> None:
+    config = DataConfig(flip_rotate=False, crop=1.0, invert=0.0, gamma=0.0, contrast=0.0)
+    task = make_task(0)
+    x, y = augment(task.images, task.masks, config, np.random.default_rng(0))
+    assert torch.equal(x[:, 0], torch.from_numpy(task.images.astype(np.float32) / 255))
+    assert torch.equal(y[:, 0], torch.from_numpy(task.masks).float())
+
+
+def test_memory_is_repeated_target_by_target() -> None:
+    memory = SupportMemory("f", 2, {"a": torch.tensor([[1.0], [2.0]])})
+    assert repeat_memory(memory, 3).tensors["a"].flatten().tolist() == [1, 1, 1, 2, 2, 2]
+    assert repeat_memory(memory, 3).batch == 6
+    one = SupportMemory("f", 1, {"a": torch.zeros(1, 1)})
+    assert repeat_memory(one, 3) is one
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_spares_biases_norms_embeddings_and_frozen_parameters() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.conv, self.up = nn.Linear(2, 3), nn.Conv2d(1, 2, 3), nn.ConvTranspose2d(1, 1, 2)
+            self.norm, self.embedding = nn.LayerNorm(3), nn.Embedding(4, 3)
+            self.bare = nn.Parameter(torch.zeros(2, 2))
+            self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    net = Net()
+    optimiser = make_optimiser(net, OptimiserConfig(weight_decay=0.1))
+    names = {id(p): name for name, p in net.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in optimiser.param_groups)
+    assert decayed == {"linear.weight", "conv.weight", "up.weight"}
+    assert spared == {"linear.bias", "conv.bias", "up.bias", "norm.weight", "norm.bias", "embedding.weight", "bare"}
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.1, 0.0]
+
+
+def test_the_average_forgets_the_first_weights() -> None:
+    model, average = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.running_mean.fill_(5.0)  # type: ignore[union-attr]
+    update_average(average, model, 0.99, 0)
+    assert average.weight.item() == pytest.approx(1 + 0.9 * 2)
+    assert average.running_mean.item() == 5.0  # type: ignore[union-attr]
+    update_average(average, model, 0.99, 10**6)
+    assert average.weight.item() == pytest.approx(2.8 + 0.01 * 0.2)
+    update_average(average, model, 0.0, 0)
+    assert average.weight.item() == 3.0
+
+
+def test_precision() -> None:
+    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with autocast("float32", torch.device("cpu")):
+        assert linear(x).dtype == torch.float32
+    with autocast("bfloat16", torch.device("cpu")):
+        assert linear(x).dtype == torch.bfloat16
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    train(tiny(2, run={"precision": "bfloat16"}), tmp_path, pools=POOLS, show_progress=False)
+    assert all(w.dtype == torch.float32 and bool(torch.isfinite(w).all()) for w in weights(tmp_path).values())
+
+
+def test_a_network_with_an_oracle_schedule_is_told_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from icseg.sparse.network import SparseNetwork
+
+    told: list[int] = []
+    monkeypatch.setattr(SparseNetwork, "set_oracle_step", lambda self, step: told.append(step), raising=False)
+    train(tiny(6), tmp_path, pools=POOLS, show_progress=False)
+    assert told == [0, 0, 0, 1, 1, 2]  # two of five tasks a step
+
+
+# --- configuration ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_are_valid(path: Path) -> None:
+    config = TrainingConfig.from_file(path)
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_defaults_and_tables() -> None:
+    assert TrainingConfig.from_dict({}) == TrainingConfig()
+    config = TrainingConfig.from_dict({"loss": {"level_weights": [1, 2], "focal": 0}, "data": {"crop": 1}})
+    assert config.loss.level_weights == (1, 2)
+    assert isinstance(config.data.crop, float)
+    assert config.model == PatchICLConfig.sparse()
+
+
+def test_a_published_model_by_its_image_size() -> None:
+    config = TrainingConfig.from_dict({"model": {"architecture": "published", "image_size": 128}})
+    assert config.model == PatchICLConfig.published(128)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"optimizer": {}}, "TrainingConfig has no field optimizer; its fields are model, data, optimiser"),
+        ({"optimiser": {"lr": 1.0}}, r"\[optimiser\] OptimiserConfig has no field lr"),
+        ({"model": {"depht": 3}}, r"\[model\] SparseConfig has no field depht"),
+        ({"model": {"architecture": "dense"}}, r"\[model\] architecture must be one of"),
+        ({"data": 3}, r"\[data\] must be a table, got 3"),
+        ({"data": {"tasks": "many"}}, r"\[data\] tasks must be of type int, got 'many'"),
+        ({"data": {"tasks": 2.5}}, r"\[data\] tasks must be of type int, got 2.5"),
+        ({"data": {"flip_rotate": 1}}, r"\[data\] flip_rotate must be of type bool, got 1"),
+        ({"data": {"crop": True}}, r"\[data\] crop must be of type float, got True"),
+        ({"data": {"crop": 0.0}}, r"\[data\] crop must lie in \(0, 1\]"),
+        ({"data": {"min_support": 4}}, r"\[data\] max_support must be at least min_support = 4, got 3"),
+        ({"data": {"targets": 4}}, r"\[data\] max_support \+ targets must be at most subjects = 6, got 3 \+ 4"),
+        ({"optimiser": {"ema": 1.0}}, r"\[optimiser\] ema must lie in \[0, 1\), got 1.0"),
+        ({"optimiser": {"learning_rate": 0}}, r"\[optimiser\] learning_rate and clip must be above 0"),
+        ({"schedule": {"steps": 0}}, r"\[schedule\] steps must be at least 1, got 0"),
+        ({"schedule": {"max_minutes": math.inf}}, r"\[schedule\] max_minutes must be at least 0, got inf"),
+        ({"run": {"precision": "half"}}, r"\[run\] precision must be one of auto, float32, bfloat16, got 'half'"),
+        ({"loss": {"level_weights": "last"}}, r"\[loss\] level_weights must be one of"),
+    ],
+)
+def test_bad_configurations(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.from_dict(table)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="config must be an existing TOML file"):
+        TrainingConfig.from_file(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[data\n")
+    with pytest.raises(ValueError, match=r"bad\.toml: "):
+        TrainingConfig.from_file(tmp_path / "bad.toml")
+    (tmp_path / "key.toml").write_text("[run]\nspeed = 3\n")
+    with pytest.raises(ValueError, match=r"key\.toml: \[run\] RunConfig has no field speed"):
+        loop.train_from_file(tmp_path / "key.toml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1  # type: ignore[misc]
