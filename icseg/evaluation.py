@@ -97,7 +97,12 @@ class Pack:
             raise ValueError(
                 f"class_names must name class ids up to {masks.max()}, got {len(names)} names in {path}"
             )
-        return cls(path.stem, images, masks, names, arrays.get("patient"))
+        patient = arrays.get("patient")
+        if patient is not None and patient.shape != (len(images),):
+            raise ValueError(
+                f"patient must have one entry an image, {len(images)}, got {patient.size} in {path}"
+            )
+        return cls(path.stem, images, masks, names, patient)
 
 
 @dataclass(frozen=True)

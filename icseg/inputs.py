@@ -90,15 +90,18 @@ class SupportSet:
 def prepare(image: Image, options: SegmentOptions) -> tuple[NDArray[Any], tuple[float, float]]:
     """The slices [N, H, W] of an image and the intensities that become 0 and 1.
 
-    Raises ValueError for a volume without an axis, and for values that are constant or not finite.
+    Raises ValueError for a volume without an axis, and for values that are constant, not finite or all outside
+    the window.
     """
     planes = image.planes(options.axis)
     if options.window is None:
         return planes, intensity_window(image.array, image.name)
-    check_intensities(image.array, image.name)
-    check_intensities(
-        np.clip(image.array, *options.window), f"{image.name} inside the window {options.window}"
-    )
+    least, most = check_intensities(image.array, image.name)
+    low, high = options.window
+    if most <= low or least >= high:
+        raise ValueError(
+            f"window must overlap the values of {image.name} ({least:g} to {most:g}), got {low:g} to {high:g}"
+        )
     return planes, options.window
 
 

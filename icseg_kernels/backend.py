@@ -37,7 +37,7 @@ class Backend:
     """One implementation of an op.
 
     missing():           reasons why it cannot serve any call on this machine (not built, not importable).
-    unsupported(*call):  reasons why it cannot serve this call (dtype, device, size). Never reads tensor values.
+    unsupported(*call):  reasons why it cannot serve this call (dtype, device, size); never reads values.
     """
 
     missing: Callable[[], list[str]] = list
@@ -113,7 +113,7 @@ _library = torch.library.Library("icseg", "DEF")
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define `icseg::<schema>` with one implementation for CPU and CUDA and a fake kernel; return the overload.
+    """Define `icseg::<schema>` with one implementation for CPU and CUDA and a fake kernel: the overload.
 
     define/impl, not custom_op: a call costs a third as much. Gradients come from an
     autograd.Function around the overload.

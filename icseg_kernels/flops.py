@@ -1,7 +1,7 @@
 """FLOP and byte formulas of every op, and their registration with torch.utils.flop_counter and fvcore.
 
-A multiply-add is two FLOPs. As in torch's own counter, only arithmetic that scales with the work counts:
-comparisons, index arithmetic, copies and, in the attention and convolution ops, elementwise operations do not.
+A multiply-add is two FLOPs. Comparisons, copies and index arithmetic are none, nor, as in torch's own
+counter, elementwise operations in the attention and convolution ops.
 Bytes are compulsory traffic: every input read once, every output written once.
 """
 
@@ -20,7 +20,7 @@ Formula = Callable[..., int]
 
 
 def gumbel_topk_flops(batch: int, candidates: int) -> int:
-    """Per candidate: two logarithms make the noise, one addition applies it, one exponential-and-add sums up."""
+    """Per candidate: two logarithms make the noise, an addition applies it, and one exponential is summed."""
     return batch * candidates * (3 * LOGARITHM_FLOPS + 2)
 
 
@@ -30,7 +30,7 @@ def gumbel_topk_bytes(batch: int, candidates: int, k: int, itemsize: int = 4) ->
 
 
 def sample_patches_flops(batch: int, windows: int, kept_windows: int, blur_size: int = 0) -> int:
-    """Rescaling (2 a window), a separable blur of `blur_size` taps (0: none) and the draw among the kept windows."""
+    """Rescaling (2 a window), separable blur of `blur_size` taps (0: none), the draw from kept windows."""
     return batch * windows * (2 + 2 * 2 * blur_size) + gumbel_topk_flops(batch, kept_windows)
 
 
@@ -148,7 +148,7 @@ def register(overload: Any, formula: Formula) -> None:
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
-    """Handles for fvcore's FlopCountAnalysis, which counts a multiply-add once and sees the ops under no_grad only.
+    """Handles for fvcore's FlopCountAnalysis: a multiply-add counts once, and seen under no_grad only.
 
     ```
     with torch.no_grad():
@@ -168,7 +168,7 @@ def _fvcore_handle(formula: Formula) -> Callable[[list[Any], list[Any]], int]:
 
 
 def _plain(value: Any) -> Any:
-    """The shape of a traced tensor, or the value of a traced constant, list or tensor size; None for any other."""
+    """The shape of a traced tensor, or the value of a traced constant, list or size; None for others."""
     if value.isCompleteTensor():
         return tuple(value.type().sizes())
     node = value.node()

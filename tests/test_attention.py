@@ -499,3 +499,34 @@ def bad(**changes: object) -> dict[str, object]:
 def test_errors(call: Callable[[], dict[str, object]], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         selected_attention(**call())  # type: ignore[call-overload]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lists", ["all", "hostile", "groups"])
+def test_cuda_agrees_repeats_and_captures(lists: str) -> None:
+    """Values of the CPU, the same gradient bits twice, and no host synchronisation (a CUDA graph refuses one)."""
+    index = LISTS[lists]()
+    index = None if index is None else index.cuda()
+
+    def run() -> list[Tensor]:
+        q, k, v = (t.detach().cuda().requires_grad_() for t in tokens())
+        out, lse = selected_attention(
+            q, k, v, index=index, kv_end=[(2, 3), (4, 8)], sink=True, return_lse=True
+        )
+        (out.square().sum() + lse.sum()).backward()
+        return [out.detach(), q.grad, k.grad, v.grad]
+
+    once = run()
+    for a, b in zip(once, run(), strict=True):
+        assert torch.equal(a, b)
+    q, k, v = tokens()
+    close(once[0].cpu(), oracle(q, k, v, LISTS[lists](), [(2, 3), (4, 8)], sink=True)[0])
+
+    low = [t.cuda().half() for t in (q, k, v)]
+    expected = selected_attention(*low, index=index, sink=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = selected_attention(*low, index=index, sink=True)
+    graph.replay()
+    assert torch.equal(captured, expected)

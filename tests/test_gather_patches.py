@@ -378,6 +378,24 @@ def test_same_bits_with_any_number_of_threads(backend, threads, options):
         assert torch.equal(grad, found[0][1])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"out_size": 12}])
+def test_a_gpu_gives_the_same_and_the_same_bits_twice(options):
+    source, coords = random_image(2, 3, 150, 140), random_coords(2, 64, low=-8, high=150)
+    size = options.get("out_size", 16)
+    upstream = random_image(2, 64, 3, size, size)
+    expected = gather_patches(source, coords, 16, **options)
+    on_gpu = [tensor.cuda() for tensor in (source, coords, upstream)]
+    patches = gather_patches(*on_gpu[:2], 16, **options)
+    torch.testing.assert_close(patches.cpu(), expected, rtol=0, atol=1e-6 if options else 0)
+    first, second = (gradient(*on_gpu[:2], 16, upstream=on_gpu[2], **options) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(
+        first.cpu(), gradient(source, coords, 16, upstream=upstream, **options), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_second_derivatives_are_refused():
     source = random_image(1, 5, 5).requires_grad_()
     patches = gather_patches(source, torch.tensor([[1, 1]]), 3)

@@ -357,6 +357,22 @@ def test_compiles_whole_with_gradients() -> None:
             torch.testing.assert_close(actual_grad, expected_grad)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graph_replays_with_a_new_seed() -> None:
+    logits, seed = random_logits(3, 1000).cuda(), torch.tensor(1, device="cuda")
+    gumbel_topk(logits, 8, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        draw = gumbel_topk(logits, 8, seed=seed)
+    for value in (1, 2):
+        seed.fill_(value)
+        graph.replay()
+        expected = gumbel_topk(logits.cpu(), 8, seed=value)
+        assert torch.equal(draw.indices.cpu(), expected.indices)
+        assert torch.equal(draw.scores.cpu(), expected.scores)
+
+
 def test_autocast_changes_nothing() -> None:
     logits = random_logits(2, 30)
     plain = gumbel_topk(logits, 4, seed=0)

@@ -193,6 +193,12 @@ def test_empty(shape: tuple[int, int]) -> None:
     assert gumbel_noise(0, *shape).shape == shape
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_noise_on_a_gpu_has_the_same_bits() -> None:
+    assert torch.equal(gumbel_noise(9, 3, 100_001, device="cuda").cpu(), gumbel_noise(9, 3, 100_001))
+
+
 def test_compiled_noise_has_the_same_bits() -> None:
     compiled = torch.compile(lambda seed: gumbel_noise(seed, 3, 10), fullgraph=True)
     for seed in (5, -(2**62)):

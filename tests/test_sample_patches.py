@@ -239,14 +239,15 @@ def test_compiles_whole(differentiable: bool) -> None:
 
     weights = random_map(2, 20, 33).requires_grad_(differentiable)
     torch.compiler.reset()
-    compiled = torch.compile(draw, fullgraph=True)
+    # The differentiable chain is plain PyTorch, whose code generation takes long and is not ours to test.
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager" if differentiable else "inductor")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in (torch.tensor(1), torch.tensor(2)):
             expected, actual = draw(weights, seed), compiled(weights, seed)
             torch.testing.assert_close(actual, expected)
     if differentiable:
         grads = [torch.autograd.grad(out[1][:, 0].sum(), weights)[0] for out in (expected, actual)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*grads)
 
 
 def test_opcheck() -> None:

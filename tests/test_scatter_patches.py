@@ -233,6 +233,19 @@ def test_same_bits_with_any_number_of_threads():
         assert torch.equal(grad, found[0][1])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_and_the_same_bits_twice():
+    patches, coords = random_patches(2, 64, 3, 16, 16), random_coords(2, 64, low=-8, high=100)
+    expected = scatter_patches(patches, coords, (100, 90), weight="gaussian")
+    first, second = (
+        scatter_patches(patches.cuda(), coords.cuda(), (100, 90), weight="gaussian") for _ in range(2)
+    )
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.coverage.cpu(), expected.coverage)
+    torch.testing.assert_close(first.mean.cpu(), expected.mean, rtol=1e-5, atol=1e-5)
+
+
 def test_compiles_into_one_graph():
     torch._dynamo.reset()
 

@@ -109,13 +109,18 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: p
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert resumed.dice == whole.dice is not None
     timeless = [
-        [{k: v for k, v in row.items() if k not in ("minutes", "samples_per_second")} for row in read_rows(tmp_path / d)]
+        [
+            {k: v for k, v in row.items() if k not in ("minutes", "samples_per_second")}
+            for row in read_rows(tmp_path / d)
+        ]
         for d in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
 
 
-def test_resume_from_a_checkpoint_drops_what_came_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_from_a_checkpoint_drops_what_came_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(run={"checkpoint_steps": 3})
 
     class Killed(BaseException):
@@ -171,7 +176,9 @@ def test_the_trained_model_opens_and_says_how_it_was_made(tmp_path: Path) -> Non
     result = train(tiny(2), tmp_path, pools=POOLS, show_progress=False)
     assert result.model == tmp_path / "model.safetensors"
     model = PatchICL.from_pretrained(result.model)
-    out = model(torch.rand(1, 1, SIZE, SIZE), torch.rand(1, 2, 1, SIZE, SIZE), torch.ones(1, 2, 1, SIZE, SIZE))
+    out = model(
+        torch.rand(1, 1, SIZE, SIZE), torch.rand(1, 2, 1, SIZE, SIZE), torch.ones(1, 2, 1, SIZE, SIZE)
+    )
     assert bool(torch.isfinite(out.logits).all())
     from safetensors import safe_open
 
@@ -226,12 +233,16 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="must not hold a run unless resume is given"):
         train(tiny(1), tmp_path, pools=POOLS, show_progress=False)
     other = tiny(2, optimiser={"clip": 2.0}, run={"log_steps": 3})
-    with pytest.raises(ValueError, match=r"must keep its configuration, got another \[optimiser\] clip, \[schedule\] steps"):
+    with pytest.raises(
+        ValueError, match=r"must keep its configuration, got another \[optimiser\] clip, \[schedule\] steps"
+    ):
         train(other, tmp_path, resume=True, pools=POOLS, show_progress=False)
     with pytest.raises(ValueError, match=r"got another \[run\] seed"):
         train(tiny(1, run={"seed": 3}), tmp_path, resume=True, pools=POOLS, show_progress=False)
     (tmp_path / STATE_FILE).write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="must be the state of a training run, got another or a corrupt file"):
+    with pytest.raises(
+        ValueError, match="must be the state of a training run, got another or a corrupt file"
+    ):
         train(tiny(1), tmp_path, resume=True, pools=POOLS, show_progress=False)
 
 
@@ -287,7 +298,9 @@ def test_a_pass_sees_every_task_once() -> None:
             seen += [
                 i
                 for i, task in enumerate(POOLS[0])
-                if any(torch.equal(torch.from_numpy(image / np.float32(255)), target) for image in task.images)
+                if any(
+                    torch.equal(torch.from_numpy(image / np.float32(255)), target) for image in task.images
+                )
             ]
     assert sorted(seen) == sorted([0, 1, 2, 3, 4] * 2)
     assert sorted(seen[:5]) == [0, 1, 2, 3, 4]
@@ -363,7 +376,15 @@ def test_weight_decay_spares_biases_norms_embeddings_and_frozen_parameters() -> 
     names = {id(p): name for name, p in net.named_parameters()}
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in optimiser.param_groups)
     assert decayed == {"linear.weight", "conv.weight", "up.weight"}
-    assert spared == {"linear.bias", "conv.bias", "up.bias", "norm.weight", "norm.bias", "embedding.weight", "bare"}
+    assert spared == {
+        "linear.bias",
+        "conv.bias",
+        "up.bias",
+        "norm.weight",
+        "norm.bias",
+        "embedding.weight",
+        "bare",
+    }
     assert [group["weight_decay"] for group in optimiser.param_groups] == [0.1, 0.0]
 
 
@@ -394,7 +415,9 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     assert all(w.dtype == torch.float32 and bool(torch.isfinite(w).all()) for w in weights(tmp_path).values())
 
 
-def test_a_network_with_an_oracle_schedule_is_told_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_with_an_oracle_schedule_is_told_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from icseg.sparse.network import SparseNetwork
 
     told: list[int] = []
@@ -423,6 +446,10 @@ def test_defaults_and_tables() -> None:
 def test_a_published_model_by_its_image_size() -> None:
     config = TrainingConfig.from_dict({"model": {"architecture": "published", "image_size": 128}})
     assert config.model == PatchICLConfig.published(128)
+    part = TrainingConfig.from_dict(
+        {"model": {"architecture": "published", "image_size": 128, "features": {"channels": 32}}}
+    )
+    assert part.model.to_dict()["features"] == {**config.model.to_dict()["features"], "channels": 32}
 
 
 @pytest.mark.parametrize(
@@ -439,12 +466,18 @@ def test_a_published_model_by_its_image_size() -> None:
         ({"data": {"crop": True}}, r"\[data\] crop must be of type float, got True"),
         ({"data": {"crop": 0.0}}, r"\[data\] crop must lie in \(0, 1\]"),
         ({"data": {"min_support": 4}}, r"\[data\] max_support must be at least min_support = 4, got 3"),
-        ({"data": {"targets": 4}}, r"\[data\] max_support \+ targets must be at most subjects = 6, got 3 \+ 4"),
+        (
+            {"data": {"targets": 4}},
+            r"\[data\] max_support \+ targets must be at most subjects = 6, got 3 \+ 4",
+        ),
         ({"optimiser": {"ema": 1.0}}, r"\[optimiser\] ema must lie in \[0, 1\), got 1.0"),
         ({"optimiser": {"learning_rate": 0}}, r"\[optimiser\] learning_rate and clip must be above 0"),
         ({"schedule": {"steps": 0}}, r"\[schedule\] steps must be at least 1, got 0"),
         ({"schedule": {"max_minutes": math.inf}}, r"\[schedule\] max_minutes must be at least 0, got inf"),
-        ({"run": {"precision": "half"}}, r"\[run\] precision must be one of auto, float32, bfloat16, got 'half'"),
+        (
+            {"run": {"precision": "half"}},
+            r"\[run\] precision must be one of auto, float32, bfloat16, got 'half'",
+        ),
         ({"loss": {"level_weights": "last"}}, r"\[loss\] level_weights must be one of"),
     ],
 )

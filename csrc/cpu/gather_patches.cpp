@@ -45,8 +45,8 @@ void gather(const Element* source, const int64_t* coords, Element* patches,
             int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
             int64_t count, int64_t patch,
             int64_t stride_outer, int64_t stride_inner, int64_t stride_channel, int64_t stride_y, int64_t stride_x) {
-    const int64_t total = outer * inner * count;
     const int64_t elements = channels * patch * patch;
+    const int64_t total = elements ? outer * inner * count : 0;
 #pragma omp parallel for schedule(static) if (total * elements * int64_t(sizeof(Element)) > kParallelBytes)
     for (int64_t n = 0; n < total; ++n) {
         const int64_t image = n / count;
@@ -91,7 +91,7 @@ int gather_backward(const Real* patches, const int64_t* coords, Real* images,
     if (std::min({outer, inner, count, channels, height, width}) < 0) return ICSEG_NEGATIVE_SIZE;
     if (patch < 1) return ICSEG_PATCH_SIZE;
     const int64_t bands = (height + kBandRows - 1) / kBandRows;
-    const int64_t total = outer * inner * channels * bands;
+    const int64_t total = width ? outer * inner * channels * bands : 0;
     const int64_t traffic = outer * inner * channels * (height * width + count * patch * patch) * sizeof(Real);
 #pragma omp parallel for schedule(static) if (traffic > kParallelBytes)
     for (int64_t n = 0; n < total; ++n) {

@@ -32,47 +32,50 @@ _PUBLISHED_NAMES = (
 
 
 class CrossBlock(nn.Module):
-    """One step in which a target and its support set exchange features (section 3.2, equation 2)."""
+    """One step in which a target and its support set exchange features (section 3.2, equation 2).
 
-    def __init__(self, target_channels: int, support_channels: int, channels: int) -> None:
+    factorised: False concatenates and convolves every pair, as published.
+    """
+
+    def __init__(
+        self, target_channels: int, support_channels: int, channels: int, *, factorised: bool = True
+    ) -> None:
         super().__init__()
+        self.factorised = factorised
         self.cross = nn.Conv2d(target_channels + support_channels, channels, 3, padding=1)
         self.target = nn.Conv2d(channels, channels, 3, padding=1)
         self.support = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(
-        self, target: Tensor, support: Tensor, *, keep_support: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, target: Tensor, support: Tensor, *, keep_support: bool = True) -> tuple[Tensor, Tensor]:
         """target: [B, Ct, H, W], support: [B, S, Cs, H, W] -> [B, C, H, W] and [B, S, C, H, W].
 
-        keep_support=False leaves the new support out (None); only its mean over S then matters.
+        keep_support=False says that the new support will not be read; it may come back as it was given.
         """
-        if not keep_support:
+        if self.factorised and not keep_support:
             support = support.mean(dim=1, keepdim=True)
-        pairs = cross_conv2d(target[:, None], support, self.cross.weight, self.cross.bias).squeeze(1)
-        return self._activated(pairs, keep_support)
-
-    def concatenated(self, target: Tensor, support: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same as published: every pair is concatenated and convolved."""
-        copies = target[:, None].expand(-1, support.shape[1], -1, -1, -1)
-        pairs = self.cross(torch.cat([copies, support], dim=2).flatten(0, 1))
-        return self._activated(pairs.unflatten(0, support.shape[:2]), keep_support=True)
-
-    def _activated(self, pairs: Tensor, keep_support: bool) -> tuple[Tensor, Tensor | None]:
+        pairs = self._pairs(target, support)
         target = F.leaky_relu(self.target(pairs.mean(dim=1)))
-        if not keep_support:
-            return target, None
-        support = F.leaky_relu(self.support(pairs.flatten(0, 1)))
-        return target, support.unflatten(0, pairs.shape[:2])
+        if self.factorised and not keep_support:
+            return target, support
+        new = F.leaky_relu(self.support(pairs.flatten(0, 1)))
+        return target, new.unflatten(0, pairs.shape[:2])
+
+    def _pairs(self, target: Tensor, support: Tensor) -> Tensor:
+        if self.factorised:
+            return cross_conv2d(target[:, None], support, self.cross.weight, self.cross.bias).squeeze(1)
+        copies = target[:, None].expand(-1, support.shape[1], -1, -1, -1)
+        return self.cross(torch.cat([copies, support], dim=2).flatten(0, 1)).unflatten(0, support.shape[:2])
 
 
 class UniverSegEncoder(nn.Module):
     """The contracting half: one cross block a scale, max-pooling between them."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], *, factorised: bool = True) -> None:
         super().__init__()
         inputs = [(1, 2), *((c, c) for c in channels[:-1])]
-        self.blocks = nn.ModuleList(CrossBlock(*pair, c) for pair, c in zip(inputs, channels, strict=True))
+        self.blocks = nn.ModuleList(
+            CrossBlock(*pair, c, factorised=factorised) for pair, c in zip(inputs, channels, strict=True)
+        )
 
     def forward(self, target: Tensor, support: Tensor) -> list[Tensor]:
         """The target features of every scale, [B, C, H / 2^i, W / 2^i] each.
@@ -105,10 +108,10 @@ class UniverSeg(nn.Module):
         if len(channels) < 2 or any(not isinstance(c, int) or c < 1 for c in channels):
             raise ValueError(f"channels must hold at least two positive ints, one a scale, got {channels!r}")
         self.factorised = factorised
-        self.encoder = UniverSegEncoder(channels)
+        self.encoder = UniverSegEncoder(channels, factorised=factorised)
         self.decoder = nn.ModuleList()
         for coarse, skip in zip(channels[:0:-1], channels[-2::-1], strict=True):
-            self.decoder.append(CrossBlock(coarse + skip, coarse + skip, skip))
+            self.decoder.append(CrossBlock(coarse + skip, coarse + skip, skip, factorised=factorised))
         self.head = nn.Conv2d(channels[0], 1, 1)
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -124,9 +127,6 @@ class UniverSeg(nn.Module):
         """
         self._check(target, support_images, support_masks)
         support = torch.cat([support_images, support_masks.to(support_images.dtype)], dim=2)
-        return self._factorised(target, support) if self.factorised else self._concatenated(target, support)
-
-    def _factorised(self, target: Tensor, support: Tensor) -> Tensor:
         skips: list[tuple[Tensor, Tensor]] = []
         for block in self.encoder.blocks:
             if skips:
@@ -135,27 +135,11 @@ class UniverSeg(nn.Module):
         target, support = skips.pop()
         for block in self.decoder:
             skip, support_skip = skips.pop()
-            if (
-                not skips
-            ):  # the last block reads the mean of its support alone, and averaging commutes with upsampling
+            if self.factorised and not skips:  # this block reads a mean, which commutes with upsampling
                 support, support_skip = (s.mean(dim=1, keepdim=True) for s in (support, support_skip))
             target = torch.cat([upsampled(target), skip], dim=1)
             support = torch.cat([upsampled(support), support_skip], dim=2)
             target, support = block(target, support, keep_support=bool(skips))
-        return self.head(target)
-
-    def _concatenated(self, target: Tensor, support: Tensor) -> Tensor:
-        skips: list[tuple[Tensor, Tensor]] = []
-        for block in self.encoder.blocks:
-            if skips:
-                target, support = downsampled(*skips[-1])
-            skips.append(block.concatenated(target, support))
-        target, support = skips.pop()
-        for block in self.decoder:
-            skip, support_skip = skips.pop()
-            target = torch.cat([upsampled(target), skip], dim=1)
-            support = torch.cat([upsampled(support), support_skip], dim=2)
-            target, support = block.concatenated(target, support)
         return self.head(target)
 
     def _check(self, target: Tensor, images: Tensor, masks: Tensor) -> None:

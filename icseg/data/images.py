@@ -9,7 +9,8 @@
 | NumPy  | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                            |
 
 Colour becomes grey by luma (ITU-R BT.601). Pixels are taken as a viewer displays them: where EXIF or TIFF
-tags turn a picture, its map is written turned, without the tag, so that the two overlay.
+tags turn a picture, its map is written turned, without the tag, so that the two overlay. Masks count as
+stored: palette indices are class ids, and a file in 0 and 255 holds one class, 255.
 
 A mask of class ids is written in the dtype of the input where that is an integer type that holds them, else
 in the smallest unsigned type that does. A map in [0, 1] is written as float32; in PNG as uint8, 255 for 1.

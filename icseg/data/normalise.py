@@ -23,20 +23,21 @@ def intensity_window(array: Array, name: str) -> tuple[float, float]:
 
     Raises ValueError, naming the image `name`, if a value is not finite or all are equal.
     """
-    check_intensities(array, name)
+    least, most = check_intensities(array, name)
     low, high = np.percentile(array, PERCENTILES)
-    if low == high:  # a few bright pixels on an even ground
-        low, high = array.min(), array.max()
-    return float(low), float(high)
+    return (
+        (float(low), float(high)) if low < high else (least, most)
+    )  # else: few bright pixels on even ground
 
 
-def check_intensities(array: Array, name: str) -> None:
-    """Raise ValueError, naming the image `name`, if a value is not finite or all are equal."""
+def check_intensities(array: Array, name: str) -> tuple[float, float]:
+    """The extremes of `array`. Raises ValueError, naming the image, if a value is not finite or all are equal."""
     low, high = array.min(), array.max()  # NaN wins both
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} must hold finite values, got {array[~np.isfinite(array)][0]}")
     if low == high:
         raise ValueError(f"{name} must not be constant, got {low:g} everywhere")
+    return float(low), float(high)
 
 
 def normalise(array: Array, window: tuple[float, float]) -> NDArray[np.float32]:

@@ -388,8 +388,10 @@ class PublishedConfig(PatchICLConfig):
 
     @classmethod
     def from_published_dict(cls, published: dict[str, Any]) -> PublishedConfig:
-        """The configuration that a dictionary of the published code describes (`icseg.published.convert`)."""
-        from icseg.published.convert import config_from_published
+        """The configuration that a dictionary of the published code describes
+        (`icseg.published.dictionary`).
+        """
+        from icseg.published.dictionary import config_from_published
 
         return config_from_published(published)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,13 +39,15 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """images, masks: [N, 1, H, W] of any size, in [0, 1]. A frozen extractor ignores autocast."""
-        with contextlib.ExitStack() as stack:
-            if self.config.freeze:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(torch.autocast(images.device.type, enabled=False))
-            parts = images.split(self.config.chunk)
-            mask_parts = [None] * len(parts) if masks is None else masks.split(self.config.chunk)
-            return torch.cat([self._encode(*pair) for pair in zip(parts, mask_parts, strict=True)])
+        if not self.config.freeze:
+            return self._encode_chunks(images, masks)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return self._encode_chunks(images, masks)
+
+    def _encode_chunks(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        parts = images.split(self.config.chunk)
+        mask_parts = [None] * len(parts) if masks is None else masks.split(self.config.chunk)
+        return torch.cat([self._encode(*pair) for pair in zip(parts, mask_parts, strict=True)])
 
     def _encode(self, images: Tensor, masks: Tensor | None) -> Tensor:
         dtype = next((p.dtype for p in self.extractor.parameters()), images.dtype)

@@ -71,6 +71,7 @@ class PublishedNetwork(nn.Module):
         super().__init__()
         backbone = config.backbone
         self.config = config
+        self.fingerprint = config.fingerprint()
         self.levels = [Level(level, config) for level in config.levels]
         self.features = FeatureExtractor(config.features)
         self.scale = ScaleEncoding(backbone.dim)
@@ -94,9 +95,11 @@ class PublishedNetwork(nn.Module):
         self.oracle_share.fill_(self.config.oracle.probability(step))
 
     def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
-        """images, masks: [B, S, 1, H, W]. Without a seed, in evaluation mode, the best patches are encoded too.
+        """images, masks: [B, S, 1, H, W]. Without a seed, in evaluation mode, the best patches are encoded
+        too.
 
-        With one, or in training, a forward draws and encodes its own from the features, by its own seed or noise.
+        With one, or in training, a forward draws and encodes its own from the features, by its own seed or
+        noise.
         """
         features = self.features(images.flatten(0, 1), masks.flatten(0, 1)).unflatten(0, images.shape[:2])
         tensors = {"features": features, "masks": masks}
@@ -104,7 +107,7 @@ class PublishedNetwork(nn.Module):
             best = Draws(len(self.levels), False, None, None)
             for i in range(len(self.levels)):
                 tensors |= self._encode_support_level(i, features, masks, images.shape[0], best).to_tensors(i)
-        return SupportMemory(self.config.fingerprint(), images.shape[0], tensors)
+        return SupportMemory(self.fingerprint, images.shape[0], tensors)
 
     def forward(
         self,

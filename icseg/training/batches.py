@@ -129,7 +129,7 @@ def _intensity(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tenso
         x = 1 - x
     gamma = 2 ** (float(rng.uniform(-config.gamma, config.gamma)) + per_image(config.gamma / 4))
     x = x**gamma
-    return ((x - 0.5) * (1 + per_image(config.contrast)) + 0.5 + per_image(config.contrast)).clamp(0, 1)
+    return (x + (x - 0.5) * per_image(config.contrast) + per_image(config.contrast)).clamp(0, 1)
 
 
 def _as_float(images: NDArray[np.uint8], masks: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:

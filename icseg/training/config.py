@@ -236,10 +236,14 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 
 def _model_config(table: dict[str, Any]) -> PatchICLConfig:
-    """The default configuration of the named architecture with the fields of `table` in place of its own."""
+    """The named architecture's configuration; what `table` leaves out has its default for the image size."""
     fields = dict(table)
     architecture = fields.pop("architecture", "sparse")
-    if architecture == "published" and "levels" not in fields:
-        defaults = PatchICLConfig.published(fields.pop("image_size", 256)).to_dict()
-        return PatchICLConfig.from_dict({**defaults, **fields})
-    return PatchICLConfig.from_dict({"architecture": architecture, **fields})
+    if architecture != "published":
+        return PatchICLConfig.from_dict({"architecture": architecture, **fields})
+    image_size = {"image_size": fields["image_size"]} if "image_size" in fields else {}
+    merged = PatchICLConfig.published(**image_size).to_dict()
+    for name, value in fields.items():
+        part = merged.get(name)
+        merged[name] = {**part, **value} if isinstance(part, dict) and isinstance(value, dict) else value
+    return PatchICLConfig.from_dict(merged)

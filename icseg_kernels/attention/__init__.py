@@ -70,7 +70,7 @@ def selected_attention(
                 counts twice. None lists every row once: the call is torch's scaled_dot_product_attention.
     kv_end:     how many keys, from the front of the list (of k and v, without index), a query attends to.
                 An int for all queries, or consecutive runs of queries as (queries, keys) pairs whose queries
-                add up to Nq; with G > 1 lists, a run must cover whole groups. Plain ints: a bound, not a mask.
+                add up to Nq; with G > 1 lists, a run must cover whole groups. Plain ints, so never a mask.
     sink:       a query may also attend to a key of zeros with a value of zeros (torch.nn.MultiheadAttention's
                 add_zero_attn), wherever kv_end lies.
     scale:      factor of q k^T; None is D ** -0.5.
@@ -79,8 +79,8 @@ def selected_attention(
     backend:    None or "reference".
 
     Returns [B, h, Nq, Dv] in the dtype of q. A query with no key gives 0, and logsumexp -inf (0 with a sink).
-    Gradients reach q, k and v, also through logsumexp; second derivatives exist only without index and
-    logsumexp. Half types are computed in float32 (without index and logsumexp: as SDPA does); autocast as SDPA.
+    Once differentiable in q, k and v, also through logsumexp. Without index and logsumexp the half types are
+    computed as SDPA does, otherwise in float32; autocast acts as on SDPA.
     Raises TypeError, ValueError or BackendError.
 
     Asymmetric attention without a mask. With 3 support tokens, 1 register and 2 target tokens laid out
@@ -131,7 +131,7 @@ class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+        return *_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -231,14 +231,14 @@ def _fake_backward(
 
 
 _forward_op = backends.register(
-    "selected_attention(Tensor q, Tensor k, Tensor v, Tensor? index, SymInt[] queries, SymInt[] keys, bool sink,"
-    " float scale) -> (Tensor, Tensor)",
+    "selected_attention(Tensor q, Tensor k, Tensor v, Tensor? index, SymInt[] queries, SymInt[] keys, "
+    "bool sink, float scale) -> (Tensor, Tensor)",
     reference.forward,
     _fake_forward,
 )
 _backward_op = backends.register(
-    "selected_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor? index,"
-    " SymInt[] queries, SymInt[] keys, bool sink, float scale) -> (Tensor, Tensor, Tensor)",
+    "selected_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor? index, SymInt[] queries, SymInt[] keys, bool sink, float scale) -> (Tensor, Tensor, Tensor)",
     reference.backward,
     _fake_backward,
 )

@@ -28,7 +28,7 @@ def cross_conv2d(
     padding_mode: str = "zeros",
     backend: str | None = None,
 ) -> Tensor:
-    """Convolve the channel concatenation of every x with every y: out[b, i, j] = conv([x[b, i]; y[b, j]]).
+    """Convolve every x concatenated with every y, along channels: out[b, i, j] = conv([x[b, i]; y[b, j]]).
 
     UniverSeg's CrossConv2d (arXiv 2304.06131, section 3.2) as conv_x(x[b, i]) + conv_y(y[b, j]): exact,
     Sx + Sy convolutions instead of Sx * Sy, and the concatenation never exists.
@@ -37,7 +37,7 @@ def cross_conv2d(
     y:            [B, Sy, Cy, H, W], same dtype.
     weight:       [Co, Cx + Cy, kh, kw], the channels of x first, as for torch.nn.Conv2d.
     bias:         [Co] or None.
-    stride, dilation, padding, padding_mode: as torch.nn.Conv2d; padding="same" needs stride 1 and is the default.
+    stride, dilation, padding, padding_mode: as torch.nn.Conv2d; padding="same", the default, needs stride 1.
     backend:      None or "reference".
     Returns [B, Sx, Sy, Co, Ho, Wo]. Differentiable, any number of times. Raises TypeError or ValueError.
 
@@ -63,7 +63,7 @@ def cross_conv2d_mean(
     padding_mode: str = "zeros",
     backend: str | None = None,
 ) -> Tensor:
-    """The mean over y of `cross_conv2d`, [B, Sx, Co, Ho, Wo], for the price of Sy = 1: it convolves the mean of y.
+    """The mean over y of `cross_conv2d`, [B, Sx, Co, Ho, Wo], by convolving the mean of y.
 
     Arguments as for `cross_conv2d`. Exact because the convolution is linear; it is not the mean of anything
     applied after a nonlinearity. Sy must be at least 1.

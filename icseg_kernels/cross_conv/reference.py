@@ -1,4 +1,4 @@
-"""The pairwise convolution by splitting the weight over its input channels (UniverSeg, arXiv 2304.06131, eq. 2)."""
+"""The convolution of every pair, by splitting the weight over its input channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cross_conv2d(
     dilation: tuple[int, int],
     mode: str,
 ) -> Tensor:
-    """[B, Sx, Sy, Co, Ho, Wo]; pads are (left, right, top, bottom), mode is one of torch.nn.functional.pad."""
+    """[B, Sx, Sy, Co, Ho, Wo]; pads are (left, right, top, bottom), mode as in torch.nn.functional.pad."""
     wx, wy = weight.split([x.shape[2], y.shape[2]], dim=1)
     zx = _convolve_images(x, wx, bias, stride, pads, dilation, mode)
     zy = _convolve_images(y, wy, None, stride, pads, dilation, mode)

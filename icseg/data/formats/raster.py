@@ -30,7 +30,7 @@ class RasterGeometry(Geometry):
 
 def read(path: Path, *, labels: bool) -> Content:
     """Read a PNG or JPEG file; `labels` keeps palette indices and demands one channel."""
-    with Image.open(path, formats=("PNG", "JPEG", "MPO")) as image:
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
         image.load()
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         pixels = _pixels(image, path, labels)

@@ -37,14 +37,14 @@ class TiffGeometry(Geometry):
 
 
 def read(path: Path, *, labels: bool) -> Content:
-    """Read a TIFF file; `labels` keeps palette indices and demands one channel."""
+    """Read a TIFF file; `labels` keeps the stored values (palette indices, say) and demands one channel."""
     with _damage_is_an_error(), tifffile.TiffFile(path) as file:
         pixels, axes = _stack(file)
         page = file.series[0].keyframe
         dtype = pixels.dtype
         if page.colormap is not None and not labels:
             pixels, axes = np.moveaxis(page.colormap, 0, -1)[pixels], axes + "S"
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and dtype.kind in "bu":
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and dtype.kind in "bu" and not labels:
             pixels = np.invert(pixels)
         if "S" in axes:
             pixels = np.moveaxis(pixels, axes.index("S"), -1)

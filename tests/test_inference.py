@@ -1,0 +1,416 @@
+"""`segment` and its parts: sizes, geometry, class ids, uncertainty, and every refusal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+from torch import nn
+
+import icseg
+from icseg.data.frame import SquareFrame
+from icseg.inference import Segmenter, resolve_device, segment
+from icseg.inputs import SegmentOptions, SupportSet
+from icseg.overlay import PALETTE, draw_overlay, montage, overlay
+
+
+class ByBrightness:
+    """Foreground is what is nearer to the mean brightness of the masks than to that of the rest.
+
+    A stand-in for a model, good on discs of even brightness; it counts its calls.
+    """
+
+    def __init__(self):
+        self.encoded = []
+        self.batches = []
+
+    def encode_support(self, images, masks):
+        self.encoded.append((images, masks))
+        return (images * masks).sum() / masks.sum(), (images * (1 - masks)).sum() / (1 - masks).sum()
+
+    def __call__(self, target, *, memory, seed=None):
+        self.batches.append(len(target))
+        inside, outside = memory
+        logits = 40 * ((target - outside).abs() - (target - inside).abs())
+        return SimpleNamespace(logits=logits if seed is None else logits + (seed - 1.5))
+
+
+def disc(height, width, level=200, ground=50, dtype=np.uint8, class_id=1):
+    """An image with a disc, off centre, and its mask."""
+    y, x = np.mgrid[:height, :width]
+    mask = (y - 0.4 * height) ** 2 + (x - 0.55 * width) ** 2 < (0.3 * min(height, width)) ** 2
+    return np.where(mask, level, ground).astype(dtype), mask.astype(np.uint8) * class_id
+
+
+def supports(count=2, class_id=1, **options):
+    pairs = [disc(40 + 10 * i, 60, class_id=class_id, **options) for i in range(count)]
+    return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("size", [(40, 60), (300, 120), (257, 1), (1, 64), (500, 500), (33, 260)])
+def test_frame_keeps_place_and_proportion(size):
+    height, width = size
+    frame = SquareFrame(height, width, 128)
+    rows = torch.linspace(0, 1, height)[None, :, None].expand(1, height, width)
+    inside = frame.enter(rows)
+    assert inside.shape == (1, 1, 128, 128)
+    assert max(frame.scaled) == 128
+    back = frame.leave(inside)
+    assert back.shape == (1, 1, height, width)
+    torch.testing.assert_close(back[0, 0], rows[0], atol=1 / min(height, frame.scaled[0]), rtol=0)
+
+
+def test_frame_continues_images_and_not_masks():
+    frame = SquareFrame(64, 128, 128)
+    assert (frame.enter(torch.ones(1, 64, 128)) == 1).all()
+    mask = frame.enter_masks(torch.ones(1, 64, 128))
+    assert mask[0, 0, 32:96].eq(1).all()
+    assert mask.sum() == 64 * 128
+
+
+def test_frame_keeps_the_area_of_small_masks():
+    mask = torch.zeros(1, 1000, 1000)
+    mask[0, 400:420, 500:510] = 1
+    area = SquareFrame(1000, 1000, 250).enter_masks(mask).sum().item()
+    assert area == pytest.approx(200 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize(("height", "width"), [(211, 333), (30, 200), (128, 128), (900, 100)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_mask_has_the_images_size_and_place(height, width, dtype):
+    image, truth = disc(height, width, dtype=dtype)
+    result = segment(image, *supports(), model=ByBrightness(), size=128)
+    assert result.mask.shape == image.shape
+    assert result.mask.dtype == (np.uint8 if dtype == np.float32 else dtype)
+    assert dice(result.mask > 0, truth > 0) > 0.95
+
+
+def test_list_in_list_out_and_support_encoded_once():
+    model = ByBrightness()
+    images = [disc(50, 70)[0], disc(90, 40)[0]]
+    results = segment(images, *supports(3), model=model, size=128)
+    assert [r.mask.shape for r in results] == [(50, 70), (90, 40)]
+    assert len(model.encoded) == 1
+    assert model.encoded[0][0].shape == (1, 3, 1, 128, 128)
+
+
+def test_volume_goes_in_batches_of_slices():
+    image, truth = disc(40, 60)
+    model = ByBrightness()
+    result = segment(np.stack([image] * 7, axis=1), *supports(), model=model, axis=1, batch_size=3, size=128)
+    assert model.batches == [3, 3, 1]
+    assert result.mask.shape == (40, 7, 60)
+    for i in range(7):
+        assert dice(result.mask[:, i] > 0, truth > 0) > 0.95
+
+
+def test_volume_supports_give_their_annotated_slices():
+    image, mask = disc(40, 60)
+    volume, labels = np.stack([image] * 5), np.stack([mask] * 5)
+    labels[[0, 3]] = 0
+    model = ByBrightness()
+    segment(image, [volume], [labels], model=model, axis=0, size=128)
+    assert model.encoded[0][0].shape[1] == 3
+
+
+def test_batch_size_does_not_change_the_result():
+    volume = np.stack([disc(40, 60, level=100 + 20 * i)[0] for i in range(5)])
+    results = [
+        segment(volume, *supports(), model=ByBrightness(), axis=0, batch_size=b, uncertainty=True, size=128)
+        for b in (1, 5)
+    ]
+    np.testing.assert_array_equal(results[0].mask, results[1].mask)
+    np.testing.assert_array_equal(results[0].uncertainty, results[1].uncertainty)
+
+
+def three_levels(classes=(0, 7, 255)):
+    """Background, a disc and a bar of three brightnesses, with class ids."""
+    image, mask = disc(60, 80, level=130)
+    image[50:58, 5:75] = 250
+    ids = np.array(classes, np.uint8)[mask]
+    ids[50:58, 5:75] = classes[2]
+    return image, ids
+
+
+def test_class_ids_come_back():
+    image, ids = three_levels()
+    result = segment(image, [image], [ids], model=ByBrightness(), size=128)
+    assert result.classes == (7, 255)
+    assert set(np.unique(result.mask)) == {0, 7, 255}
+    assert (result.mask == ids).mean() > 0.95
+
+
+def test_one_class_of_several_and_only_its_supports():
+    image, ids = three_levels()
+    model = ByBrightness()
+    only_disc = np.where(ids == 7, ids, 0)
+    result = segment(image, [image, image], [ids, only_disc], model=model, classes=[255], size=128)
+    assert set(np.unique(result.mask)) == {0, 255}
+    assert [images.shape[1] for images, _ in model.encoded] == [1]
+
+
+def test_ids_that_the_input_dtype_cannot_hold_widen_it():
+    image, mask = disc(40, 60)
+    result = segment(image, [image], [mask.astype(np.uint16) * 1000], model=ByBrightness(), size=128)
+    assert result.mask.dtype == np.uint16
+    assert result.mask.max() == 1000
+
+
+class Fixed:
+    """Gives the same logit everywhere, one value a class, in order."""
+
+    def __init__(self, *logits):
+        self.logits = list(logits)
+        self.encoded = 0
+
+    def encode_support(self, images, masks):
+        self.encoded += 1
+        return self.logits[self.encoded - 1]
+
+    def __call__(self, target, *, memory, seed=None):
+        return SimpleNamespace(logits=torch.full_like(target, memory + (0 if seed is None else seed)))
+
+
+def entropy(*probabilities):
+    p = np.array(probabilities)
+    return -(p * np.log(p)).sum() / np.log(len(p))
+
+
+@pytest.mark.parametrize("logit", [-3.0, 0.0, 1.5])
+def test_uncertainty_is_the_binary_entropy(logit):
+    image, mask = disc(30, 40)
+    result = segment(image, [image], [mask], model=Fixed(logit), uncertainty=True, size=128)
+    p = 1 / (1 + np.exp(-logit))
+    assert result.uncertainty.dtype == np.float32
+    np.testing.assert_allclose(result.uncertainty, entropy(p, 1 - p), rtol=1e-5)
+
+
+def test_uncertainty_of_classes_is_the_entropy_of_their_posterior():
+    image, ids = three_levels()
+    result = segment(image, [image], [ids], model=Fixed(0.5, 1.0), uncertainty=True, size=128)
+    p, q = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1.0))
+    joint = np.array(
+        [(1 - p) * (1 - q), p * (1 - q), q * (1 - p)]
+    )  # independent, given that they exclude each other
+    np.testing.assert_allclose(result.uncertainty, entropy(*joint / joint.sum()), rtol=1e-5)
+    assert (result.mask == 255).all()
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.2, 1), (0.7, 1), (0.75, 0)])
+def test_threshold(threshold, expected):
+    image, mask = disc(30, 40)
+    result = segment(image, [image], [mask], model=Fixed(1.0), threshold=threshold, size=128)  # p = .731
+    assert (result.mask == expected).all()
+
+
+def test_seeds_average_probabilities():
+    image, mask = disc(30, 40)
+    result = segment(image, [image], [mask], model=Fixed(0.0), seeds=[0, 3], uncertainty=True, size=128)
+    p = (0.5 + 1 / (1 + np.exp(-3.0))) / 2
+    np.testing.assert_allclose(result.uncertainty, entropy(p, 1 - p), rtol=1e-4)
+
+
+def test_window_replaces_percentiles():
+    image, mask = disc(40, 60, level=1000, ground=-1000, dtype=np.int16)
+    model = ByBrightness()
+    segment(image, [image], [mask], model=model, window=(-3000, 3000), size=128)
+    encoded = model.encoded[0][0]
+    assert encoded.min().item() == pytest.approx(1 / 3, abs=1e-5)
+    assert encoded.max().item() == pytest.approx(2 / 3, abs=1e-5)
+
+
+def test_files_in_files_out(tmp_path):
+    image, truth = disc(40, 60)
+    Picture.fromarray(image).save(tmp_path / "a.png")
+    Picture.fromarray(truth * 255).save(tmp_path / "m.png")
+    volume = np.stack([image.T] * 3, -1).astype(np.int16)
+    affine = np.array([[-2.0, 0, 0, 9], [0, -2, 0, 8], [0, 0, 5, 7], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / "v.nii.gz")
+    pair = [tmp_path / "a.png"], [str(tmp_path / "m.png")]
+    flat = segment(tmp_path / "a.png", *pair, model=ByBrightness(), size=128)
+    flat.save(tmp_path / "out.png")
+    with Picture.open(tmp_path / "out.png") as written:
+        assert dice(np.asarray(written) == 255, truth > 0) > 0.95
+    result = segment(str(tmp_path / "v.nii.gz"), *pair, model=ByBrightness(), axis=2, size=128)
+    result.save(tmp_path / "out.nii.gz")
+    written = nibabel.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(written.affine, affine)
+    assert written.get_data_dtype() == np.int16
+    ids = np.asarray(written.dataobj)
+    np.testing.assert_array_equal(ids, result.mask)
+    for i in range(3):
+        assert dice(ids[..., i] == 255, truth.T > 0) > 0.95
+
+
+GOOD, MASK = disc(40, 60)
+REFUSALS = {
+    "no supports": (
+        {"support_images": [], "support_masks": []},
+        "support_images must hold at least one image",
+    ),
+    "no mask": (
+        {"support_masks": []},
+        "support_masks must hold one mask for each of 1 support images, got 0",
+    ),
+    "mask of another size": (
+        {"support_masks": [MASK[:-1]]},
+        r"support_masks\[0\] must have the size of support_images\[0\] \(40 x 60\), got 39 x 60",
+    ),
+    "empty masks": (
+        {"support_masks": [MASK * 0]},
+        "support_masks must mark at least one pixel, got only background",
+    ),
+    "constant image": ({"images": MASK * 0}, "images must not be constant, got 0 everywhere"),
+    "constant of several": ({"images": [GOOD, MASK * 0]}, r"images\[1\] must not be constant"),
+    "constant support": ({"support_images": [MASK * 0]}, r"support_images\[0\] must not be constant"),
+    "NaN": ({"images": np.where(MASK, np.nan, 1.0)}, "images must hold finite values, got nan"),
+    "absent class": ({"classes": [1, 3]}, r"classes must be ids in the support masks \(1\), got 3"),
+    "class 0": ({"classes": [0]}, r"classes must be ids of at least 1 \(0 is background\), got \[0\]"),
+    "soft mask": (
+        {"support_masks": [MASK * 0.4]},
+        r"support_masks\[0\] must hold integer class ids, got 0.4",
+    ),
+    "3-D target": ({"images": GOOD[None].repeat(3, 0)}, "images must be 2-D unless an axis"),
+    "3-D support": (
+        {"support_images": [GOOD[None].repeat(3, 0)], "support_masks": [MASK[None].repeat(3, 0)]},
+        r"support_images\[0\] must be 2-D unless an axis",
+    ),
+    "3-D mask": (
+        {"support_masks": [MASK[None].repeat(3, 0)]},
+        r"support_masks\[0\] must be 2-D unless an axis",
+    ),
+    "size": ({"size": 100}, "size must be an integer from 128 to 1024, got 100"),
+    "axis": ({"axis": 3}, "axis must be 0, 1, 2 or None, got 3"),
+    "batch": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    "threshold": ({"threshold": 1.0}, "threshold must lie between 0 and 1, got 1.0"),
+    "window": ({"window": (5, 5)}, r"window must be \(low, high\), finite, with low < high, got \(5, 5\)"),
+    "window beside the values": (
+        {"window": (300, 400)},
+        r"inside the window \(300, 400\) must not be constant",
+    ),
+    "grey image as mask": (
+        {"support_masks": [np.arange(2400).reshape(40, 60)]},
+        "support_masks must hold at most 64 ids unless classes are given, got 2399",
+    ),
+    "missing file": ({"images": "none.png"}, r"none\.png must be an existing file"),
+    "device": ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
+    "no such device": ({"device": "cuda:99"}, "device must be one of this machine, which has cpu"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_come_before_any_work(case):
+    changes, message = REFUSALS[case]
+    model = ByBrightness()
+    arguments = {"images": GOOD, "support_images": [GOOD], "support_masks": [MASK], "size": 128} | changes
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as refusal:
+        segment(**arguments, model=model)
+    assert "\n" not in str(refusal.value)
+    assert not model.encoded
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got meta"):
+        resolve_device("meta")
+
+
+class TinyNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.modes = []
+
+    def encode_support(self, images, masks):
+        return None
+
+    def forward(self, target, *, memory, seed=None):
+        self.modes.append((self.training, torch.is_inference_mode_enabled()))
+        return SimpleNamespace(logits=target * self.gain - 0.5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_run_in_evaluation_mode_and_get_their_mode_back(training):
+    model = TinyNetwork().train(training)
+    segment(GOOD, [GOOD], [MASK], model=model, size=128, device="cpu")
+    assert model.modes == [(False, True)]
+    assert model.training is training
+
+
+def test_half_precision_logits_are_accepted():
+    class Half(Fixed):
+        def __call__(self, target, *, memory, seed=None):
+            return SimpleNamespace(logits=super().__call__(target, memory=memory).logits.bfloat16())
+
+    result = segment(GOOD, [GOOD], [MASK], model=Half(1.0), uncertainty=True, size=128)
+    assert (result.mask == 1).all()
+    assert result.uncertainty.dtype == np.float32
+
+
+def test_segmenter_reports_its_slices():
+    volume = np.stack([GOOD] * 5)
+    done = []
+    options = SegmentOptions(size=128, axis=0, batch_size=2)
+    segmenter = Segmenter(ByBrightness(), SupportSet([GOOD], [MASK], options), options)
+    segmenter(volume, on_slices=done.append)
+    assert done == [2, 2, 1]
+
+
+def test_patchicl_segments_any_shape():
+    config = icseg.PatchICLConfig.sparse(
+        levels=(16, 32),
+        target_patches=(4, 4),
+        support_patches=(4, 4),
+        dim=16,
+        depth=1,
+        heads=2,
+        stem_channels=8,
+    )
+    torch.manual_seed(0)
+    model = icseg.PatchICL(config)
+    first, second = (
+        icseg.segment(GOOD, *supports(), model=model, size=128, uncertainty=True, seeds=seeds)
+        for seeds in (None, [1, 2])
+    )
+    assert first.mask.shape == second.mask.shape == GOOD.shape
+    again = icseg.segment(GOOD, *supports(), model=model, size=128, uncertainty=True)
+    np.testing.assert_array_equal(first.uncertainty, again.uncertainty)
+
+
+def test_overlay_draws_contour_and_fill():
+    image = np.full((40, 60), 0.5, np.float32)
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 10:30], mask[10:30, 40:50] = 3, 9
+    picture = draw_overlay(image, mask, (3, 9))
+    assert picture.dtype == np.uint8
+    assert (picture[0, 0] == 128).all()
+    assert (picture[10, 15] == PALETTE[0]).all()
+    assert (picture[10, 45] == PALETTE[1]).all()
+    fill = np.rint(0.65 * 127.5 + 0.35 * PALETTE[0])
+    assert (picture[20, 20] == fill).all()
+
+
+def test_overlay_of_a_volume_shows_labelled_slices():
+    volume = np.stack([disc(40, 60, level=60 + 10 * i)[0] for i in range(14)])
+    options = SegmentOptions(size=128, axis=0)
+    segmenter = Segmenter(ByBrightness(), SupportSet(*supports(), options), options)
+    result = segmenter(volume)
+    assert overlay(result, options).shape == (3 * 40, 3 * 60, 3)
+    result.mask[:] = 0
+    result.mask[4] = 1
+    assert overlay(result, options).shape == (40, 60, 3)
+
+
+def test_montage_is_filled_row_by_row():
+    sheet = montage([np.full((2, 3, 3), i, np.uint8) for i in range(1, 6)])
+    assert sheet.shape == (4, 9, 3)
+    assert sheet[::2, ::3, 0].tolist() == [[1, 2, 3], [4, 5, 0]]
