@@ -144,13 +144,16 @@ def segment(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the example and its results.")] = Path("demo-output"),
+    checkpoint: Checkpoint = None,
     device: Device = None,
+    threads: Threads = None,
 ) -> None:
     """Segment the bundled synthetic example, and say how well it went."""
     with _exit_codes():
         from icseg.demo import run_demo
 
-        report = run_demo(out, device=device)
+        _use_threads(threads)
+        report = run_demo(out, checkpoint=checkpoint, device=device)
     for target in report.targets:
         typer.echo(f"{target.mask}  overlay: {target.overlay}  Dice: {target.dice:.3f}")
     typer.echo(f"The same again: {report.command}")

@@ -41,10 +41,12 @@ class DemoReport:
     command: str
 
 
-def run_demo(out: str | Path, *, device: str | None = None, progress: bool = True) -> DemoReport:
+def run_demo(
+    out: str | Path, *, checkpoint: Path | None = None, device: str | None = None, progress: bool = True
+) -> DemoReport:
     """Copy the example into `out`, segment its targets, write masks and overlays there, and score the masks.
 
-    Raises OSError or ValueError if `out` cannot be written to.
+    checkpoint: None takes the bundled weights. Raises OSError or ValueError if `out` cannot be written to.
     """
     out = Path(out)
     images, masks, targets = (out / name for name in ("support_images", "support_masks", "targets"))
@@ -54,7 +56,15 @@ def run_demo(out: str | Path, *, device: str | None = None, progress: bool = Tru
     for name in TARGETS:
         _copy(f"{name}.png", targets / f"{name}.png")
     segment_files(
-        [targets], images, masks, out, SegmentOptions(), overlay=True, device=device, progress=progress
+        [targets],
+        images,
+        masks,
+        out,
+        SegmentOptions(),
+        checkpoint=checkpoint,
+        overlay=True,
+        device=device,
+        progress=progress,
     )
     command = (
         f"icseg segment {targets} --support-images {images} --support-masks {masks} --out {out} --overlay"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Apart from the seeds that training pools use.
 _SYNTHETIC_SEED = 1_000_000
+_ARRAYS = ("images", "masks", "class_names", "patient")
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,8 @@ class Pack:
         refused.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"pack must be an existing .npz file, got {path}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {
-                    name: file[name] for name in ("images", "masks", "class_names", "patient") if name in file
-                }
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-            raise ValueError(f"pack must be a readable .npz file, got {path} ({error})") from error
-        missing = [name for name in ("images", "masks", "class_names") if name not in arrays]
+        arrays = _read_arrays(path)
+        missing = [name for name in _ARRAYS[:3] if name not in arrays]
         if missing:
             raise ValueError(f"pack must hold {', '.join(missing)}, got {path} without")
         images, masks = arrays["images"], arrays["masks"]
@@ -103,6 +98,18 @@ class Pack:
                 f"patient must have one entry an image, {len(images)}, got {patient.size} in {path}"
             )
         return cls(path.stem, images, masks, names, patient)
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"pack must be an existing .npz file, got {path}")
+    try:
+        with zipfile.ZipFile(path):  # np.load would also take a lone array
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in _ARRAYS if name in file}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"pack must be a readable .npz file, got {path} ({error})") from error
 
 
 @dataclass(frozen=True)

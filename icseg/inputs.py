@@ -90,8 +90,8 @@ class SupportSet:
 def prepare(image: Image, options: SegmentOptions) -> tuple[NDArray[Any], tuple[float, float]]:
     """The slices [N, H, W] of an image and the intensities that become 0 and 1.
 
-    Raises ValueError for a volume without an axis, and for values that are constant, not finite or all outside
-    the window.
+    Raises ValueError for a volume without an axis, and for values that are constant, not finite or all
+    outside the window.
     """
     planes = image.planes(options.axis)
     if options.window is None:

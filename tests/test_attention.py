@@ -505,7 +505,7 @@ def test_errors(call: Callable[[], dict[str, object]], error: type[Exception], m
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lists", ["all", "hostile", "groups"])
 def test_cuda_agrees_repeats_and_captures(lists: str) -> None:
-    """Values of the CPU, the same gradient bits twice, and no host synchronisation (a CUDA graph refuses one)."""
+    """Values of the CPU, the same gradient bits twice, and no host synchronisation: a CUDA graph has none."""
     index = LISTS[lists]()
     index = None if index is None else index.cuda()
 

@@ -294,7 +294,7 @@ REFUSALS = {
     "window": ({"window": (5, 5)}, r"window must be \(low, high\), finite, with low < high, got \(5, 5\)"),
     "window beside the values": (
         {"window": (300, 400)},
-        r"inside the window \(300, 400\) must not be constant",
+        r"window must overlap the values of .* \(50 to 200\), got 300 to 400",
     ),
     "grey image as mask": (
         {"support_masks": [np.arange(2400).reshape(40, 60)]},

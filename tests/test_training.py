@@ -221,13 +221,13 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, monkeypatch: pyte
     train(tiny(3), tmp_path / "one", pools=POOLS, show_progress=False)
     assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "one").values())
     assert ["total" in row for row in read_rows(tmp_path / "one")] == [True, False, True, False]
-    bad = range(0, 100)
+    bad = range(100)
     with pytest.raises(FloatingPointError, match="loss and gradient must be finite, got 21 steps running"):
         train(tiny(50), tmp_path / "all", pools=POOLS, show_progress=False)
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="resume needs a run's state.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"resume needs a run's state\.safetensors"):
         train(tiny(1), tmp_path / "none", resume=True, pools=POOLS, show_progress=False)
     train(tiny(1), tmp_path, pools=POOLS, show_progress=False)
     with pytest.raises(FileExistsError, match="must not hold a run unless resume is given"):
@@ -254,7 +254,7 @@ def test_a_wall_clock_budget_ends_the_run(tmp_path: Path) -> None:
     assert result.minutes >= 0.5 / 60
 
 
-# --- schedule ---------------------------------------------------------------------------------------------------
+# Schedule
 
 
 def test_schedule_values() -> None:
@@ -273,7 +273,7 @@ def test_progress_is_the_larger_of_steps_and_time() -> None:
     assert ScheduleConfig(steps=100).progress(50, 1e6) == 0.5
 
 
-# --- data -------------------------------------------------------------------------------------------------------
+# Data
 
 
 def test_batches_depend_on_seed_and_step_alone() -> None:
@@ -359,7 +359,7 @@ def test_memory_is_repeated_target_by_target() -> None:
     assert repeat_memory(one, 3) is one
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------
+# Optimisation
 
 
 def test_weight_decay_spares_biases_norms_embeddings_and_frozen_parameters() -> None:
@@ -426,7 +426,7 @@ def test_a_network_with_an_oracle_schedule_is_told_the_pass(
     assert told == [0, 0, 0, 1, 1, 2]  # two of five tasks a step
 
 
-# --- configuration ----------------------------------------------------------------------------------------------
+# Configuration
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)

@@ -89,7 +89,11 @@ def test_from_file(recorded: dict[str, torch.Tensor], tmp_path: Path, suffix: st
 def test_foreign_files_are_refused(recorded: dict[str, torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="existing weight file"):
         UniverSeg.from_file(tmp_path / "none.pt")
-    for name, content in (("text.pt", b"no weights"), ("empty.pt", b""), ("text.safetensors", b"no weights at all")):
+    for name, content in (
+        ("text.pt", b"no weights"),
+        ("empty.pt", b""),
+        ("text.safetensors", b"no weights at all"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="readable weight file"):
             UniverSeg.from_file(tmp_path / name)

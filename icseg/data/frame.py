@@ -60,4 +60,7 @@ class SquareFrame:
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    height, width = size
+    wider = (height, max(2, width))  # torch (2.13) fills a result of width 1 with its first row
+    resized = F.interpolate(images, size=wider, mode="bilinear", align_corners=False, antialias=True)
+    return resized if width > 1 else resized.mean(-1, keepdim=True)

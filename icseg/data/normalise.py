@@ -31,7 +31,7 @@ def intensity_window(array: Array, name: str) -> tuple[float, float]:
 
 
 def check_intensities(array: Array, name: str) -> tuple[float, float]:
-    """The extremes of `array`. Raises ValueError, naming the image, if a value is not finite or all are equal."""
+    """The extremes of `array`. Raises ValueError, naming it, if a value is not finite or all are equal."""
     low, high = array.min(), array.max()  # NaN wins both
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} must hold finite values, got {array[~np.isfinite(array)][0]}")

@@ -39,7 +39,7 @@ class ScheduledNetwork(Protocol):
     """A network that picks patches by the true mask on a schedule of its own."""
 
     def set_oracle_step(self, step: int) -> None:
-        """Called before every optimiser step with the number of passes through the task pool that are over."""
+        """Called before every optimiser step with the number of finished passes through the task pool."""
 
 
 @dataclass(frozen=True)
