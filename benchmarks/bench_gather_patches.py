@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from harness import compare
+
 from icseg_kernels import gather_patches
 
 CASES = [  # B, C, image side, K, p

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from harness import compare
 from torch.utils.flop_counter import FlopCounterMode
 
 import icseg
-from harness import compare
 from icseg.baselines.universeg import UniverSeg
 
 SUPPORT = 3

@@ -64,7 +64,16 @@ def compare(
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return Row(
-        subject, case, medians, difference, flops or {}, rounds, torch.get_num_threads(), machine(), versions(), commit()
+        subject,
+        case,
+        medians,
+        difference,
+        flops or {},
+        rounds,
+        torch.get_num_threads(),
+        machine(),
+        versions(),
+        commit(),
     )
 
 

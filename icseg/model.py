@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from icseg.checkpoint import bundled_weights, load_checkpoint, save_checkpoint
 from icseg.config import PatchICLConfig
 from icseg.memory import SupportMemory
-from icseg.output import LevelOutput, SegmentationOutput
+from icseg.output import SegmentationOutput
+
+if TYPE_CHECKING:
+    from icseg.published.network import PublishedNetwork
+    from icseg.sparse.network import SparseNetwork
 
 
 class PatchICL(nn.Module):
@@ -28,17 +32,8 @@ class PatchICL(nn.Module):
 
     def __init__(self, config: PatchICLConfig | None = None) -> None:
         super().__init__()
-        config = config or PatchICLConfig.sparse()
-        if not isinstance(config, PatchICLConfig):
-            raise TypeError(
-                f"config must be PatchICLConfig.sparse() or PatchICLConfig.published(), got {type(config).__name__}"
-            )
-        self.config = config
-        if config.architecture == "published":
-            from icseg.published.network import PublishedNetwork as Network
-        else:
-            from icseg.sparse.network import SparseNetwork as Network
-        self.network: nn.Module = Network(config)
+        self.config = config or PatchICLConfig.sparse()
+        self.network = _make_network(self.config)
 
     def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
         """Encode a support set once, for any number of targets.
@@ -97,6 +92,22 @@ class PatchICL(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write weights and configuration to one .safetensors file; the file appears whole or not at all."""
         save_checkpoint(path, self.config, self.state_dict())
+
+
+def _make_network(config: PatchICLConfig) -> SparseNetwork | PublishedNetwork:
+    from icseg.published.config import PublishedConfig
+    from icseg.published.network import PublishedNetwork
+    from icseg.sparse.config import SparseConfig
+    from icseg.sparse.network import SparseNetwork
+
+    match config:
+        case SparseConfig():
+            return SparseNetwork(config)
+        case PublishedConfig():
+            return PublishedNetwork(config)
+    raise TypeError(
+        f"config must be PatchICLConfig.sparse() or PatchICLConfig.published(), got {type(config).__name__}"
+    )
 
 
 def _checked_support(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,9 +80,14 @@ def test_fingerprint_changes_with_any_field():
 def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.nii.gz"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
-        assert temporary.name.endswith(".nii.gz")
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def write() -> None:
+        with written_whole(path) as temporary:
+            assert temporary.name.endswith(".nii.gz")
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -40,7 +40,7 @@ FIXTURES = ("patchicl_3level", "patchicl_overlap")
 TOLERANCE = 1e-5  # the fixtures' own is 1e-4; float32 rounding stays below 2e-6 here
 
 
-# --- against the published code -------------------------------------------------------------------------------
+# --- against the published code --------------------------------------------------------------------
 
 
 class Recorded:
@@ -175,7 +175,7 @@ def test_a_loaded_model_saves_and_loads(recorded: Recorded, tmp_path: Path) -> N
         assert torch.equal(again(*recorded.inputs, noise=recorded.noise).logits, recorded.output.logits)
 
 
-# --- tiny models ----------------------------------------------------------------------------------------------
+# --- tiny models -----------------------------------------------------------------------------------
 
 
 def tiny(size: int = 16, **changes: Any) -> PublishedConfig:
@@ -408,7 +408,7 @@ def test_no_graph_break_in_evaluation() -> None:
         assert torch.equal(compiled, run(*(data[n] for n in names)))
 
 
-# --- training -------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------
 
 
 def test_a_one_level_model_learns() -> None:
@@ -524,7 +524,7 @@ def test_a_custom_extractor() -> None:
     finite_both_ways(model, task())
 
 
-# --- parts ----------------------------------------------------------------------------------------------------
+# --- parts -----------------------------------------------------------------------------------------
 
 
 def test_real_rotation_is_the_complex_one() -> None:
@@ -627,7 +627,7 @@ def test_positions_ignore_what_the_model_was_made_for() -> None:
     assert published.levels[1].positions(coords, 48, 32).tolist() == [[0, 1023], [1023, 0]]
 
 
-# --- configuration --------------------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -681,14 +681,14 @@ def test_every_field_is_validated() -> None:
         (LevelConfig, {"target_blur": float("nan")}, "target_blur must be a finite number"),
         (SamplerConfig, {"model_score": "magic"}, "model_score must be one of entropy"),
         (OracleSchedule, {"start": 1.5}, "start must be a finite number"),
-        (OracleSchedule, {"train_levels": (1,)}, "train_levels must hold bools"),
-        (FeatureConfig, {"scales": (1, 0)}, "scales must be distinct ints of 0 to 3 in ascending order"),
+        (OracleSchedule, {"train_levels": (1,)}, "train_levels must be a tuple of bools"),
+        (FeatureConfig, {"scales": (1, 0)}, "scales must be a tuple of ascending ints"),
         (FeatureConfig, {"input_size": 100}, "input_size must be divisible by 8, got 100"),
         (FeatureConfig, {"antialias": True}, 'antialias must be False with alignment "published"'),
         (BackboneConfig, {"dim": 12}, "dim must be divisible by 8"),
         (BackboneConfig, {"heads": 3}, "by heads = 3"),
         (BackboneConfig, {"patch_grid": 4}, "patch_grid must be 8 or 16, got 4"),
-        (PublishedConfig, {"levels": ()}, "levels must hold at least one LevelConfig"),
+        (PublishedConfig, {"levels": ()}, "levels must be a tuple of at least one LevelConfig"),
         (PublishedConfig, {"levels": (LevelConfig(4, 1, 1),)}, "at least patch_size = 8, got 4"),
         (PublishedConfig, {"oracle": OracleSchedule((True,))}, "train_levels must hold 4 bools"),
         (
@@ -723,7 +723,7 @@ def test_unknown_keys_are_errors() -> None:
         icseg.PatchICLConfig.published(64, size=3)
 
 
-# --- configurations of the published code ---------------------------------------------------------------------
+# --- configurations of the published code ----------------------------------------------------------
 
 
 def published() -> dict[str, Any]:

@@ -177,7 +177,8 @@ def test_cells_and_pixels_are_inverse():
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "expected"), [((256, 256), 32, (32, 32)), ((256, 128), 64, (64, 32)), ((300, 10), 32, (32, 8))]
+    ("size", "side", "expected"),
+    [((256, 256), 32, (32, 32)), ((256, 128), 64, (64, 32)), ((300, 10), 32, (32, 8))],
 )
 def test_level_size(size, side, expected):
     assert level_size(*size, side) == expected

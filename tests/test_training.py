@@ -188,6 +188,26 @@ def test_the_trained_model_opens_and_says_how_it_was_made(tmp_path: Path) -> Non
     assert TrainingConfig.from_dict(made["config"]) == tiny(2)
 
 
+def test_a_finished_run_can_be_resumed_to_no_effect(tmp_path: Path) -> None:
+    first = train(tiny(2), tmp_path, pools=POOLS, show_progress=False)
+    before, rows = weights(tmp_path), read_rows(tmp_path)
+    assert train(tiny(2), tmp_path, resume=True, pools=POOLS, show_progress=False).dice == first.dice
+    assert equal(weights(tmp_path), before)
+    assert read_rows(tmp_path) == rows
+
+
+def test_a_run_can_start_from_a_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    PatchICL(tiny().model).save_pretrained(tmp_path / "initial.safetensors")
+    start = {"initial": str(tmp_path / "initial.safetensors")}
+    slow = {"learning_rate": 1e-9, "weight_decay": 0.0}
+    train(tiny(1, run=start, optimiser=slow), tmp_path / "run", pools=POOLS, show_progress=False)
+    initial, after = load_checkpoint(tmp_path / "initial.safetensors")[1], weights(tmp_path / "run")
+    assert all(torch.allclose(initial[name], after[name], atol=1e-6) for name in initial)
+    with pytest.raises(ValueError, match="initial must be a checkpoint of the configured model"):
+        train(tiny(1, run=start, model={"dim": 8}), tmp_path / "other", pools=POOLS, show_progress=False)
+
+
 def test_the_loss_falls(tmp_path: Path) -> None:
     train(
         tiny(40, optimiser={"learning_rate": 3e-3}, data={"crop": 1.0, "invert": 0.0}, run={"log_steps": 10}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ POSITIONS = ("image", "published")
 PRIORS = ("none", "probability", "logits")
 CONFIDENCES = ("none", "entropy", "learned")
 AGGREGATIONS = ("average", "gaussian")
+_SCALES = [chosen for count in range(1, 5) for chosen in itertools.combinations(range(4), count)]
 
 
 def _check_int(name: str, value: Any, least: int) -> None:
@@ -136,8 +138,9 @@ class OracleSchedule:
     def __post_init__(self) -> None:
         _check_bools(self, "scheduled")
         for name in ("train_levels", "eval_levels"):
-            if not all(isinstance(v, bool) for v in getattr(self, name)):
-                raise ValueError(f"{name} must hold bools, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(v, bool) for v in value):
+                raise ValueError(f"{name} must be a tuple of bools, got {value!r}")
         _check_ints(self, 0, "warmup", "decay")
         _check_numbers(self, "start", "end", least=0, most=1)
 
@@ -202,10 +205,8 @@ class FeatureConfig:
         _check_choice(self, "alignment", ALIGNMENTS)
         _check_ints(self, 1, "channels", "input_size", "grid", "chunk")
         _check_bools(self, "freeze", "rescale", "via_grid", "antialias")
-        if not self.scales or list(self.scales) != sorted(set(self.scales) & {0, 1, 2, 3}):
-            raise ValueError(
-                f"scales must be distinct ints of 0 to 3 in ascending order, got {self.scales!r}"
-            )
+        if self.scales not in _SCALES:
+            raise ValueError(f"scales must be a tuple of ascending ints from 0 to 3, got {self.scales!r}")
         if self.extractor != "custom" and self.input_size % 2 ** self.scales[-1]:
             raise ValueError(f"input_size must be divisible by {2 ** self.scales[-1]}, got {self.input_size}")
         if self.antialias and self.alignment != "pixel":
@@ -346,8 +347,9 @@ class PublishedConfig(PatchICLConfig):
     def __post_init__(self) -> None:
         _check_ints(self, 1, "image_size", "patch_size")
         _check_numbers(self, "touched_mask_value", least=0, most=1)
-        if not self.levels or not all(isinstance(level, LevelConfig) for level in self.levels):
-            raise ValueError(f"levels must hold at least one LevelConfig, got {self.levels!r}")
+        is_tuple = isinstance(self.levels, tuple) and bool(self.levels)
+        if not is_tuple or not all(isinstance(level, LevelConfig) for level in self.levels):
+            raise ValueError(f"levels must be a tuple of at least one LevelConfig, got {self.levels!r}")
         for name, kind in _SECTIONS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")

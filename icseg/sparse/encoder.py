@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icseg.sparse.grid import LevelImage
+from icseg_kernels import selected_attention
 
 FREQUENCIES = 12
 
@@ -45,6 +45,7 @@ class PatchEncoder(nn.Module):
         self.role_embedding = nn.Parameter(torch.randn(2, dim) * 0.1)
         self.norm = nn.LayerNorm(dim)
         frequency = 2.0 ** (torch.arange(FREQUENCIES) * 0.75) * math.pi / 2
+        self.frequency: Tensor
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, source: LevelImage, coords: Tensor, level: int, *, is_target: bool) -> tuple[Tensor, Tensor]:
@@ -70,17 +71,22 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim))
+        self.query, self.key_value, self.out = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
+        mlp_out = nn.Linear(3 * dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), mlp_out)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(mlp_out.weight)
 
     def forward(self, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, Tensor]:
         """tokens [B, N, D], memory [B, M, 2D] tensors -> (tokens, their own keys and values [B, N, 2D])."""
         x = self.norm_attention(tokens)
         own = self.key_value(x)
         keys, values = torch.cat([own, *memory], 1).chunk(2, -1)
-        attended = F.scaled_dot_product_attention(*(self._split(t) for t in (self.query(x), keys, values)))
+        attended = selected_attention(self._split(self.query(x)), self._split(keys), self._split(values))
         tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm_mlp(tokens)), own
 

@@ -55,7 +55,7 @@ class LevelImage:
         return gather_patches(source, coords, PATCH + 2 * HALO)  # the padding shifts the corner by the halo
 
     def context(self, coords: Tensor) -> Tensor:
-        """[B, K, 3, 16, 16]: image, label and a ones channel (0 outside the image) around each patch, 4 times coarser."""
+        """[B, K, 3, 16, 16]: image, label and ones (0 outside the image) around each patch, 4 times coarser."""
         coarse = F.avg_pool2d(torch.cat([self.image, self.label], 1), CONTEXT_SCALE)
         source = torch.cat([coarse, torch.ones_like(coarse[:, :1])], 1)
         corner = coords // CONTEXT_SCALE - (CONTEXT - PATCH // CONTEXT_SCALE) // 2

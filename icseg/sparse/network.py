@@ -70,9 +70,7 @@ class SparseNetwork(nn.Module):
         size = level_size(images.shape[-2], images.shape[-1], side)
         image, mask = (resize(t.flatten(0, 1), size) for t in (images, masks))
         source = LevelImage(image * 2 - 1, mask * 2 - 1)
-        index = selection.support_patches(
-            mask, self.config.support_patches[level], self.config.foreground_share, seed
-        )
+        index = selection.support_patches(mask, self.config.support_patches[level], self.config.foreground_share, seed)
         coords = source.coords(index)
         features, tokens = self.encoder(source, coords, level, is_target=False)
         labels = gather_patches(source.label, coords, PATCH).flatten(0, 1)
@@ -104,7 +102,14 @@ class SparseNetwork(nn.Module):
                 budget = rng.randint((budget + 1) // 2, budget)
             draw = None if seed is None else selection.derived_seed(seed, level)
             output, own = self._forward_level(
-                target, combined, self._level_memory(memory, level, target.shape[0]), finer, level, budget, draw, target_mask
+                target,
+                combined,
+                self._level_memory(memory, level, target.shape[0]),
+                finer,
+                level,
+                budget,
+                draw,
+                target_mask,
             )
             outputs.append(output)
             combined = output.logits.detach()

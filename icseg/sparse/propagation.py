@@ -49,8 +49,9 @@ class LabelPropagation(nn.Module):
         """(masks [B*K, h, 8, 8] in [-1, 1], context [B*K, 16, 8, 8]) that the target's patches looked up."""
         query = self._match(features, tokens) * self.log_scale.exp()
         found = selected_attention(query, keys, values, scale=1.0)  # [B, h, K*16, 4 + value_dim]
-        batch, count = tokens.shape[:2]
-        found = found.unflatten(2, (count, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B*K, 16, h, 4 + value_dim]
+        found = (
+            found.unflatten(2, (tokens.shape[1], -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        )  # [B*K, 16, h, 4 + value_dim]
         masks = found[..., :CELL_PIXELS].flatten(2)
         return pixels(masks), pixels(self.out(found.flatten(2)))
 

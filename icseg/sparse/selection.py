@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg.sparse.grid import PATCH
 from icseg_kernels import gumbel_topk
 from icseg_kernels.philox import gumbel_noise
-from icseg.sparse.grid import PATCH
 
 SCORE_FLOOR = 0.003  # keeps certain regions pickable in a draw
 
@@ -47,16 +47,18 @@ def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int
 
 
 def entropy_score(logits: Tensor) -> Tensor:
-    """[B, cells]: mean binary entropy of each grid cell of [B, 1, h, w] logits, plus a tenth of its maximum, in nats."""
+    """[B, cells]: mean binary entropy (nats) of each grid cell of [B, 1, h, w] logits, plus a tenth of its maximum."""
     p = logits.sigmoid()
     entropy = F.binary_cross_entropy(p, p, reduction="none")
     return (F.avg_pool2d(entropy, PATCH) + 0.1 * F.max_pool2d(entropy, PATCH)).flatten(1)
 
 
 def target_patches(score: Tensor, count: int, power: float, seed: int | None) -> Tensor:
-    """Grid indices [B, min(count, cells)] for scores [B, cells] >= 0: the highest, or with a seed a draw by score^power."""
+    """Grid indices [B, min(count, cells)] for scores [B, cells] >= 0: the highest; with a seed, drawn by score^power."""
     cells = score.shape[1]
     if count >= cells:
         return torch.arange(cells, device=score.device).expand(score.shape[0], -1)
     weight = power * (score + SCORE_FLOOR).log()
-    return gumbel_topk(weight, count, noise=0).indices if seed is None else gumbel_topk(weight, count, seed=seed).indices
+    return (
+        gumbel_topk(weight, count, noise=0).indices if seed is None else gumbel_topk(weight, count, seed=seed).indices
+    )

@@ -141,6 +141,7 @@ class RunConfig:
     """How the run is carried out; the only section that may differ when a run is resumed, but for `seed`.
 
     seed:               fixes the initial weights, the order of the data, the augmentation and every draw.
+    initial:            checkpoint whose weights the run starts from; "" starts from random ones.
     precision:          "auto" is bfloat16 autocast where the device has it in hardware, else float32.
     checkpoint_minutes: minutes between checkpoints; checkpoint_steps: steps between them, 0 is by time only.
     validate_steps:     steps between validations; log_steps: steps between rows of the log.
@@ -148,6 +149,7 @@ class RunConfig:
     """
 
     seed: int = 0
+    initial: str = ""
     precision: str = "auto"
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int = 0

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from icseg.checkpoint import save_checkpoint
+from icseg.checkpoint import load_checkpoint, save_checkpoint
 from icseg.data.synthetic import TaskPool
 from icseg.losses import segmentation_loss
 from icseg.metrics import dice
 from icseg.model import PatchICL
 from icseg.training.batches import Batch, Tasks, repeat_memory, training_batch, validation_batch
 from icseg.training.config import TrainingConfig
-from icseg.training.log import append_row, rewind_log
+from icseg.training.log import append_row, read_rows, rewind_log
 from icseg.training.optimisation import autocast, make_optimiser, update_average
 from icseg.training.state import STATE_FILE, Progress, load_state, save_state
 
@@ -99,7 +99,9 @@ def train(
     with torch.random.fork_rng(devices), _stop_request() as stop:
         run = _Run(config, directory, device)
         if resume:
-            run.progress = load_state(directory, config, run.model, run.average, run.optimiser)
+            run.restore()
+        elif config.run.initial:
+            run.start_from(config.run.initial)
         rewind_log(directory, run.progress.step)
         return run.go(training_pool, validation_pool, stop, show_progress)
 
@@ -125,7 +127,25 @@ class _Run:
         self.optimiser = make_optimiser(self.model, config.optimiser)
         self.progress = Progress()
         self.dice: float | None = None
+        self.validated_at = -1
         self.skipped_in_a_row = 0
+
+    def restore(self) -> None:
+        """Go on from the folder's checkpoint."""
+        self.progress = load_state(self.directory, self.config, self.model, self.average, self.optimiser)
+        for row in read_rows(self.directory):
+            if "dice" in row and row["step"] <= self.progress.step:
+                self.dice, self.validated_at = row["dice"], row["step"]
+
+    def start_from(self, checkpoint: str | Path) -> None:
+        """Take the weights of `checkpoint`, which must be of the same configuration."""
+        config, state = load_checkpoint(checkpoint)
+        if config != self.config.model:
+            raise ValueError(
+                f"initial must be a checkpoint of the configured model, got {checkpoint} of another"
+            )
+        self.model.load_state_dict(state)
+        self.average.load_state_dict(state)
 
     def go(self, training: Tasks, validation: Tasks, stop: threading.Event, show: bool) -> TrainingResult:
         run, progress = self.config.run, self.progress
@@ -205,7 +225,7 @@ class _Run:
     def _validate(self, tasks: Tasks) -> None:
         if len(tasks):
             scores = validate(self.average, tasks, self.config.data.max_support, self.device)
-            self.dice = scores["dice"]
+            self.dice, self.validated_at = scores["dice"], self.progress.step
             self._log(scores)
 
     def _log(self, values: dict[str, Any]) -> None:
@@ -225,7 +245,7 @@ class _Run:
         finished = self._share_done() >= 1
         model = None
         if finished:
-            if progress.step % self.config.run.validate_steps:
+            if self.validated_at != progress.step:
                 self._validate(validation)
             model = self.directory / MODEL_FILE
             trained = {

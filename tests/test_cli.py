@@ -1,0 +1,549 @@
+"""The command line: files in and out, every bad input, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image as Picture
+from safetensors.torch import save_file
+
+import icseg
+from icseg import cli, inference, job
+
+TINY = icseg.PatchICLConfig.sparse(
+    levels=(16, 32), target_patches=(4, 4), support_patches=(4, 4), dim=16, depth=1, heads=2, stem_channels=8
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    torch.manual_seed(0)
+    model = icseg.PatchICL(TINY)
+    for parameter in model.parameters():  # the zero-initialised output layers would predict nothing
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return path
+
+
+def picture(path, height=40, width=56, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Picture.fromarray(pixels).save(path)
+    return pixels
+
+
+def labels(path, height=40, width=56, class_id=255):
+    ids = np.zeros((height, width), np.uint8)
+    ids[5:25, 10:40] = class_id
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Picture.fromarray(ids).save(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with two support pairs and the targets t/a.png and t/b.png."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        picture(Path("images", f"{i}.png"), seed=i)
+        labels(Path("masks", f"{i}.png"))
+    picture(Path("t/a.png"), 48, 30, seed=5)
+    picture(Path("t/b.png"), 33, 64, seed=6)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys, checkpoint):
+    """Run `icseg segment TARGETS --support-... --out out ...`; gives (exit code, stdout, stderr)."""
+
+    def run_segment(*arguments, targets=("t",), out="out", weights=checkpoint):
+        options = [
+            "--support-images",
+            "images",
+            "--support-masks",
+            "masks",
+            "--out",
+            str(out),
+            "--size",
+            "128",
+        ]
+        return command(
+            capsys, "segment", *targets, *options, "--checkpoint", str(weights), "--device", "cpu", *arguments
+        )
+
+    return run_segment
+
+
+def command(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.app([str(a) for a in arguments], prog_name="icseg")
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def listing(folder):
+    return {
+        path.relative_to(folder): path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")
+    }
+
+
+def names(folder="out"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_folder_of_targets(here, run):
+    code, out, _ = run("--uncertainty", "--overlay")
+    assert (code, out) == (0, "2 targets segmented into out; classes: 255 (in 2 examples)\n")
+    maps = ["mask.png", "overlay.png", "uncertainty.png"]
+    assert names() == [*(f"a_{m}" for m in maps), *(f"b_{m}" for m in maps), "icseg.json"]
+    with Picture.open("out/a_mask.png") as mask:
+        assert mask.size == (30, 48)
+        assert set(np.unique(np.asarray(mask))) <= {0, 255}
+
+
+def test_every_format_comes_back_in_its_own(here, run):
+    grey = np.random.default_rng(0).integers(0, 4000, (20, 24, 6)).astype(np.int16)
+    Path("f").mkdir()
+    nibabel.save(nibabel.Nifti1Image(grey, np.diag([1, 2, 3, 1])), "f/scan.nii.gz")
+    tifffile.imwrite("f/stack.tif", grey.transpose(2, 0, 1).astype(np.uint16), compression="zlib")
+    Picture.fromarray((grey[..., 0] // 16).astype(np.uint8)).save("f/photo.jpg")
+    np.save("f/array.npy", grey.astype(np.float32))
+    np.savez("f/archive.npz", image=grey[..., 0])
+    code, _, err = run("--axis", "2", "--uncertainty", targets=["f"])
+    assert (code, err) == (0, "")
+    expected = ["archive.npz", "array.npy", "photo.png", "scan.nii.gz", "stack.tif"]
+    endings = [(Path(name).name.partition(".")[0], name.partition(".")[2]) for name in expected]
+    both = [f"{stem}_{kind}.{ending}" for stem, ending in endings for kind in ("mask", "uncertainty")]
+    assert names() == sorted([*both, "icseg.json"])
+    scan = nibabel.load("out/scan_mask.nii.gz")
+    assert (scan.shape, scan.get_data_dtype()) == ((20, 24, 6), np.int16)
+    np.testing.assert_array_equal(scan.affine, np.diag([1, 2, 3, 1]))
+    stack = tifffile.imread("out/stack_mask.tif")
+    assert (stack.shape, stack.dtype) == ((6, 20, 24), np.uint16)
+    array = np.load("out/array_mask.npy")
+    assert (array.shape, array.dtype) == ((20, 24, 6), np.uint8)
+
+
+def test_the_command_does_what_the_function_does(here, run, checkpoint):
+    run("--uncertainty", "--seed", "3", "--seed", "4", "--window", "-10", "300", targets=["t/a.png"])
+    result = icseg.segment(
+        "t/a.png",
+        ["images/0.png", "images/1.png"],
+        ["masks/0.png", "masks/1.png"],
+        model=icseg.PatchICL.from_pretrained(checkpoint),
+        size=128,
+        seeds=[3, 4],
+        window=(-10, 300),
+    )
+    with Picture.open("out/a_mask.png") as mask:
+        np.testing.assert_array_equal(np.asarray(mask), result.mask)
+
+
+def pickle_that_writes(path):
+    class Trap:
+        def __reduce__(self):
+            return (Path("sprung").write_text, ("unpickled",))
+
+    path.write_bytes(pickle.dumps(Trap()))
+
+
+def file_without_config(path):
+    save_file({"x": torch.zeros(3)}, path)
+
+
+def file_with_other_weights(path):
+    save_file({"x": torch.zeros(3)}, path, {"icseg_config": json.dumps(TINY.to_dict())})
+
+
+def file_with_other_config(path):
+    save_file({"x": torch.zeros(3)}, path, {"icseg_config": json.dumps({"colour": "red"})})
+
+
+def truncate(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def constant(path):
+    Picture.fromarray(np.full((40, 56), 9, np.uint8)).save(path)
+
+
+def volume(path):
+    np.save(path, np.arange(24.0).reshape(2, 3, 4))
+
+
+def remove(pattern):
+    for path in Path().glob(pattern):
+        path.unlink()
+
+
+# name: (what is done in the folder, further arguments, the sentence)
+BAD = {
+    "truncated target": (
+        lambda: truncate(Path("t/b.png")),
+        [],
+        r"t/b\.png cannot be read: image file is truncated",
+    ),
+    "truncated support": (lambda: truncate(Path("images/1.png")), [], r"images/1\.png cannot be read"),
+    "truncated mask": (lambda: truncate(Path("masks/1.png")), [], r"masks/1\.png cannot be read"),
+    "not a picture": (
+        lambda: Path("t/c.tif").write_text("x"),
+        [],
+        r"t/c\.tif cannot be read: not a TIFF file",
+    ),
+    "image without mask": (
+        lambda: Path("masks/1.png").unlink(),
+        [],
+        r"support image images/1\.png must have a mask named 1 in masks, got none",
+    ),
+    "mask without image": (
+        lambda: Path("images/1.png").unlink(),
+        [],
+        r"support mask masks/1\.png must have an image named 1 in images, got none",
+    ),
+    "mask of another size": (
+        lambda: labels(Path("masks/1.png"), 56, 40),
+        [],
+        r"masks/1\.png must have the size of images/1\.png \(40 x 56\), got 56 x 40",
+    ),
+    "only background": (
+        lambda: [labels(Path(f"masks/{i}.png"), class_id=0) for i in (0, 1)],
+        [],
+        "support_masks must mark at least one pixel, got only background",
+    ),
+    "constant target": (
+        lambda: constant(Path("t/b.png")),
+        [],
+        r"t/b\.png must not be constant, got 9 everywhere",
+    ),
+    "constant support": (lambda: constant(Path("images/0.png")), [], r"images/0\.png must not be constant"),
+    "NaN": (
+        lambda: np.save("t/c.npy", np.array([[1, np.nan]])),
+        [],
+        r"t/c\.npy must hold finite values, got nan",
+    ),
+    "class that is absent": (
+        lambda: None,
+        ["--class", "3"],
+        r"classes must be ids in the support masks \(255\), got 3",
+    ),
+    "mask in fractions": (
+        lambda: [Path("masks/1.png").unlink(), np.save("masks/1.npy", np.full((40, 56), 0.25))],
+        [],
+        r"masks/1\.npy must hold integer class ids, got 0\.25",
+    ),
+    "JPEG mask": (
+        lambda: Path("masks/1.png").unlink() or picture(Path("masks/1.jpg")),
+        [],
+        r"masks/1\.jpg must hold exact class ids, got a JPEG",
+    ),
+    "no supports": (
+        lambda: [remove("images/*"), remove("masks/*")],
+        [],
+        "support images must be at least one file, got none of a known format in images",
+    ),
+    "no support folder": (
+        lambda: [remove("images/*"), Path("images").rmdir()],
+        [],
+        "images must be an existing folder",
+    ),
+    "volume without axis": (
+        lambda: volume("t/c.npy"),
+        [],
+        r"t/c\.npy must be 2-D unless an axis \(0, 1 or 2\)",
+    ),
+    "support volume": (
+        lambda: [remove("images/1.png"), volume("images/1.npy")],
+        [],
+        r"images/1\.npy must be 2-D unless an axis",
+    ),
+    "two targets of one name": (
+        lambda: picture(Path("t/a.jpg")),
+        [],
+        r"targets must have different names without ending, got t/a\.jpg and t/a\.png",
+    ),
+    "two supports of one name": (
+        lambda: picture(Path("images/0.jpg")),
+        [],
+        r"support files must have different names without ending, got images/0\.jpg and images/0\.png",
+    ),
+    "empty target folder": (lambda: remove("t/*"), [], "t must hold at least one image to segment"),
+    "size": (lambda: None, ["--size", "64"], "size must be an integer from 128 to 1024, got 64"),
+    "axis": (lambda: None, ["--axis", "5"], "axis must be 0, 1, 2 or None, got 5"),
+    "window": (
+        lambda: None,
+        ["--window", "9", "1"],
+        r"window must be \(low, high\), finite, with low < high",
+    ),
+    "window beside the values": (
+        lambda: None,
+        ["--window", "600", "900"],
+        r"window must overlap the values of images/0\.png \(0 to 255\), got 600 to 900",
+    ),
+    "device": (lambda: None, ["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
+    "output is an input": (
+        lambda: picture(Path("t/b_mask.png")),
+        ["--out", "t"],
+        "out must not be a folder of targets, got t",
+    ),
+    "output is a file": (
+        lambda: Path("file").write_text("kept"),
+        ["--out", "file"],
+        "out must be a folder that can be written to, got file",
+    ),
+    "output below a file": (
+        lambda: Path("file").write_text("kept"),
+        ["--out", "file/deep/er"],
+        "out must be a folder that can be written to, got file/deep/er",
+    ),
+    "no checkpoint": (
+        lambda: None,
+        ["--checkpoint", "none.safetensors"],
+        r"none\.safetensors must be an existing file",
+    ),
+    "corrupt checkpoint": (
+        lambda: Path("w.safetensors").write_bytes(b"\x10" * 400),
+        ["--checkpoint", "w.safetensors"],
+        r"checkpoint must be a readable safetensors file, got w\.safetensors",
+    ),
+    "pickled checkpoint": (
+        lambda: pickle_that_writes(Path("w.pt")),
+        ["--checkpoint", "w.pt"],
+        r"checkpoint must be a readable safetensors file, got w\.pt",
+    ),
+    "foreign checkpoint": (
+        lambda: file_without_config("w.safetensors"),
+        ["--checkpoint", "w.safetensors"],
+        "checkpoint must carry an icseg configuration, got w.safetensors without one",
+    ),
+    "checkpoint of another model": (
+        lambda: file_with_other_config("w.safetensors"),
+        ["--checkpoint", "w.safetensors"],
+        "checkpoint must carry a valid icseg configuration, got w.safetensors",
+    ),
+    "checkpoint with other weights": (
+        lambda: file_with_other_weights("w.safetensors"),
+        ["--checkpoint", "w.safetensors"],
+        "checkpoint must hold the weights that its configuration names, got w.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_nothing_written(here, run, monkeypatch, case):
+    change, arguments, sentence = BAD[case]
+    change()
+    monkeypatch.setattr(inference.Segmenter, "__call__", None)  # nothing may be computed
+    before = listing(here)
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("icseg: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert re.search(sentence, err)
+    assert listing(here) == before
+
+
+def test_output_folder_without_permission(here, run, monkeypatch):
+    Path("out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run() == (2, "", "icseg: error: out must be a folder that can be written to, got out\n")
+
+
+def test_an_output_must_not_replace_an_input(here, run):
+    picture(Path("t/c.png"))
+    Path("t/c.png").rename("images/a_mask.png")
+    labels(Path("masks/a_mask.png"))
+    code, _, err = run(out="images")
+    assert code == 2
+    assert "out must not make an output replace an input, got images/a_mask.png as both" in err
+
+
+def test_misused_options_end_with_code_2(capsys, here):
+    assert command(capsys, "segment", "t")[0] == 2
+    assert command(capsys, "segment", "t", "--colour", "red")[0] == 2
+
+
+def interrupt_at(monkeypatch, name, error=KeyboardInterrupt):
+    """Raise `error` when the target `name` is segmented."""
+    segment = inference.Segmenter.__call__
+
+    def interrupted(self, target, **options):
+        if Path(target).name == name:
+            raise error
+        return segment(self, target, **options)
+
+    monkeypatch.setattr(inference.Segmenter, "__call__", interrupted)
+
+
+def test_interruption_keeps_what_is_done_and_resume_goes_on(here, run, monkeypatch):
+    run("--uncertainty", out="whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "b.png")
+        code, _, err = run("--uncertainty")
+    assert (code, err) == (130, "icseg: interrupted\n")
+    assert names() == ["a_mask.png", "a_uncertainty.png", "icseg.json"]
+    first = Path("out/a_mask.png").stat().st_mtime_ns
+    code, out, _ = run("--uncertainty", "--resume")
+    assert code == 0
+    assert out.startswith("1 target segmented into out, 1 kept from an earlier run")
+    assert Path("out/a_mask.png").stat().st_mtime_ns == first
+    assert listing("out") == listing("whole")
+
+
+def test_interruption_while_writing_leaves_no_partial_file(here, run, monkeypatch):
+    from icseg.data.formats.raster import RasterGeometry
+
+    def half(self, path, array):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RasterGeometry, "write", half)
+        assert run()[0] == 130
+    assert names() == ["icseg.json"]
+
+
+def test_termination_is_a_clean_end(here, capsys, checkpoint, monkeypatch):
+    def terminated(self, target, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    monkeypatch.setattr(inference.Segmenter, "__call__", terminated)
+    arguments = ["segment", "t", "--support-images", "images", "--support-masks", "masks", "--out", "out"]
+    monkeypatch.setattr(
+        sys, "argv", ["icseg", *arguments, "--checkpoint", str(checkpoint), "--device", "cpu"]
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert names() == ["icseg.json"]
+
+
+def test_resume_makes_again_what_is_missing_or_of_another_input(here, run):
+    run("--overlay")
+    Path("out/a_overlay.png").unlink()
+    picture(Path("t/b.png"), 20, 20, seed=9)
+    code, out, _ = run("--overlay", "--resume")
+    assert code == 0
+    assert out.startswith("2 targets segmented into out;")
+    with Picture.open("out/b_mask.png") as mask:
+        assert mask.size == (20, 20)
+    assert run("--overlay", "--resume")[1].startswith("0 targets segmented into out, 2 kept")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names_given"),
+    [(["--threshold", "0.4"], "threshold"), (["--size", "160", "--overlay"], "overlay, size")],
+)
+def test_resume_refuses_other_settings(here, run, arguments, names_given):
+    run()
+    before = listing("out")
+    code, _, err = run("--resume", *arguments)
+    assert (code, err) == (
+        2,
+        f"icseg: error: resume needs the settings of the run in out, got another {names_given}\n",
+    )
+    picture(Path("images/0.png"), seed=99)
+    assert run("--resume")[2].endswith("got another support\n")
+    assert listing("out") == before
+
+
+def test_resume_does_not_mind_how_fast(here, run):
+    run()
+    assert run("--resume", "--batch-size", "1", "--threads", "1")[0] == 0
+
+
+def test_resume_refuses_a_damaged_record(here, run):
+    Path("out").mkdir()
+    Path("out/icseg.json").write_text("{")
+    code, _, err = run("--resume")
+    assert code == 2
+    assert "out/icseg.json must be the record of an earlier run, got a damaged file" in err
+
+
+def test_a_fresh_run_forgets_the_record_of_other_settings(here, run):
+    run("--threshold", "0.3")
+    run(targets=["t/a.png"])
+    assert run("--resume")[1].startswith("1 target segmented into out, 1 kept")
+
+
+def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, checkpoint):
+    import icseg.evaluation
+    import icseg.training
+
+    calls = []
+
+    def train_from_file(config, directory, **options):
+        calls.append((config, directory, options))
+        return icseg.training.TrainingResult(3, 0.1, not options["resume"], Path("out/m.safetensors"), 0.25)
+
+    monkeypatch.setattr(icseg.training, "train_from_file", train_from_file)
+    code, out, _ = command(capsys, "train", "--config", "c.toml", "--out", "out", "--device", "cpu")
+    assert code == 0
+    assert out.splitlines() == ["3 steps in 0.1 minutes, validation Dice 0.250", "out/m.safetensors"]
+    code, _, err = command(capsys, "train", "--config", "c.toml", "--out", "out", "--resume")
+    assert (code, err) == (130, "icseg: interrupted; --resume goes on\n")
+    assert [call[2]["resume"] for call in calls] == [False, True]
+    assert calls[0][:2] == (Path("c.toml"), Path("out"))
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype(np.uint8)
+    np.savez("pack.npz", images=images, masks=(images > 128).astype(np.uint8), class_names=["no", "bright"])
+    code, out, _ = command(
+        capsys, "evaluate", "pack.npz", "--checkpoint", checkpoint, "--limit", "2", "--out", "scores.json"
+    )
+    assert code == 0
+    assert "| pack | bright | 2 |" in out
+    assert json.loads(Path("scores.json").read_text())[0]["class_name"] == "bright"
+    code, _, err = command(capsys, "evaluate", "none.npz", "--checkpoint", checkpoint)
+    assert (code, err) == (2, "icseg: error: pack must be an existing .npz file, got none.npz\n")
+
+
+def test_help_and_version_do_not_import_torch():
+    script = "import sys, icseg.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    version = subprocess.run(
+        [sys.executable, "-m", "icseg.cli", "--version"], check=True, capture_output=True, text=True
+    )
+    assert version.stdout == f"icseg {icseg.__version__}\n"
+
+
+def test_exit_codes_reach_the_shell(here):
+    ended = subprocess.run(
+        [sys.executable, "-m", "icseg.cli", "segment", "none.png"]
+        + ["--support-images", "images", "--support-masks", "masks", "--out", "out"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "icseg: error: none.png must be an existing file\n"
+    assert not Path("out").exists()
+
+
+def test_supports_are_paired_by_name(here):
+    picture(Path("images/scan.1.jpg"))
+    labels(Path("masks/scan.1.png"))
+    assert [(a.name, b.name) for a, b in job.pair_supports(Path("images"), Path("masks"))] == [
+        ("0.png", "0.png"),
+        ("1.png", "1.png"),
+        ("scan.1.jpg", "scan.1.png"),
+    ]

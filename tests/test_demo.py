@@ -1,0 +1,77 @@
+"""The bundled example, from end to end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+
+import icseg
+from icseg import cli, demo
+from icseg.checkpoint import bundled_weights
+from icseg.data.images import read_image, read_mask
+
+
+def masks():
+    return [read_mask(demo.EXAMPLE / f"{name}_mask.png").array for name in demo.SUPPORTS]
+
+
+def test_example_is_complete_small_and_two_valued():
+    assert sum(path.stat().st_size for path in demo.EXAMPLE.iterdir()) < 300_000
+    truths = [read_mask(demo.EXAMPLE / f"{name}_truth.png").array for name in demo.TARGETS]
+    images = [read_image(demo.EXAMPLE / f"{name}.png").array for name in (*demo.SUPPORTS, *demo.TARGETS)]
+    for image, mask in zip(images, [*masks(), *truths], strict=True):
+        assert image.shape == mask.shape
+        assert np.unique(mask).tolist() == [0, 255]
+
+
+def test_example_cannot_be_solved_by_copying():
+    truth = read_mask(demo.EXAMPLE / "target_1_truth.png").array > 0
+    copied = np.mean([mask > 0 for mask in masks()], 0) > 0.5
+    assert 2 * (copied & truth).sum() / (copied.sum() + truth.sum()) < 0.5
+
+
+def test_demo_writes_masks_and_overlays(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = icseg.PatchICLConfig.sparse(
+        levels=(16, 32),
+        target_patches=(4, 4),
+        support_patches=(4, 4),
+        dim=16,
+        depth=1,
+        heads=2,
+        stem_channels=8,
+    )
+    icseg.PatchICL(config).save_pretrained(tmp_path / "w.safetensors")
+    report = demo.run_demo(
+        tmp_path / "out", checkpoint=tmp_path / "w.safetensors", device="cpu", progress=False
+    )
+    for target, size in zip(report.targets, [(256, 256), (256, 192)], strict=True):
+        assert 0 <= target.dice <= 1
+        for path in (target.mask, target.overlay):
+            with Picture.open(path) as written:
+                assert written.size == size
+    assert report.command.startswith("icseg segment ")
+
+
+def test_unfit_weights_write_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.app(
+            ["demo", "--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "none")],
+            prog_name="icseg",
+        )
+    assert ended.value.code == 2
+    assert "checkpoint must be an existing .safetensors file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bundled_weights_segment_the_example(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["demo", "--out", str(tmp_path / "out"), "--device", "cpu"], prog_name="icseg")
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line in lines[:2]:
+        assert float(line.rsplit("Dice: ")[1]) > 0.5
+    assert bundled_weights().stat().st_size < 20_000_000
