@@ -29,9 +29,7 @@ TERMINATED = 143
 PACK_HELP = "Files .npz with images [N, H, W], masks of class ids [N, H, W], and class_names."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights (.safetensors); the bundled ones if left out.")
-]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); the bundled ones if left out.")]
 
 
 def main() -> None:
@@ -73,37 +71,25 @@ def _root(
 
 @app.command()
 def segment(
-    targets: Annotated[
-        list[Path], typer.Argument(metavar="TARGET", help="Images, volumes, or folders of them.")
-    ],
+    targets: Annotated[list[Path], typer.Argument(metavar="TARGET", help="Images, volumes, or folders of them.")],
     support_images: Annotated[Path, typer.Option(help="Folder of annotated images.")],
     support_masks: Annotated[Path, typer.Option(help="Folder of their masks, with the same names.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     size: Annotated[int, typer.Option(help="Pixels of the square the model sees, 128 to 1024.")] = 256,
-    class_id: Annotated[
-        list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")
-    ] = None,
+    class_id: Annotated[list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")] = None,
     axis: Annotated[
         int | None,
         typer.Option(help="Slice volumes along axis 0, 1 or 2 (NIfTI: sagittal, coronal, axial)."),
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(
-            metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."
-        ),
+        typer.Option(metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Least probability of a class.")] = 0.5,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="Average over draws with these seeds; repeatable.")
-    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Average over draws with these seeds; repeatable.")] = None,
     uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write uncertainty maps.")] = False,
-    overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also write pictures of the masks on the images.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what an earlier, equal run has written.")
-    ] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also write pictures of the masks on the images.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier, equal run has written.")] = False,
     checkpoint: Checkpoint = None,
     batch_size: Annotated[int, typer.Option(help="Slices that go through the model together.")] = 8,
     device: Device = None,
@@ -174,9 +160,7 @@ def doctor(
 def train(
     config: Annotated[Path, typer.Option(help="TOML file with the model, the tasks and the schedule.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights, the checkpoints and the log.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
@@ -201,9 +185,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
     support: Annotated[int, typer.Option(min=1, help="Support pairs a target.")] = 3,
-    size: Annotated[
-        int | None, typer.Option(min=32, help="Pixels of a side; the pack's own if left out.")
-    ] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Pixels of a side; the pack's own if left out.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Targets a class, at most.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the support sets.")] = 0,
     device: Device = None,

@@ -7,13 +7,14 @@ Masks hold the class id 255, which viewers show as white.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from icseg.checkpoint import written_whole
+from icseg.checkpoint import bundled_weights, load_checkpoint, written_whole
 from icseg.data.images import read_mask
 from icseg.inputs import SegmentOptions
 from icseg.job import segment_files
@@ -48,6 +49,7 @@ def run_demo(
 
     checkpoint: None takes the bundled weights. Raises OSError or ValueError if `out` cannot be written to.
     """
+    load_checkpoint(checkpoint or bundled_weights())  # unfit weights are refused before anything is written
     out = Path(out)
     images, masks, targets = (out / name for name in ("support_images", "support_masks", "targets"))
     for name in SUPPORTS:
@@ -66,10 +68,8 @@ def run_demo(
         device=device,
         progress=progress,
     )
-    command = (
-        f"icseg segment {targets} --support-images {images} --support-masks {masks} --out {out} --overlay"
-    )
-    return DemoReport([_scored(out, name) for name in TARGETS], command)
+    command = ["icseg", "segment", targets, "--support-images", images, "--support-masks", masks, "--out", out]
+    return DemoReport([_scored(out, name) for name in TARGETS], shlex.join(map(str, [*command, "--overlay"])))
 
 
 def _copy(name: str, path: Path) -> None:

@@ -53,22 +53,20 @@ def examine() -> dict[str, Any]:
 
 def format_report(report: dict[str, Any]) -> str:
     """The report as text, one fact a line."""
-    lines = [f"{name:<14}{version or 'not installed'}" for name, version in report["versions"].items()]
+    lines = [f"{name:<16}{version or 'not installed'}" for name, version in report["versions"].items()]
     system = report["system"]
     lines += [
         "",
-        f"{'platform':<14}{system['platform']}",
-        f"{'cpu':<14}{system['cpu_capability']} ({' '.join(system['cpu_features']) or 'no known features'})",
-        f"{'threads':<14}{system['threads']} of {system['cpus']} CPUs",
-        f"{'devices':<14}{', '.join(report['devices'])}",
-        f"{'library':<14}{_sentence(report['native_library'])}",
-        f"{'weights':<14}{_sentence(report['weights'])}",
+        f"{'platform':<16}{system['platform']}",
+        f"{'cpu':<16}{system['cpu_capability']} ({' '.join(system['cpu_features']) or 'no known features'})",
+        f"{'threads':<16}{system['threads']} of {system['cpus']} CPUs",
+        f"{'devices':<16}{', '.join(report['devices'])}",
+        f"{'library':<16}{_sentence(report['native_library'])}",
+        f"{'weights':<16}{_sentence(report['weights'])}",
         "",
     ]
     if report["backend_forced"]:
-        lines.append(
-            f"{backend.ENVIRONMENT_VARIABLE}={report['backend_forced']} names the backend of every op"
-        )
+        lines.append(f"{backend.ENVIRONMENT_VARIABLE}={report['backend_forced']} names the backend of every op")
     for op, backends in report["ops"].items():
         lines.append(op)
         lines += [f"  {name:<12}{'; '.join(reasons) or 'available'}" for name, reasons in backends.items()]

@@ -119,10 +119,7 @@ class Segmenter:
         """[N, 1, size, size]; with seeds, of the mean probability over their draws."""
         if not self.options.seeds:
             return self.model(target, memory=memory).logits.float()
-        draws = [
-            self.model(target, memory=memory, seed=seed).logits.float().sigmoid()
-            for seed in self.options.seeds
-        ]
+        draws = [self.model(target, memory=memory, seed=seed).logits.float().sigmoid() for seed in self.options.seeds]
         return torch.stack(draws).mean(0).logit(eps=1e-6)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
@@ -180,9 +177,7 @@ def segment(
     targets = list(images) if isinstance(images, list | tuple) else [images]
     names = [f"images[{i}]" if several else "images" for i in range(len(targets))]
     support = SupportSet(support_images, support_masks, options)
-    slices = [
-        check_target(target, name, support, options) for target, name in zip(targets, names, strict=True)
-    ]
+    slices = [check_target(target, name, support, options) for target, name in zip(targets, names, strict=True)]
     model, place = _placed(model, device)
     segmenter = Segmenter(model, support, options, place)
     with tqdm(total=sum(slices), unit="slice", disable=not progress) as bar:
@@ -220,9 +215,7 @@ def _devices() -> str:
     return ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
 
 
-def _placed(
-    model: InContextModel | None, device: str | torch.device | None
-) -> tuple[InContextModel, torch.device]:
+def _placed(model: InContextModel | None, device: str | torch.device | None) -> tuple[InContextModel, torch.device]:
     if model is None:
         from icseg.model import PatchICL
 

@@ -82,9 +82,7 @@ class SupportSet:
             )
         ]
         present = sorted({int(i) for pair in self.pairs for i in np.unique(pair.mask)} - {0})
-        self.classes = {
-            i: [pair for pair in self.pairs if (pair.mask == i).any()] for i in _chosen(present, options)
-        }
+        self.classes = {i: [pair for pair in self.pairs if (pair.mask == i).any()] for i in _chosen(present, options)}
 
 
 def prepare(image: Image, options: SegmentOptions) -> tuple[NDArray[Any], tuple[float, float]]:
@@ -110,9 +108,7 @@ def _support_pairs(image: Image, mask: Image, options: SegmentOptions) -> Iterat
     slices, window = prepare(image, options)
     labels = mask.planes(options.axis)
     if labels.shape != slices.shape:
-        raise ValueError(
-            f"{mask.name} must have the size of {image.name} ({_size(slices)}), got {_size(labels)}"
-        )
+        raise ValueError(f"{mask.name} must have the size of {image.name} ({_size(slices)}), got {_size(labels)}")
     for values, ids in zip(slices, labels, strict=True):
         if len(slices) == 1 or ids.any():
             yield SupportPair(normalise(values, window), ids)

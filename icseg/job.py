@@ -114,9 +114,7 @@ class Record:
             saved = json.loads(self.path.read_text())
             settings, done = dict(saved["settings"]), dict(saved["done"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} must be the record of an earlier run, got a damaged file"
-            ) from error
+            raise ValueError(f"{self.path} must be the record of an earlier run, got a damaged file") from error
         if settings != self.settings:
             names = sorted(settings.keys() | self.settings.keys())
             other = [key for key in names if settings.get(key) != self.settings.get(key)]
@@ -168,9 +166,7 @@ def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     for path in (path for stem, path in image_files.items() if stem not in mask_files):
         raise ValueError(f"support image {path} must have a mask named {stem_of(path)} in {masks}, got none")
     for path in (path for stem, path in mask_files.items() if stem not in image_files):
-        raise ValueError(
-            f"support mask {path} must have an image named {stem_of(path)} in {images}, got none"
-        )
+        raise ValueError(f"support mask {path} must have an image named {stem_of(path)} in {images}, got none")
     return [(path, mask_files[stem]) for stem, path in image_files.items()]
 
 
@@ -179,9 +175,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     for path in list_images(folder):
         other = files.setdefault(stem_of(path), path)
         if other is not path:
-            raise ValueError(
-                f"support files must have different names without ending, got {other} and {path}"
-            )
+            raise ValueError(f"support files must have different names without ending, got {other} and {path}")
     return files
 
 
@@ -219,9 +213,7 @@ def _check_no_input_is_output(inputs: list[Path], outputs: list[Path]) -> None:
             raise ValueError(f"out must not make an output replace an input, got {path} as both")
 
 
-def _settings(
-    pairs: list[tuple[Path, Path]], weights: Path, options: SegmentOptions, overlay: bool
-) -> dict[str, Any]:
+def _settings(pairs: list[tuple[Path, Path]], weights: Path, options: SegmentOptions, overlay: bool) -> dict[str, Any]:
     chosen = {key: value for key, value in asdict(options).items() if key not in WITHOUT_EFFECT}
     settings = {
         "version": icseg.__version__,

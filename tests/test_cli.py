@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 import icseg
 from icseg import cli, inference, job
 
+REPOSITORY = Path(__file__).parents[1]
 TINY = icseg.PatchICLConfig.sparse(
     levels=(16, 32), target_patches=(4, 4), support_patches=(4, 4), dim=16, depth=1, heads=2, stem_channels=8
 )
@@ -96,9 +97,7 @@ def command(capsys, *arguments):
 
 
 def listing(folder):
-    return {
-        path.relative_to(folder): path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")
-    }
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
 
 
 def names(folder="out"):
@@ -360,7 +359,7 @@ def test_bad_input_is_one_sentence_and_nothing_written(here, run, monkeypatch, c
 
 def test_output_folder_without_permission(here, run, monkeypatch):
     Path("out").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     assert run() == (2, "", "icseg: error: out must be a folder that can be written to, got out\n")
 
 
@@ -425,9 +424,7 @@ def test_termination_is_a_clean_end(here, capsys, checkpoint, monkeypatch):
 
     monkeypatch.setattr(inference.Segmenter, "__call__", terminated)
     arguments = ["segment", "t", "--support-images", "images", "--support-masks", "masks", "--out", "out"]
-    monkeypatch.setattr(
-        sys, "argv", ["icseg", *arguments, "--checkpoint", str(checkpoint), "--device", "cpu"]
-    )
+    monkeypatch.setattr(sys, "argv", ["icseg", *arguments, "--checkpoint", str(checkpoint), "--device", "cpu"])
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
@@ -519,23 +516,23 @@ def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, che
 
 def test_help_and_version_do_not_import_torch():
     script = "import sys, icseg.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=False).returncode == 0
     version = subprocess.run(
-        [sys.executable, "-m", "icseg.cli", "--version"], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "icseg.cli", "--version"], cwd=REPOSITORY, check=True, capture_output=True, text=True
     )
     assert version.stdout == f"icseg {icseg.__version__}\n"
 
 
 def test_exit_codes_reach_the_shell(here):
+    options = ["--support-images", here / "images", "--support-masks", here / "masks", "--out", here / "out"]
     ended = subprocess.run(
-        [sys.executable, "-m", "icseg.cli", "segment", "none.png"]
-        + ["--support-images", "images", "--support-masks", "masks", "--out", "out"],
+        [sys.executable, "-m", "icseg.cli", "segment", "none.png", *options],
+        cwd=REPOSITORY,
         check=False,
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 2
-    assert ended.stderr == "icseg: error: none.png must be an existing file\n"
+    assert (ended.returncode, ended.stderr) == (2, "icseg: error: none.png must be an existing file\n")
     assert not Path("out").exists()
 
 

@@ -44,9 +44,7 @@ def test_demo_writes_masks_and_overlays(tmp_path, capsys):
         stem_channels=8,
     )
     icseg.PatchICL(config).save_pretrained(tmp_path / "w.safetensors")
-    report = demo.run_demo(
-        tmp_path / "out", checkpoint=tmp_path / "w.safetensors", device="cpu", progress=False
-    )
+    report = demo.run_demo(tmp_path / "out", checkpoint=tmp_path / "w.safetensors", device="cpu", progress=False)
     for target, size in zip(report.targets, [(256, 256), (256, 192)], strict=True):
         assert 0 <= target.dice <= 1
         for path in (target.mask, target.overlay):

@@ -40,15 +40,15 @@ def test_text_names_each_backend_and_why_one_is_missing(capsys, monkeypatch):
     place = lines.index("gather_patches")
     assert lines[place + 1].split(maxsplit=1) == ["native", "it was not built"]
     assert lines[place + 2].split() == ["reference", "available"]
-    assert f"{'library':<14}{library.PATH}: it was not built" in lines
+    assert f"{'library':<16}{library.PATH}: it was not built" in lines
     assert "ICSEG_BACKEND=reference names the backend of every op" in lines
 
 
 def test_missing_packages_and_weights_are_named(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-package",))
     monkeypatch.setattr(doctor, "bundled_weights", lambda: tmp_path / "none.safetensors")
     text = run_doctor(capsys)
-    assert "no-such-package not installed" in " ".join(text.split())
+    assert "no-package not installed" in " ".join(text.split())
     assert "checkpoint must be an existing .safetensors file" in text
 
 

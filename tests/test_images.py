@@ -85,17 +85,13 @@ def test_planar_and_palette_tiff_become_luma(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "p.tif").array, luma(RGB.astype(float)), rtol=1e-5)
     colours = np.random.default_rng(3).integers(0, 2**16, (3, 256)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "q.tif", GREY, photometric="palette", colormap=colours)
-    np.testing.assert_allclose(
-        read_image(tmp_path / "q.tif").array, luma(colours.T[GREY].astype(float)), rtol=1e-5
-    )
+    np.testing.assert_allclose(read_image(tmp_path / "q.tif").array, luma(colours.T[GREY].astype(float)), rtol=1e-5)
     np.testing.assert_array_equal(read_mask(tmp_path / "q.tif").array, GREY)
 
 
 def test_alpha_is_ignored_and_palette_images_are_looked_up(tmp_path):
     rgba = np.dstack([RGB, GREY])
-    np.testing.assert_allclose(
-        read_image(save(tmp_path / "a.png", rgba)).array, luma(RGB.astype(float)), rtol=1e-5
-    )
+    np.testing.assert_allclose(read_image(save(tmp_path / "a.png", rgba)).array, luma(RGB.astype(float)), rtol=1e-5)
     picture = Picture.new("P", IDS.shape[::-1])
     picture.putdata(IDS.ravel().tolist())
     picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
@@ -176,9 +172,7 @@ def test_tiff_keeps_resolution_georeference_and_imagej_spacing(tmp_path):
         assert tags.valueof("ResolutionUnit") == 3
         assert tags.valueof(33550) == (0.5, 0.5, 0.0)
         np.testing.assert_array_equal(file.asarray(), IDS)
-    tifffile.imwrite(
-        tmp_path / "j.tif", np.stack([GREY] * 3), imagej=True, metadata={"axes": "ZYX", "spacing": 2.5}
-    )
+    tifffile.imwrite(tmp_path / "j.tif", np.stack([GREY] * 3), imagej=True, metadata={"axes": "ZYX", "spacing": 2.5})
     write_like(read_image(tmp_path / "j.tif"), tmp_path / "n.tif", np.stack([IDS] * 3))
     with tifffile.TiffFile(tmp_path / "n.tif") as file:
         assert file.imagej_metadata["spacing"] == 2.5
@@ -357,9 +351,7 @@ def all_formats(folder):
         save(folder / name, GREY)
     save(folder / "deep.png", DEEP)
     tifffile.imwrite(folder / "stack.tif", np.stack([GREY] * 4), photometric="minisblack", compression="zlib")
-    Picture.fromarray(GREY).save(
-        folder / "pages.tif", save_all=True, append_images=[Picture.fromarray(GREY + 1)] * 3
-    )
+    Picture.fromarray(GREY).save(folder / "pages.tif", save_all=True, append_images=[Picture.fromarray(GREY + 1)] * 3)
     return sorted(folder.iterdir())
 
 

@@ -197,9 +197,7 @@ def test_uncertainty_of_classes_is_the_entropy_of_their_posterior():
     image, ids = three_levels()
     result = segment(image, [image], [ids], model=Fixed(0.5, 1.0), uncertainty=True, size=128)
     p, q = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1.0))
-    joint = np.array(
-        [(1 - p) * (1 - q), p * (1 - q), q * (1 - p)]
-    )  # independent, given that they exclude each other
+    joint = np.array([(1 - p) * (1 - q), p * (1 - q), q * (1 - p)])  # independent, given that they exclude each other
     np.testing.assert_allclose(result.uncertainty, entropy(*joint / joint.sum()), rtol=1e-5)
     assert (result.mask == 255).all()
 

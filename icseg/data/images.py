@@ -199,7 +199,5 @@ def _class_ids(array: Array, name: str) -> Array:
             raise ValueError(f"{name} must hold integer class ids, got {array[fractions][0]:g}")
         array = ids.astype(np.int64)
     if array.min() < 0 or array.max() >= 2**32:
-        raise ValueError(
-            f"{name} must hold class ids from 0 to {2**32 - 1}, got {array.min()} to {array.max()}"
-        )
+        raise ValueError(f"{name} must hold class ids from 0 to {2**32 - 1}, got {array.min()} to {array.max()}")
     return array

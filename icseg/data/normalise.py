@@ -25,9 +25,7 @@ def intensity_window(array: Array, name: str) -> tuple[float, float]:
     """
     least, most = check_intensities(array, name)
     low, high = np.percentile(array, PERCENTILES)
-    return (
-        (float(low), float(high)) if low < high else (least, most)
-    )  # else: few bright pixels on even ground
+    return (float(low), float(high)) if low < high else (least, most)  # else: few bright pixels on even ground
 
 
 def check_intensities(array: Array, name: str) -> tuple[float, float]:

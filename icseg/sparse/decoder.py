@@ -29,8 +29,8 @@ class PatchDecoder(nn.Module):
         )  # fmt: skip
         # The coarsest level starts as label propagation itself, finer ones as a mild correction.
         self.propagation_gain = nn.Parameter(torch.tensor([4.0] + [1.0] * (levels - 1)))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, features: Tensor, tokens: Tensor, masks: Tensor, context: Tensor, prior: Tensor, level: int

@@ -95,7 +95,7 @@ class SparseNetwork(nn.Module):
         rng = random.Random(seed)
         combined: Tensor | None = None
         outputs: list[LevelOutput] = []
-        finer: list[list[Tensor]] = [[] for _ in self.blocks]  # target keys and values of the coarser levels
+        cascade: list[list[Tensor]] = [[] for _ in self.blocks]  # target keys and values of the coarser levels
         for level in range(self._levels_of(target)):
             budget = self.config.target_patches[level]
             if self.training and level and seed is not None:
@@ -105,7 +105,7 @@ class SparseNetwork(nn.Module):
                 target,
                 combined,
                 self._level_memory(memory, level, target.shape[0]),
-                finer,
+                cascade,
                 level,
                 budget,
                 draw,
@@ -113,7 +113,7 @@ class SparseNetwork(nn.Module):
             )
             outputs.append(output)
             combined = output.logits.detach()
-            for block_memory, keys_values in zip(finer, own, strict=True):
+            for block_memory, keys_values in zip(cascade, own, strict=True):
                 block_memory.append(keys_values.detach())
         final = resize(outputs[-1].logits, (target.shape[-2], target.shape[-1]))
         return SegmentationOutput(final, outputs)
@@ -123,7 +123,7 @@ class SparseNetwork(nn.Module):
         target: Tensor,
         coarser: Tensor | None,
         memory: LevelMemory,
-        coarser_memory: list[list[Tensor]],
+        cascade: list[list[Tensor]],
         level: int,
         budget: int,
         seed: int | None,
@@ -136,8 +136,8 @@ class SparseNetwork(nn.Module):
         coords = source.coords(self._pick(prior, budget, seed, target_mask))
         features, tokens = self.encoder(source, coords, level, is_target=True)
         own = []
-        for block, cached, finer in zip(self.blocks, memory.blocks, coarser_memory, strict=True):
-            tokens, keys_values = block(tokens, [cached, *finer])
+        for block, support, coarser_target in zip(self.blocks, memory.blocks, cascade, strict=True):
+            tokens, keys_values = block(tokens, [support, *coarser_target])
             own.append(keys_values)
         tokens = self.norm(tokens)
         masks, context = self.propagation(features, tokens, memory.keys, memory.values)

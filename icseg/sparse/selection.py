@@ -54,7 +54,7 @@ def entropy_score(logits: Tensor) -> Tensor:
 
 
 def target_patches(score: Tensor, count: int, power: float, seed: int | None) -> Tensor:
-    """Grid indices [B, min(count, cells)] for scores [B, cells] >= 0: the highest; with a seed, drawn by score^power."""
+    """Grid indices [B, min(count, cells)] of the highest scores [B, cells] >= 0; with a seed, a draw by score^power."""
     cells = score.shape[1]
     if count >= cells:
         return torch.arange(cells, device=score.device).expand(score.shape[0], -1)

@@ -39,7 +39,5 @@ def _name(names: list[str], wanted: str) -> str:
     if len(names) == 1:
         return names[0]
     if wanted not in names:
-        raise ValueError(
-            f"it must hold one array, or one named {wanted}; it holds {', '.join(names) or 'none'}"
-        )
+        raise ValueError(f"it must hold one array, or one named {wanted}; it holds {', '.join(names) or 'none'}")
     return wanted

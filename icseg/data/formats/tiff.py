@@ -50,9 +50,7 @@ def read(path: Path, *, labels: bool) -> Content:
             pixels = np.moveaxis(pixels, axes.index("S"), -1)
             pixels = single_channel(pixels) if labels else luma(pixels)
         elif "C" in axes:
-            raise ValueError(
-                f"it has {pixels.shape[axes.index('C')]} channels; one channel, or RGB, is needed"
-            )
+            raise ValueError(f"it has {pixels.shape[axes.index('C')]} channels; one channel, or RGB, is needed")
         orientation = page.tags.valueof("Orientation", 1) if pixels.ndim == 2 else 1
         geometry = TiffGeometry(_options(page, orientation), _imagej(file), _suffix(path))
         lossy = page.compression in (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)
