@@ -523,8 +523,9 @@ def test_help_and_version_do_not_import_torch():
     assert version.stdout == f"icseg {icseg.__version__}\n"
 
 
-def test_exit_codes_reach_the_shell(here):
+def test_exit_codes_reach_the_shell(here, checkpoint):
     options = ["--support-images", here / "images", "--support-masks", here / "masks", "--out", here / "out"]
+    options += ["--checkpoint", checkpoint, "--device", "cpu"]
     ended = subprocess.run(
         [sys.executable, "-m", "icseg.cli", "segment", "none.png", *options],
         cwd=REPOSITORY,

@@ -180,8 +180,7 @@ class PublishedNetwork(nn.Module):
     def _pick_target(
         self, index: int, coarser: Coarser | None, target: Tensor, mask: Tensor | None, draws: Draws
     ) -> PatchSample:
-        sampler = self.config.sampler
-        differentiable = self.training and sampler.differentiable != "off" and coarser is not None
+        differentiable = self.training and self.config.sampler.differentiable != "off"
         score = self._target_score(index, coarser, target, mask, draws)
         return self.levels[index].sample_target(score, draws.source(2 * index), self.training, differentiable)
 
