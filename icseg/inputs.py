@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,9 @@ class SupportSet:
         self, images: Sequence[object], masks: Sequence[object], options: SegmentOptions | None = None
     ) -> None:
         options = options or SegmentOptions()
+        for name, value in (("support_images", images), ("support_masks", masks)):
+            if isinstance(value, str | Path):
+                raise TypeError(f"{name} must be a list of paths or arrays, got the single path {value}")
         if len(images) == 0:
             raise ValueError("support_images must hold at least one image, got none")
         if len(images) != len(masks):

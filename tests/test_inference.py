@@ -315,6 +315,13 @@ def test_refusals_come_before_any_work(case):
     assert not model.encoded
 
 
+def test_a_single_support_path_is_refused():
+    with pytest.raises(
+        TypeError, match=r"support_images must be a list of paths or arrays, got the single path a\.png"
+    ):
+        segment(GOOD, "a.png", [MASK], model=ByBrightness())
+
+
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
