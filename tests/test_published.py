@@ -1,6 +1,4 @@
-"""The published PatchICL against recorded outputs of the published code, and every setting on a tiny
-model.
-"""
+"""The published PatchICL against recorded outputs of the published code, and every setting on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import icseg
 from icseg.losses import LossConfig, segmentation_loss
@@ -44,9 +44,7 @@ TOLERANCE = 1e-5  # the fixtures' own is 1e-4; float32 rounding stays below 2e-6
 
 
 class Recorded:
-    """A fixture: the published code's configuration, weights, inputs, noise and outputs, and our model's
-    output.
-    """
+    """A fixture: the published code's configuration, weights, inputs, noise and outputs, and our model's output."""
 
     def __init__(self, name: str) -> None:
         with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
@@ -69,9 +67,7 @@ def recorded(request: pytest.FixtureRequest) -> Recorded:
 
 
 def by_coordinate(coords: Tensor, values: Tensor | None = None) -> Tensor:
-    """Coordinates [K, 2], or values [K, ...] in the order of their coordinates: ties in score may swap
-    rows.
-    """
+    """Coordinates [K, 2], or values [K, ...] in the order of their coordinates: ties in score may swap rows."""
     order = (coords[:, 0].long() * 10_000 + coords[:, 1].long()).argsort(stable=True)
     return (coords if values is None else values)[order]
 
@@ -99,9 +95,7 @@ def test_parity_of_patches(recorded: Recorded) -> None:
             images = level.support_coords.shape[1]
             supports = theirs["context_coords"][b].unflatten(0, (images, -1))
             for s in range(images):
-                assert torch.equal(
-                    by_coordinate(level.support_coords[b, s].long()), by_coordinate(supports[s])
-                )
+                assert torch.equal(by_coordinate(level.support_coords[b, s].long()), by_coordinate(supports[s]))
 
 
 def test_parity_of_registers_and_confidence(recorded: Recorded) -> None:
@@ -149,9 +143,7 @@ def test_weights_from_a_file(recorded: Recorded, tmp_path: Path) -> None:
     state = {k: v for k, v in recorded.weights.items() if not k.startswith("feature_extractor.")}
     extractor = {k: v for k, v in recorded.weights.items() if k.startswith("feature_extractor.model.")}
     torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "model.pt")
-    torch.save(
-        {k.removeprefix("feature_extractor.model."): v for k, v in extractor.items()}, tmp_path / "u.pt"
-    )
+    torch.save({k.removeprefix("feature_extractor.model."): v for k, v in extractor.items()}, tmp_path / "u.pt")
     model = icseg.load_published(tmp_path / "model.pt", recorded.config, universeg=tmp_path / "u.pt")
     for name, tensor in recorded.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -198,9 +190,7 @@ def make(config: PublishedConfig | None = None, seed: int = 0) -> PatchICL:
     return model
 
 
-def task(
-    batch: int = 2, images: int = 2, size: tuple[int, int] = (16, 16), seed: int = 0
-) -> dict[str, Tensor]:
+def task(batch: int = 2, images: int = 2, size: tuple[int, int] = (16, 16), seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     masks = F.interpolate(torch.rand(batch * (images + 1), 1, 4, 4, generator=generator), size) > 0.6
     noise = torch.rand(batch * (images + 1), 1, *size, generator=generator)
@@ -216,9 +206,7 @@ def task(
 def finite_both_ways(model: PatchICL, data: dict[str, Tensor]) -> None:
     """Training forward and backward: finite, and every gradient that exists is finite."""
     output = model.train()(**data, seed=1)
-    losses = segmentation_loss(
-        output, data["target_mask"], LossConfig(target_patch=1.0, target_aggregated=1.0)
-    )
+    losses = segmentation_loss(output, data["target_mask"], LossConfig(target_patch=1.0, target_aggregated=1.0))
     losses["total"].backward()
     assert output.logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -226,10 +214,7 @@ def finite_both_ways(model: PatchICL, data: dict[str, Tensor]) -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{
-        f"model_{s}": {"sampler": SamplerConfig(model_score=s)}
-        for s in ("entropy", "foreground_entropy", "uniform")
-    },
+    **{f"model_{s}": {"sampler": SamplerConfig(model_score=s)} for s in ("entropy", "foreground_entropy", "uniform")},
     **{f"support_{s}": {"sampler": SamplerConfig(support_score=s)} for s in settings.SUPPORT_SCORES},
     **{
         f"oracle_{s}": {
@@ -271,14 +256,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "temperature_fixed": {"confidence": ConfidenceConfig("entropy", learn_temperature=False)},
     "gaussian": {"aggregation": AggregationConfig("gaussian")},
     "universeg": {"features": FeatureConfig(channels=4, scales=(0, 2), input_size=16, grid=8, via_grid=True)},
-    "universeg_trained": {
-        "features": FeatureConfig(channels=4, input_size=16, grid=16, freeze=False, chunk=1)
-    },
+    "universeg_trained": {"features": FeatureConfig(channels=4, input_size=16, grid=16, freeze=False, chunk=1)},
     "pixel": {"features": FeatureConfig("convolutional", 4, (1, 3), 16, 32, freeze=False, alignment="pixel")},
     "antialias": {
-        "features": FeatureConfig(
-            "convolutional", 4, (0,), 16, 16, False, True, alignment="pixel", antialias=True
-        )
+        "features": FeatureConfig("convolutional", 4, (0,), 16, 16, False, True, alignment="pixel", antialias=True)
     },
 }
 
@@ -412,9 +393,7 @@ def test_no_graph_break_in_evaluation() -> None:
 
 
 def test_a_one_level_model_learns() -> None:
-    """One level with only its combined prediction supervised, which the published loss leaves without
-    gradient.
-    """
+    """One level with only its combined prediction supervised, which the published loss leaves without gradient."""
     torch.manual_seed(0)
     backbone = BackboneConfig(dim=32, heads=2, layers=1, context_layers=0, dropout=0.0)
     features = FeatureConfig("convolutional", channels=8, scales=(0,), input_size=16, grid=16, freeze=False)
@@ -431,14 +410,10 @@ def test_a_one_level_model_learns() -> None:
 
 
 def test_straight_through_changes_no_value_but_brings_gradients() -> None:
-    """The coarser level's parameters get gradients through the choice of patches; "published" rescales the
-    logits.
-    """
+    """The coarser level's parameters get gradients through the choice of patches; "published" rescales the logits."""
     data, logits, gradients = task(), {}, {}
     for kind in settings.DIFFERENTIABLE:
-        config = tiny(
-            sampler=SamplerConfig(differentiable=kind), backbone=BackboneConfig(dim=16, heads=2, dropout=0.0)
-        )
+        config = tiny(sampler=SamplerConfig(differentiable=kind), backbone=BackboneConfig(dim=16, heads=2, dropout=0.0))
         model = make(config).train()
         logits[kind] = model(**data, seed=2).logits
         score_path = model.network.decoder.head[-1].weight
@@ -460,9 +435,7 @@ def test_support_losses_need_decoded_support() -> None:
 
 def test_oracle_schedule() -> None:
     schedule = OracleSchedule(scheduled=True, warmup=1, decay=5, start=0.5, end=0.0)
-    assert [schedule.probability(step) for step in (0, 1, 2, 3, 6, 99)] == pytest.approx(
-        [0.5, 0.5, 0.4, 0.3, 0, 0]
-    )
+    assert [schedule.probability(step) for step in (0, 1, 2, 3, 6, 99)] == pytest.approx([0.5, 0.5, 0.4, 0.3, 0, 0])
     assert OracleSchedule().probability(7) == 1.0
     network = make(tiny(oracle=dataclasses.replace(schedule, train_levels=(True, True)))).network
     assert network.oracle_share.item() == 0.5
@@ -536,9 +509,7 @@ def test_real_rotation_is_the_complex_one() -> None:
     turn = [torch.polar(torch.ones(()).double(), positions[..., axis, None] * theta) for axis in (1, 0)]
     halves = torch.view_as_complex(x.double().unflatten(-1, (2, dim // 4, 2)))  # [B, N, half, D / 4]
     expected = torch.view_as_real(halves * torch.stack(turn, dim=2)).flatten(2)
-    torch.testing.assert_close(
-        rotated(x, RotaryEmbedding(dim)(positions)).double(), expected, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(rotated(x, RotaryEmbedding(dim)(positions)).double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("zero_key", [False, True])
@@ -565,9 +536,7 @@ def test_a_block_can_leave_leading_tokens_out() -> None:
 
 
 def test_support_never_sees_the_target_in_one_layer() -> None:
-    """With a single joint layer, support predictions do not depend on the target; with two, through
-    registers, they do.
-    """
+    """With one joint layer, support predictions do not depend on the target; with two they do, through registers."""
     changed = {}
     for layers in (1, 2):
         config = tiny(
@@ -599,9 +568,7 @@ def test_level_masks_keep_small_objects() -> None:
 
 
 def test_feature_patches_are_aligned() -> None:
-    """Of a ramp, "pixel" reads the pixel centres, and "published" points spaced 8 / 7 from half a pixel
-    before.
-    """
+    """Of a ramp, "pixel" reads the pixel centres, and "published" points spaced 8 / 7 from half a pixel before."""
     ramp = torch.arange(64.0).expand(1, 1, 64, 64)
     coords = torch.tensor([[[8, 40]]])
     pixel = FeatureConfig(grid=64, alignment="pixel")
@@ -642,6 +609,7 @@ def test_the_papers_settings(size: int, expected: list[tuple[int, int, float]]) 
     assert [(lv.resolution, lv.target_patches, lv.target_blur) for lv in config.levels] == expected
     assert all(lv.support_patches == lv.target_patches and lv.stride == 8 for lv in config.levels)
     assert (config.features.grid, config.features.dim, config.features.input_size) == (128, 256, size)
+    assert config.features.via_grid
     b = config.backbone
     assert (b.dim, b.heads, b.layers, b.context_layers, b.registers, b.fusion) == (256, 4, 2, 1, 1, "concat")
     assert b.zero_key
@@ -653,6 +621,20 @@ def test_parameters_of_the_papers_model() -> None:
     with torch.device("meta"):
         model = PatchICL(icseg.PatchICLConfig.published(128))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == pytest.approx(7.99e6, rel=0.002)
+
+
+def test_flops_of_the_papers_model() -> None:
+    """At 512 px with 3 pairs: below the published code's 307.55 GFLOPs, and most of it once a support set."""
+    with FakeTensorMode(), torch.no_grad():
+        model = PatchICL(icseg.PatchICLConfig.published(512)).eval()
+        support, gflops = torch.rand(1, 3, 1, 512, 512), []
+        with FlopCounterMode(display=False) as counter:
+            memory = model.encode_support(support, support)
+        gflops.append(counter.get_total_flops() / 1e9)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.rand(1, 1, 512, 512), memory=memory)
+        gflops.append(counter.get_total_flops() / 1e9)
+    assert gflops == pytest.approx([219.9, 85.6], abs=0.1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -795,9 +777,7 @@ def test_published_losses() -> None:
         "weights": {"target_patch": 0.5, "context_aggreg": 0.0},
         "level_weights": [0.0, 0.0, 1.0],
     }
-    expected = LossConfig(
-        target_patch=0.5, level_weights=(0.0, 0.0, 1.0), mask_reduction="hybrid", focal_alpha=0.5
-    )
+    expected = LossConfig(target_patch=0.5, level_weights=(0.0, 0.0, 1.0), mask_reduction="hybrid", focal_alpha=0.5)
     assert loss_from_published(config) == expected
     config["loss"]["patch_loss"] = {"type": "dice"}
     with pytest.raises(ValueError, match="must be the same"):
@@ -832,9 +812,7 @@ def _published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name = name.replace("encoder.stages", "backbone.encoder.levels").replace(
             "decoder.stages", "backbone.decoder.levels"
         )
-        name = name.replace("decoder.head", "backbone.decoder.seg_head").replace(
-            "transformer", "backbone.attention"
-        )
+        name = name.replace("decoder.head", "backbone.decoder.seg_head").replace("transformer", "backbone.attention")
         if "decoder.levels" in name:
             name = name.replace(".conv.", ".fuse_conv.").replace(".norm.", ".fuse_norm.")
         if name == "backbone.attention.registers":

@@ -37,9 +37,7 @@ class CrossBlock(nn.Module):
     factorised: False concatenates and convolves every pair, as published.
     """
 
-    def __init__(
-        self, target_channels: int, support_channels: int, channels: int, *, factorised: bool = True
-    ) -> None:
+    def __init__(self, target_channels: int, support_channels: int, channels: int, *, factorised: bool = True) -> None:
         super().__init__()
         self.factorised = factorised
         self.cross = nn.Conv2d(target_channels + support_channels, channels, 3, padding=1)
@@ -148,9 +146,7 @@ class UniverSeg(nn.Module):
         batch, _, height, width = target.shape
         multiple = 2 ** len(self.decoder)
         if height % multiple or width % multiple:
-            raise ValueError(
-                f"target must have height and width divisible by {multiple}, got {height} x {width}"
-            )
+            raise ValueError(f"target must have height and width divisible by {multiple}, got {height} x {width}")
         fits = images.ndim == 5 and images.shape[0] == batch and images.shape[1] > 0
         if not fits or images.shape[2:] != (1, height, width):
             raise ValueError(
@@ -159,14 +155,12 @@ class UniverSeg(nn.Module):
             )
         if masks.shape != images.shape:
             raise ValueError(
-                f"support_masks must have the shape of support_images {list(images.shape)}, "
-                f"got {list(masks.shape)}"
+                f"support_masks must have the shape of support_images {list(images.shape)}, got {list(masks.shape)}"
             )
 
     @classmethod
     def from_file(cls, path: str | Path, *, factorised: bool = True) -> Self:
-        """The model of a published weight file (.pt, or .safetensors with the same names), in evaluation
-        mode.
+        """The model of a published weight file (.pt, or .safetensors with the same names), in evaluation mode.
 
         The number of scales and their channels are read off the file. Nothing in it is executed. Raises
         FileNotFoundError, or ValueError for a file that is not a UniverSeg state dict.
@@ -175,14 +169,10 @@ class UniverSeg(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, factorised: bool = True) -> Self:
-        """The model of a state dict with the published names. Raises ValueError if any is missing or
-        unknown.
-        """
+        """The model of a state dict with the published names. Raises ValueError if any is missing or unknown."""
         ours = renamed(state)
         if len(ours) != len(state) or "encoder.blocks.1.cross.bias" not in ours:
-            raise ValueError(
-                f"weights must be a UniverSeg state dict, got the keys {', '.join(list(state)[:3])}, ..."
-            )
+            raise ValueError(f"weights must be a UniverSeg state dict, got the keys {', '.join(list(state)[:3])}, ...")
         depth = sum(re.fullmatch(r"encoder\.blocks\.\d+\.cross\.bias", name) is not None for name in ours)
         biases = [ours.get(f"encoder.blocks.{i}.cross.bias") for i in range(depth)]
         model = cls([0 if b is None else b.shape[0] for b in biases], factorised=factorised)

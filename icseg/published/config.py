@@ -66,8 +66,7 @@ class LevelConfig:
     stride, support_stride:          spacing of the candidate windows; None for the support is the target's.
     temperature:                     divides the scores, which lie in [0, 1], before Gumbel noise is added.
     pad_before, pad_after:           zeros around the map, so that windows may stick out of the image.
-    target_blur, support_blur:       standard deviation, in pixels, of a Gaussian over the pooled score map; 0
-                                     is none.
+    target_blur, support_blur:       standard deviation, in pixels, of a Gaussian over the pooled score map; 0 is none.
     """
 
     resolution: int
@@ -175,15 +174,13 @@ class FeatureConfig:
 
     extractor:  "universeg" (the encoder of UniverSeg), "convolutional" (image and mask streams, trained from
                 scratch) or "custom" (a module set as `network.features.extractor`).
-    channels:   of each scale, or of the whole for "custom". scales: which of the extractor's scales are read,
-                from 0.
-    input_size: images are encoded at this square size. grid: side of the feature map that patches are read
-                from.
+    channels:   of each scale, or of the whole for "custom". scales: which of them are read, from 0.
+    input_size: images are encoded at this square size. grid: side of the map that patches are read from.
     freeze:     no gradients, and evaluation mode throughout.
     rescale:    clip each image to its 0.5 and 99.5 percentiles and stretch it to [0, 1] first.
     via_grid:   resize images to `grid` before `input_size`, as published, which throws detail away.
-    alignment:  "published" reads a patch at points from edge to edge, half a pixel off and spaced p / (p -
-                1); "pixel" at the centres of the level's own pixels.
+    alignment:  "published" reads a patch from edge to edge, half a pixel off, at points spaced p / (p - 1);
+                "pixel" at the centres of the level's own pixels.
     antialias:  average features to the level's resolution first where that is coarser ("pixel" only).
     chunk:      images encoded at once.
     """
@@ -225,11 +222,9 @@ class BackboneConfig:
     dim, heads:      width of a token, and attention heads. layers: over all tokens; context_layers: before
                      them, over support tokens and registers alone.
     registers:       learned tokens. zero_key: every query may also attend to a zero key with a zero value.
-    dropout:         in attention and MLP. checkpointing: recompute the transformer's layers in the backward
-                     pass.
+    dropout:         in attention and MLP. checkpointing: recompute the transformer's layers in the backward pass.
     patch_grid:      features read a patch side, 8 or 16. skips: the decoder also reads the encoder's scales.
-    support_mask:    support tokens are fused with their encoded mask. fusion: "additive", "gated" or
-                     "concat".
+    support_mask:    support tokens are fused with their encoded mask. fusion: "additive", "gated" or "concat".
     mask_prior:      target tokens are fused with the coarser prediction, as a "probability" or, as published,
                      as "logits" through an encoder that otherwise sees masks; or "none".
     positions:       "image" rotates by the share of the image's own height and width; "published" by pixels
@@ -269,8 +264,7 @@ class BackboneConfig:
 class ConfidenceConfig:
     """A confidence map in [0, 1] beside each prediction.
 
-    source: "none", "entropy" (1 - binary entropy of the logits over a temperature) or "learned" (a decoder
-            head).
+    source: "none", "entropy" (1 - binary entropy of the logits over a temperature) or "learned" (a decoder head).
     """
 
     source: str = "none"
@@ -307,9 +301,7 @@ class AggregationConfig:
 
 
 def published_levels(image_size: int) -> tuple[LevelConfig, ...]:
-    """The levels of the paper's final runs: 24, 64, 128 pixels as far as they are below `image_size`, then
-    that.
-    """
+    """The levels of the paper's final runs: 24, 64, 128 pixels as far as they are below `image_size`, then that."""
     coarse = [(r, k) for r, k in ((24, 9), (64, 20), (128, 20)) if r < image_size]
     blur = [0.0 if r == 24 else 4.0 for r, _ in coarse] + [4.0]
     return tuple(
@@ -358,9 +350,7 @@ class PublishedConfig(PatchICLConfig):
             if self.sampler.model_score == "confidence":
                 raise ValueError('model_score must not be "confidence" where confidence.source is "none"')
             if self.aggregation.confidence_weighting:
-                raise ValueError(
-                    'confidence_weighting must be False where confidence.source is "none", got True'
-                )
+                raise ValueError('confidence_weighting must be False where confidence.source is "none", got True')
 
     def _check_levels(self) -> None:
         for level in self.levels:
@@ -372,9 +362,7 @@ class PublishedConfig(PatchICLConfig):
         for name in ("train_levels", "eval_levels"):
             flags = getattr(self.oracle, name)
             if flags and len(flags) != len(self.levels):
-                raise ValueError(
-                    f"{name} must hold {len(self.levels)} bools, one a level, or none, got {len(flags)}"
-                )
+                raise ValueError(f"{name} must hold {len(self.levels)} bools, one a level, or none, got {len(flags)}")
 
     @classmethod
     def for_image_size(cls, image_size: int = 256, **changes: Any) -> Self:
@@ -383,7 +371,7 @@ class PublishedConfig(PatchICLConfig):
         settings: dict[str, Any] = {
             "image_size": image_size,
             "levels": published_levels(image_size),
-            "features": FeatureConfig(input_size=image_size),
+            "features": FeatureConfig(input_size=image_size, via_grid=True),
         }
         check_keys(cls, changes)
         return cls(**{**settings, **changes})

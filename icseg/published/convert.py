@@ -29,8 +29,7 @@ def load_published(
                Read with nothing executed.
     config:    the configuration it was made with (`PublishedConfig.from_published_dict`).
     universeg: a UniverSeg weight file, for state dicts saved without their frozen feature extractor.
-    Raises FileNotFoundError, or ValueError for an unknown, missing or misshapen tensor or an invalid
-    configuration.
+    Raises FileNotFoundError, or ValueError for an unknown, missing or misshapen tensor or an invalid configuration.
     """
     from icseg.model import PatchICL
 
@@ -99,15 +98,11 @@ _NAMES = tuple(
 )
 
 # Buffers that follow from the configuration, and UniverSeg's decoder, which no feature is read from.
-_NOT_LOADED = re.compile(
-    r".*samplers\.\d+\._gaussian_kernel|aggregators\.\d+\.gaussian_kernel|decoder\.\d.*|head\..*"
-)
+_NOT_LOADED = re.compile(r".*samplers\.\d+\._gaussian_kernel|aggregators\.\d+\.gaussian_kernel|decoder\.\d.*|head\..*")
 
 
 def state_from_published(state: Mapping[str, Tensor], config: PublishedConfig) -> dict[str, Tensor]:
-    """A state dict of the published code under the names of `PublishedNetwork`. Raises ValueError for unknown
-    names.
-    """
+    """A state dict of the published code under the names of `PublishedNetwork`. Raises ValueError for unknown names."""
     prefix = "feature_extractor.model."
     extractor = renamed({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     parts: dict[str, dict[int, Tensor]] = {}

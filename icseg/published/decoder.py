@@ -39,9 +39,7 @@ class PatchDecoder(nn.Module):
         self.head = _head(config.dim)
         self.confidence_head = _head(config.dim) if confidence else None
 
-    def forward(
-        self, tokens: Tensor, skips: Mapping[int, Tensor], scale: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens: Tensor, skips: Mapping[int, Tensor], scale: Tensor) -> tuple[Tensor, Tensor | None]:
         """skips: the encoder's maps [N, D, s, s] by size s; empty for a decoder without skips."""
         x = tokens[:, :, None, None]
         for stage in self.stages:
@@ -54,9 +52,7 @@ class PatchDecoder(nn.Module):
     def _sized(self, patches: Tensor) -> Tensor:
         if patches.shape[-1] == self.patch_size:
             return patches
-        return F.interpolate(
-            patches, (self.patch_size, self.patch_size), mode="bilinear", align_corners=False
-        )
+        return F.interpolate(patches, (self.patch_size, self.patch_size), mode="bilinear", align_corners=False)
 
 
 def _head(dim: int) -> nn.Sequential:

@@ -27,8 +27,7 @@ _KEYS = {
         stride context_stride spread_sigma spread_sigma_target spread_sigma_context sampling_temperature
         pad_before pad_after | sampling_method""",
     "oracle_scheduling": "enabled schedule warmup_epochs decay_epochs start_prob end_prob",
-    "sampler": """type target_sampling_oracle target_model_sampling context_sampling differentiable
-        | augmentation""",
+    "sampler": """type target_sampling_oracle target_model_sampling context_sampling differentiable | augmentation""",
     "aggregator": """type fill_uncovered min_coverage use_sampling_map sampling_map_mode detach_sampling_map
         sigma_ratio""",
     "backbone": """embed_dim embed_proj_dim num_heads num_layers num_context_layers num_registers dropout
@@ -58,8 +57,7 @@ def config_from_published(published: Mapping[str, Any]) -> PublishedConfig:
     """The configuration that a dictionary of the published code (its `patch_icl` table, resolved) describes.
 
     What it leaves out has the published code's default; what the published code gets wrong is kept. Keys
-    without an effect there are ignored by name. Raises ValueError for an unknown key or a value that is not
-    supported.
+    without an effect there are ignored by name. Raises ValueError for an unknown key or a value that is not supported.
     """
     _known("the configuration", published)
     backbone = _table(published, "backbone")
@@ -85,8 +83,7 @@ def config_from_published(published: Mapping[str, Any]) -> PublishedConfig:
 def loss_from_published(published: Mapping[str, Any]) -> LossConfig:
     """The losses that a dictionary of the published code describes, with masks reduced as there.
 
-    Raises ValueError for an unknown key, a criterion that is not soft Dice with focal loss, or two that
-    differ.
+    Raises ValueError for an unknown key, a criterion that is not soft Dice with focal loss, or two that differ.
     """
     loss = _table(published, "loss")
     weights = _table(loss, "weights", "loss.weights")

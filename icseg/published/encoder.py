@@ -1,6 +1,4 @@
-"""Patch tokens: features of a patch to one token, conditioned on the level's resolution and fused with
-masks.
-"""
+"""Patch tokens: features of a patch to one token, conditioned on the level's resolution and fused with masks."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ GROUPS = 8
 
 
 class ScaleEncoding(nn.Module):
-    """A resolution in pixels to an embedding [D]: sines and cosines of its base-2 logarithm, frequencies
-    learned.
-    """
+    """A resolution in pixels to an embedding [D]: sines and cosines of its base-2 logarithm, frequencies learned."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -94,9 +90,7 @@ class ChannelNorm(nn.Module):
 
 
 class MaskEncoder(nn.Module):
-    """Mask patches [N, 1, g, g] to embeddings [N, D], as the prompt encoder of SAM (arXiv 2304.02643)
-    does.
-    """
+    """Mask patches [N, 1, g, g] to embeddings [N, D], as the prompt encoder of SAM (arXiv 2304.02643) does."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,9 +120,7 @@ class GatedFusion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gates = nn.ParameterDict(
-            {source: nn.Parameter(torch.tensor(0.1)) for source in ("support", "prior")}
-        )
+        self.gates = nn.ParameterDict({source: nn.Parameter(torch.tensor(0.1)) for source in ("support", "prior")})
 
     def forward(self, tokens: Tensor, masks: Tensor, source: str) -> Tensor:
         return tokens + self.gates[source].sigmoid() * masks

@@ -15,8 +15,7 @@ class FeatureExtractor(nn.Module):
     """Images, for support also masks, to feature maps [N, D, grid, grid].
 
     `extractor` maps images [N, 1, s, s] and masks, the same shape or None, to a list of maps [N, C, h, w]
-    whose channels add up to D. With FeatureConfig.extractor = "custom", set the attribute before the first
-    call.
+    whose channels add up to D. With FeatureConfig.extractor = "custom", set the attribute before the first call.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
@@ -62,9 +61,7 @@ class FeatureExtractor(nn.Module):
 
 
 class UniverSegFeatures(nn.Module):
-    """UniverSeg's contracting half on one image: its own support with its mask, or beside an empty one
-    without.
-    """
+    """UniverSeg's contracting half on one image: its own support with its mask, or beside an empty one without."""
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
@@ -124,9 +121,7 @@ def read_patches(
         extent = max(1, int(patch_size * scale))  # whole feature pixels, as published
         return gather_patches(features, coords * scale, extent, out_size=samples, alignment="published")
     if config.antialias and resolution < grid:
-        features = F.adaptive_avg_pool2d(features.flatten(0, -4), resolution).unflatten(
-            0, features.shape[:-3]
-        )
+        features = F.adaptive_avg_pool2d(features.flatten(0, -4), resolution).unflatten(0, features.shape[:-3])
         scale = 1.0
     return gather_patches(features, coords * scale, patch_size * scale, out_size=samples, alignment="pixel")
 
@@ -150,9 +145,7 @@ def _regridded(features: Tensor, grid: int) -> Tensor:
 
 
 def _rescaled(images: Tensor) -> Tensor:
-    """Each image clipped to its 0.5 and 99.5 percentiles and stretched to [0, 1]; a constant image becomes
-    0.
-    """
+    """Each image clipped to its 0.5 and 99.5 percentiles and stretched to [0, 1]; a constant image becomes 0."""
     flat = images.flatten(1).float()
     low, high = (torch.quantile(flat, q, dim=1, keepdim=True) for q in (0.005, 0.995))
     flat = (torch.minimum(torch.maximum(flat, low), high) - low) / (high - low).clamp_min(1e-8)

@@ -103,8 +103,7 @@ class Aggregation(nn.Module):
     def forward(
         self, patches: Tensor, coords: Tensor, resolution: int, confidence: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Patches [B, K, 1, p, p] as a map [B, 1, r, r], where they lie (bool), and the map of their
-        confidence.
+        """Patches [B, K, 1, p, p] as a map [B, 1, r, r], where they lie (bool), and the map of their confidence.
 
         confidence: [B, K, 1, p, p] in [0, 1] or None; its map is 0 where no patch lies.
         """

@@ -77,17 +77,13 @@ class PublishedNetwork(nn.Module):
         self.scale = ScaleEncoding(backbone.dim)
         self.encoder = PatchEncoder(config.features.dim, backbone)
         self.transformer = PatchTransformer(backbone)
-        self.decoder = PatchDecoder(
-            backbone, config.patch_size, confidence=config.confidence.source == "learned"
-        )
+        self.decoder = PatchDecoder(backbone, config.patch_size, confidence=config.confidence.source == "learned")
         self.aggregation = Aggregation(config.aggregation, config.patch_size)
         if backbone.support_mask or backbone.mask_prior != "none":
             self.mask_encoder = MaskEncoder(backbone.dim)
             self.fusion = make_fusion(backbone)
         if config.confidence.source == "entropy":
-            self.confidence = ConfidenceMap(
-                config.confidence.temperature, config.confidence.learn_temperature
-            )
+            self.confidence = ConfidenceMap(config.confidence.temperature, config.confidence.learn_temperature)
         self.register_buffer("oracle_share", torch.tensor(config.oracle.probability(0)), persistent=False)
 
     def set_oracle_step(self, step: int) -> None:
@@ -95,11 +91,9 @@ class PublishedNetwork(nn.Module):
         self.oracle_share.fill_(self.config.oracle.probability(step))
 
     def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
-        """images, masks: [B, S, 1, H, W]. Without a seed, in evaluation mode, the best patches are encoded
-        too.
+        """images, masks: [B, S, 1, H, W]. Without a seed, in evaluation mode, the best patches are encoded too.
 
-        With one, or in training, a forward draws and encodes its own from the features, by its own seed or
-        noise.
+        With one, or in training, a forward draws and encodes its own from the features, by its own seed or noise.
         """
         features = self.features(images.flatten(0, 1), masks.flatten(0, 1)).unflatten(0, images.shape[:2])
         tensors = {"features": features, "masks": masks}
@@ -118,15 +112,13 @@ class PublishedNetwork(nn.Module):
         seed: int | None = None,
         noise: Sequence[Tensor] | None = None,
     ) -> SegmentationOutput:
-        """As `icseg.PatchICL.forward`; noise has one tensor for each level's target, then support, sampler
-        call.
+        """As `icseg.PatchICL.forward`; noise has one tensor for each level's target, then support, sampler call.
 
         Raises ValueError if a level's oracle is on and `target_mask` is missing or not of the target's shape.
         """
         if target_mask is not None and target_mask.shape != target.shape:
             raise ValueError(
-                f"target_mask must have the shape of target {list(target.shape)}, "
-                f"got {list(target_mask.shape)}"
+                f"target_mask must have the shape of target {list(target.shape)}, got {list(target_mask.shape)}"
             )
         draws = Draws(len(self.levels), self.training, seed, noise)
         mask = None if target_mask is None else target_mask.to(target.dtype)
@@ -147,22 +139,16 @@ class PublishedNetwork(nn.Module):
     def _support(self, memory: SupportMemory, level: int, batch: int, draws: Draws) -> SupportTokens:
         if draws.plain and f"level{level}.tokens" in memory.tensors:
             return SupportTokens.from_tensors(memory.tensors, level, batch)
-        return self._encode_support_level(
-            level, memory.tensors["features"], memory.tensors["masks"], batch, draws
-        )
+        return self._encode_support_level(level, memory.tensors["features"], memory.tensors["masks"], batch, draws)
 
     def _encode_support_level(
         self, index: int, features: Tensor, masks: Tensor, batch: int, draws: Draws
     ) -> SupportTokens:
-        """features: [M, S, D, g, g], masks: [M, S, 1, H, W], for B = `batch` targets; M is B, or 1 for
-        all.
-        """
+        """features: [M, S, D, g, g], masks: [M, S, 1, H, W], for B = `batch` targets; M is B, or 1 for all."""
         level, backbone = self.levels[index], self.config.backbone
         images = masks.shape[1]
         level_masks = level_mask(masks.flatten(0, 1), level.resolution, self.config.touched_mask_value)
-        score = SUPPORT_SCORES[self.config.sampler.support_score](level_masks).repeat(
-            batch // masks.shape[0], 1, 1, 1
-        )
+        score = SUPPORT_SCORES[self.config.sampler.support_score](level_masks).repeat(batch // masks.shape[0], 1, 1, 1)
         sample = level.sample_support(score, draws.source(2 * index + 1), self.training)
         coords = sample.coords.unflatten(0, (batch, images))  # [B, S, K, 2]
         patches = _read_per_image(features.flatten(0, 1), coords, lambda f, c: self._read(f, c, level))
@@ -203,9 +189,7 @@ class PublishedNetwork(nn.Module):
         score = ORACLE_SCORES[sampler.oracle_score](own, logits)
         if not (self.training and oracle.scheduled):
             return score
-        return torch.where(
-            draws.oracle_chance(index, len(target), target.device) < self.oracle_share, score, model
-        )
+        return torch.where(draws.oracle_chance(index, len(target), target.device) < self.oracle_share, score, model)
 
     def _forward_level(
         self,
@@ -250,9 +234,7 @@ class PublishedNetwork(nn.Module):
 
     def _read(self, features: Tensor, coords: Tensor, level: Level) -> Tensor:
         samples = self.config.backbone.patch_grid
-        return read_patches(
-            features, coords, level.resolution, self.config.patch_size, samples, self.config.features
-        )
+        return read_patches(features, coords, level.resolution, self.config.patch_size, samples, self.config.features)
 
     def _read_mask(self, masks: Tensor, coords: Tensor) -> Tensor:
         """Mask patches [..., K, 1, g, g] of masks [..., 1, r, r], sampled as features are."""
@@ -261,9 +243,7 @@ class PublishedNetwork(nn.Module):
 
     def _prior_patches(self, logits: Tensor, coords: Tensor, resolution: int) -> Tensor:
         prior = _resized(logits, (resolution, resolution))
-        return self._read_mask(
-            prior.sigmoid() if self.config.backbone.mask_prior == "probability" else prior, coords
-        )
+        return self._read_mask(prior.sigmoid() if self.config.backbone.mask_prior == "probability" else prior, coords)
 
     def _selection_factor(self, picked: PatchSample) -> Tensor | float:
         """What a patch's logits are multiplied by, so that the choice of patches gets gradients."""
@@ -273,9 +253,7 @@ class PublishedNetwork(nn.Module):
         return soft if self.config.sampler.differentiable == "published" else 1 + soft - soft.detach()
 
     def _decode(self, tokens: Tensor, maps: dict[int, Tensor], scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        """tokens [B, N, D] and the encoder's maps [B * N, D, s, s] to logits and confidence [B, N, 1, p,
-        p].
-        """
+        """tokens [B, N, D] and the encoder's maps [B * N, D, s, s] to logits and confidence [B, N, 1, p, p]."""
         skips = maps if self.config.backbone.skips else {}
         logits, confidence = self.decoder(tokens.flatten(0, 1), skips, scale)
         if self.config.confidence.source == "entropy":
@@ -283,28 +261,22 @@ class PublishedNetwork(nn.Module):
         shape = tokens.shape[:2]
         return logits.unflatten(0, shape), None if confidence is None else confidence.unflatten(0, shape)
 
-    def _decode_support(
-        self, output: LevelOutput, tokens: Tensor, support: SupportTokens, scale: Tensor
-    ) -> None:
+    def _decode_support(self, output: LevelOutput, tokens: Tensor, support: SupportTokens, scale: Tensor) -> None:
         maps = {size: skip.flatten(0, 1) for size, skip in support.skips.items()}
         shape = support.coords.shape[:3]
         logits = self._decode(tokens, maps, scale)[0].unflatten(1, shape[1:])  # [B, S, K, 1, p, p]
-        written, _, _ = self.aggregation(
-            logits.flatten(0, 1), support.coords.flatten(0, 1), output.resolution[0]
-        )
+        written, _, _ = self.aggregation(logits.flatten(0, 1), support.coords.flatten(0, 1), output.resolution[0])
         output.support_patch_logits = logits
         output.extras["support_prediction"] = written.unflatten(0, shape[:2])
 
 
 def _read_per_image(source: Tensor, coords: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """read(source [N, C, h, w], [N, K', 2]) for coords [B, S, K, 2], where N is B * S or S for all B: [B, S,
-    K, ...].
-    """
+    """read(source [N, C, h, w], [N, K', 2]) for coords [B, S, K, 2], as [B, S, K, ...]; N is B * S, or S for all B."""
     batch, images, count, _ = coords.shape
     repeats = batch * images // source.shape[0]
     grouped = coords.unflatten(0, (repeats, -1)).permute(1, 2, 0, 3, 4)  # [B / repeats, S, repeats, K, 2]
     patches = read(source, grouped.reshape(source.shape[0], repeats * count, 2))
-    patches = patches.view(batch // repeats, images, repeats, count, *patches.shape[2:])
+    patches = patches.reshape(batch // repeats, images, repeats, count, *patches.shape[2:])
     return patches.movedim(2, 0).flatten(0, 1)
 
 

@@ -27,8 +27,7 @@ def half_entropy(probability: Tensor) -> Tensor:
 
 
 def level_mask(mask: Tensor, resolution: int, touched_value: float = 1.0) -> Tensor:
-    """A mask [N, 1, H, W] at [N, 1, r, r]: the mean over a pixel's area, but at least `touched_value` times
-    the maximum.
+    """A mask [N, 1, H, W] at [N, 1, r, r]: the mean over each pixel's area, at least `touched_value` times its maximum.
 
     At 1, any touched pixel counts in full: nothing vanishes, and thin structures get wider.
     """
@@ -102,6 +101,4 @@ class Draws:
         """[B, 1, 1, 1] uniforms in (0, 1): a sample below the oracle's share is picked for by the oracle."""
         if self._seed is None:
             return torch.rand(batch, 1, 1, 1, device=device)
-        return uniform(derived_seed(self._seed, 2 * self._levels + level), batch, 1, device).view(
-            batch, 1, 1, 1
-        )
+        return uniform(derived_seed(self._seed, 2 * self._levels + level), batch, 1, device).view(batch, 1, 1, 1)

@@ -25,8 +25,7 @@ class Rotation(NamedTuple):
 
 
 class RotaryEmbedding(nn.Module):
-    """Two-dimensional rotary position embedding, real-valued: the first half of the channels turns with x,
-    the second with y.
+    """Two-dimensional rotary position embedding, real-valued: half of the channels turns with x, half with y.
 
     The halves are of the whole token, before it is split into heads: with 4 heads, two see x and two see y.
     """
@@ -65,8 +64,7 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, zero_key: bool, dropout: float) -> Tensor:
-    """Attention of q, k, v [B, h, N, d]; `bounds` are (queries, keys): runs of queries, and how many first
-    keys they see.
+    """Attention of q, k, v [B, h, N, d]; `bounds`: (queries, keys), runs of queries and how many first keys they see.
 
     With dropout, which `selected_attention` does not have, one call a run.
     """
@@ -84,9 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, zero_key: bool, drop
 
 
 class Block(nn.Module):
-    """Attention and MLP with pre-normalisation. What a token is, support or target, is added before q, k and
-    v only.
-    """
+    """Attention and MLP with pre-normalisation. What a token is, support or target, is added before q, k and v only."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -109,8 +105,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, support: int, rotation: Rotation, bounds: Bounds) -> Tensor:
         """The last sum(queries) tokens of x [B, N, D], updated.
 
-        support: how many leading tokens are of the support type; bounds: as for `attend`, over those last
-                 tokens.
+        support: how many leading tokens are of the support type; bounds: as for `attend`, over those last tokens.
         """
         kinds = [t.expand(n, -1) for t, n in zip(self.types, (support, x.shape[1] - support), strict=True)]
         normed = self.norm1(x) + torch.cat(kinds)
@@ -126,8 +121,7 @@ class Block(nn.Module):
 class PatchTransformer(nn.Module):
     """Layers over support tokens and registers alone, then layers over all tokens.
 
-    Tokens are laid out [support | registers | target], so that what a query may see is a number of first
-    keys.
+    Tokens are laid out [support | registers | target], so that what a query may see is a number of first keys.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -140,9 +134,7 @@ class PatchTransformer(nn.Module):
         self.checkpointing = config.checkpointing
 
     def context(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Support tokens [B, Ns, D] at positions [B, Ns, 2] -> the same and registers [B, R, D], informed of
-        each other.
-        """
+        """Support tokens [B, Ns, D] at positions [B, Ns, 2], and registers [B, R, D], after the context layers."""
         batch, count, _ = tokens.shape
         x = torch.cat([tokens, self.registers.expand(batch, -1, -1)], dim=1)
         rotation = self.rotary(positions)
@@ -165,8 +157,7 @@ class PatchTransformer(nn.Module):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Support tokens (None unless `keep_support`), registers and target tokens, updated and normalised.
 
-        support: [B, Ns, D] and registers: [B, R, D] as `context` returned them; coarser_registers: [B, R, D]
-                 or None;
+        support: [B, Ns, D] and registers: [B, R, D] as `context` gave them; coarser_registers: [B, R, D] or None;
         target: [B, Nt, D]; positions: [B, N, 2] int64.
         """
         batch, ns, _ = support.shape
