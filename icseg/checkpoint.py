@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icseg.config import PatchICLConfig
+from icseg.files import written_whole
 
 CONFIG_KEY = "icseg_config"
 
@@ -21,26 +18,6 @@ CONFIG_KEY = "icseg_config"
 def bundled_weights() -> Path:
     """The path of the checkpoint that ships with the package."""
     return Path(__file__).parent / "weights" / "icseg-sparse-small.safetensors"
-
-
-@contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to it on success and removed on failure or interruption.
-
-    The temporary name keeps the ending, by which writers choose a format.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes))
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(

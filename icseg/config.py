@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,6 +20,45 @@ def check_keys(cls: type, values: dict[str, Any]) -> None:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless `value` is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def check_ints(config: Any, least: int, *names: str, optional: bool = False) -> None:
+    """Raise ValueError unless the fields `names` are ints of at least `least` (or None, if `optional`)."""
+    for name in names:
+        value = getattr(config, name)
+        if not (optional and value is None):
+            check_int(name, value, least)
+
+
+def check_numbers(
+    config: Any, *names: str, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> None:
+    """Raise ValueError unless the fields `names` are finite numbers within the bounds."""
+    for name in names:
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not least <= value <= most or not value > above:
+            bounds = f"above {above}" if above > -math.inf else f"in [{least}, {most}]"
+            raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
+
+def check_bools(config: Any, *names: str) -> None:
+    """Raise ValueError unless the fields `names` are bools."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
+
+
+def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the field `name` is one of `choices`."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True)

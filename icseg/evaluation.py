@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icseg.baselines.floors import copy_support, otsu
-from icseg.checkpoint import written_whole
 from icseg.data.synthetic import generate_task, pool_task_seed
+from icseg.files import written_whole
 from icseg.metrics import dice, hausdorff95, iou
 from icseg.model import PatchICL
 

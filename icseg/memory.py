@@ -11,6 +11,8 @@ from torch import Tensor
 class SupportMemory:
     """What a model keeps of a support set; made by `PatchICL.encode_support`, opaque to the caller.
 
+    It belongs to the weights that made it: two models of one configuration are not told apart.
+
     fingerprint: of the configuration that encoded it; another configuration refuses it.
     batch:       B, the number of support sets; 1 serves target batches of any size.
     tensors:     the architecture's own encoding, by name; dimension 0 of each is B.
@@ -27,4 +29,4 @@ class SupportMemory:
                 f"memory must come from a model with configuration {fingerprint}, got one made with {self.fingerprint}"
             )
         if self.batch not in (1, target_batch):
-            raise ValueError(f"memory must hold 1 or {target_batch} support sets, got {self.batch}")
+            raise ValueError(f"support sets must number 1 or {target_batch}, one a target, got {self.batch}")

@@ -64,13 +64,15 @@ class PatchICL(nn.Module):
         """
         if target.ndim != 4 or target.shape[1] != 1:
             raise ValueError(f"target must have shape [B, 1, H, W], got {list(target.shape)}")
+        if not target.is_floating_point():
+            raise TypeError(f"target must be floating-point, in [0, 1], got {target.dtype}")
         if memory is None:
             if support_images is None or support_masks is None:
                 raise ValueError("support_images and support_masks, or memory, must be given")
-            memory = self.encode_support(support_images, support_masks, seed=seed)
+            memory = self.encode_support(support_images, support_masks, seed=seed if self.training else None)
         elif support_images is not None or support_masks is not None:
             raise ValueError("memory must not be given together with support_images or support_masks")
-        memory.check(self.config.fingerprint(), target.shape[0])
+        memory.check(self.network.fingerprint, target.shape[0])
         return self.network(target, memory, target_mask=target_mask, seed=seed, noise=noise)
 
     @classmethod
@@ -79,14 +81,19 @@ class PatchICL(nn.Module):
 
         path: None takes the bundled weights. Raises FileNotFoundError, or ValueError for a corrupt or foreign file.
         """
-        config, state = load_checkpoint(bundled_weights() if path is None else path)
+        path = bundled_weights() if path is None else path
+        config, state = load_checkpoint(path)
         model = cls(config)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wrong = sorted(
+            name for name in {*expected, *state} if name not in state or state[name].shape != expected.get(name)
+        )
+        if wrong:
             raise ValueError(
-                f"checkpoint must hold the weights that its configuration names, got {path} ({error})"
-            ) from error
+                "checkpoint must hold the weights that its configuration names, "
+                f"got {path} where {len(wrong)} differ ({wrong[0]}, for one)"
+            )
+        model.load_state_dict(state)
         return model.to(device).eval()
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -119,4 +126,6 @@ def _checked_support(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"support_masks must have the shape of support_images {list(images.shape)}, got {list(masks.shape)}"
         )
+    if not images.is_floating_point():
+        raise TypeError(f"support_images must be floating-point, in [0, 1], got {images.dtype}")
     return images, masks.to(images.dtype)

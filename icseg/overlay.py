@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from scipy import ndimage
 
-from icseg.checkpoint import written_whole
 from icseg.data.formats.content import Array
 from icseg.data.normalise import normalise
+from icseg.files import written_whole
 from icseg.inference import SegmentationResult
 from icseg.inputs import SegmentOptions, prepare
 

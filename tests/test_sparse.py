@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import icseg
+from icseg.draws import derived_seed
 from icseg.sparse import selection
 from icseg.sparse.config import SparseConfig
 from icseg.sparse.grid import LevelImage, level_size, resize
@@ -93,6 +94,43 @@ def test_evaluation_is_deterministic_and_a_seed_draws(model):
     assert any(not torch.equal(drawn[0], other) for other in drawn[1:])
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_seeds_leave_the_memory_alone(model, seed):
+    target, images, masks = make_inputs()
+    memory = model.encode_support(images, masks)
+    assert torch.equal(model(target, images, masks, seed=seed).logits, model(target, memory=memory, seed=seed).logits)
+
+
+def test_support_and_target_draws_are_independent():
+    seeds = [derived_seed(s, purpose, level) for s in range(50) for purpose in range(3) for level in range(4)]
+    seeds += [derived_seed(s, level) for s in range(50) for level in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_integer_images_are_refused(model):
+    target, images, masks = make_inputs()
+    with pytest.raises(TypeError, match="target must be floating-point"):
+        model((target * 255).byte(), images, masks)
+    with pytest.raises(TypeError, match="support_images must be floating-point"):
+        model(target, (images * 255).byte(), masks)
+
+
+def test_scores_are_computed_in_float32():
+    """Autocast on a GPU refuses cross-entropy of probabilities, and half precision would round small entropies."""
+    logits = torch.full((1, 1, 8, 8), 2.0, dtype=torch.bfloat16)
+    p = torch.tensor(2.0).sigmoid()
+    expected = 1.1 * -(p * p.log() + (1 - p) * (1 - p).log())
+    torch.testing.assert_close(selection.entropy_score(logits), expected.view(1, 1))
+
+
+def test_level_predictions_are_the_combined_logits_of_their_patches(model):
+    for level in model(*make_inputs()).levels:
+        torch.testing.assert_close(level.prediction[level.coverage], level.logits[level.coverage])
+        y, x = level.coords[0, 0]
+        assert torch.equal(level.logits[0, :, y : y + 8, x : x + 8], level.patch_logits[0, 0])
+
+
 def test_memory_of_another_model_is_refused(model):
     target, images, masks = make_inputs()
     other = icseg.PatchICL(SparseConfig(levels=(16,), target_patches=(4,), support_patches=(4,)))
@@ -102,7 +140,7 @@ def test_memory_of_another_model_is_refused(model):
 
 def test_memory_of_another_batch_is_refused(model):
     target, images, masks = make_inputs(batch=3)
-    with pytest.raises(ValueError, match="memory must hold 1 or 3 support sets, got 2"):
+    with pytest.raises(ValueError, match="support sets must number 1 or 3, one a target, got 2"):
         model(target, memory=model.encode_support(images[:2], masks[:2]))
 
 
@@ -113,13 +151,18 @@ def test_constant_images_and_masks_stay_finite(model, value):
     assert out.logits.isfinite().all()
 
 
-def test_every_level_trains_every_parameter(model):
-    model.train()
+def test_every_level_trains(model):
+    """Every level's own loss reaches every parameter but the other levels' embeddings and gains."""
     target, images, masks = make_inputs()
-    out = model(target, images, masks, target_mask=masks[:, 0], seed=1)
-    sum(level.logits.square().mean() for level in out.levels).backward()
-    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not dead
+    model.train()
+    own = ("encoder.level_embedding", "decoder.propagation_gain")
+    for level in range(3):
+        model.zero_grad()
+        model(target, images, masks, target_mask=masks[:, 0], seed=1).levels[level].logits.square().mean().backward()
+        dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not dead
+        for name in own:
+            assert model.network.get_parameter(name).grad.flatten(1 if "embedding" in name else 0)[level].any()
 
 
 def test_levels_are_detached_from_each_other(model):
@@ -194,10 +237,13 @@ def test_resize_down_is_the_area_mean():
     [
         ({"levels": (32, 60, 128, 256)}, "levels must be increasing multiples of 8"),
         ({"target_patches": (16, 24)}, "target_patches must have one entry a level"),
-        ({"support_patches": (0, 1, 1, 1)}, "support_patches must be positive integers"),
+        ({"support_patches": (0, 1, 1, 1)}, "support_patches must be an int of at least 1, got 0"),
+        ({"levels": 32}, "levels must be a tuple of ints"),
+        ({"dim": 128.0}, "dim must be an int of at least 1, got 128.0"),
+        ({"heads": True}, "heads must be an int of at least 1, got True"),
         ({"dim": 130}, "dim must be divisible by heads"),
-        ({"foreground_share": 1.5}, "foreground_share must lie in"),
-        ({"residual_bound": 0.0}, "residual_bound must be positive"),
+        ({"foreground_share": 1.5}, "foreground_share must be a finite number in"),
+        ({"residual_bound": 0.0}, "residual_bound must be a finite number above 0"),
     ],
 )
 def test_configuration_is_checked(fields, message):

@@ -123,7 +123,7 @@ def write_like(image: Image, path: str | Path, array: Array) -> None:
 
     Raises ValueError if the ending of `path` is not that of the format (`image.geometry.suffix`).
     """
-    from icseg.checkpoint import written_whole
+    from icseg.files import written_whole
 
     path = Path(path)
     if suffix_of(path) != image.geometry.suffix:

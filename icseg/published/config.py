@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from icseg.config import PatchICLConfig, check_keys
+from icseg.config import PatchICLConfig, check_bools, check_choice, check_int, check_ints, check_keys, check_numbers
 
 ORACLE_SCORES = ("foreground", "foreground_entropy", "error")
 MODEL_SCORES = ("entropy", "foreground_entropy", "confidence", "uniform")
@@ -21,40 +20,6 @@ PRIORS = ("none", "probability", "logits")
 CONFIDENCES = ("none", "entropy", "learned")
 AGGREGATIONS = ("average", "gaussian")
 _SCALES = [chosen for count in range(1, 5) for chosen in itertools.combinations(range(4), count)]
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-
-
-def _check_ints(config: Any, least: int, *names: str, optional: bool = False) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (optional and value is None):
-            _check_int(name, value, least)
-
-
-def _check_numbers(
-    config: Any, *names: str, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
-) -> None:
-    for name in names:
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not least <= value <= most or not value > above:
-            bounds = f"above {above}" if above > -math.inf else f"in [{least}, {most}]"
-            raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-
-
-def _check_bools(config: Any, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
-
-
-def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -83,11 +48,11 @@ class LevelConfig:
     support_blur: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_ints(self, 1, "resolution", "target_patches", "support_patches", "stride")
-        _check_ints(self, 1, "target_patches_eval", "support_patches_eval", "support_stride", optional=True)
-        _check_ints(self, 0, "pad_before", "pad_after")
-        _check_numbers(self, "temperature", above=0)
-        _check_numbers(self, "target_blur", "support_blur", least=0)
+        check_ints(self, 1, "resolution", "target_patches", "support_patches", "stride")
+        check_ints(self, 1, "target_patches_eval", "support_patches_eval", "support_stride", optional=True)
+        check_ints(self, 0, "pad_before", "pad_after")
+        check_numbers(self, "temperature", above=0)
+        check_numbers(self, "target_blur", "support_blur", least=0)
 
 
 @dataclass(frozen=True)
@@ -110,10 +75,10 @@ class SamplerConfig:
     differentiable: str = "straight_through"
 
     def __post_init__(self) -> None:
-        _check_choice(self, "oracle_score", ORACLE_SCORES)
-        _check_choice(self, "model_score", MODEL_SCORES)
-        _check_choice(self, "support_score", SUPPORT_SCORES)
-        _check_choice(self, "differentiable", DIFFERENTIABLE)
+        check_choice(self, "oracle_score", ORACLE_SCORES)
+        check_choice(self, "model_score", MODEL_SCORES)
+        check_choice(self, "support_score", SUPPORT_SCORES)
+        check_choice(self, "differentiable", DIFFERENTIABLE)
 
 
 @dataclass(frozen=True)
@@ -135,13 +100,13 @@ class OracleSchedule:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_bools(self, "scheduled")
+        check_bools(self, "scheduled")
         for name in ("train_levels", "eval_levels"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(v, bool) for v in value):
                 raise ValueError(f"{name} must be a tuple of bools, got {value!r}")
-        _check_ints(self, 0, "warmup", "decay")
-        _check_numbers(self, "start", "end", least=0, most=1)
+        check_ints(self, 0, "warmup", "decay")
+        check_numbers(self, "start", "end", least=0, most=1)
 
     def probability(self, step: int) -> float:
         """The share of samples that the oracle picks for at `step`, at a level of `train_levels`."""
@@ -165,7 +130,7 @@ class CascadeConfig:
     decode_support: bool = False
 
     def __post_init__(self) -> None:
-        _check_bools(self, "detach", "registers", "decode_support")
+        check_bools(self, "detach", "registers", "decode_support")
 
 
 @dataclass(frozen=True)
@@ -198,10 +163,10 @@ class FeatureConfig:
     chunk: int = 16
 
     def __post_init__(self) -> None:
-        _check_choice(self, "extractor", EXTRACTORS)
-        _check_choice(self, "alignment", ALIGNMENTS)
-        _check_ints(self, 1, "channels", "input_size", "grid", "chunk")
-        _check_bools(self, "freeze", "rescale", "via_grid", "antialias")
+        check_choice(self, "extractor", EXTRACTORS)
+        check_choice(self, "alignment", ALIGNMENTS)
+        check_ints(self, 1, "channels", "input_size", "grid", "chunk")
+        check_bools(self, "freeze", "rescale", "via_grid", "antialias")
         if self.scales not in _SCALES:
             raise ValueError(f"scales must be a tuple of ascending ints from 0 to 3, got {self.scales!r}")
         if self.extractor != "custom" and self.input_size % 2 ** self.scales[-1]:
@@ -247,13 +212,13 @@ class BackboneConfig:
     positions: str = "image"
 
     def __post_init__(self) -> None:
-        _check_ints(self, 1, "dim", "heads", "layers")
-        _check_ints(self, 0, "context_layers", "registers")
-        _check_bools(self, "zero_key", "checkpointing", "skips", "support_mask")
-        _check_numbers(self, "dropout", least=0, most=1)
-        _check_choice(self, "mask_prior", PRIORS)
-        _check_choice(self, "fusion", FUSIONS)
-        _check_choice(self, "positions", POSITIONS)
+        check_ints(self, 1, "dim", "heads", "layers")
+        check_ints(self, 0, "context_layers", "registers")
+        check_bools(self, "zero_key", "checkpointing", "skips", "support_mask")
+        check_numbers(self, "dropout", least=0, most=1)
+        check_choice(self, "mask_prior", PRIORS)
+        check_choice(self, "fusion", FUSIONS)
+        check_choice(self, "positions", POSITIONS)
         if self.dim % 8 or self.dim % self.heads:
             raise ValueError(f"dim must be divisible by 8 and by heads = {self.heads}, got {self.dim}")
         if self.patch_grid not in (8, 16):
@@ -272,9 +237,9 @@ class ConfidenceConfig:
     learn_temperature: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice(self, "source", CONFIDENCES)
-        _check_numbers(self, "temperature", above=0)
-        _check_bools(self, "learn_temperature")
+        check_choice(self, "source", CONFIDENCES)
+        check_numbers(self, "temperature", above=0)
+        check_bools(self, "learn_temperature")
 
 
 @dataclass(frozen=True)
@@ -294,10 +259,10 @@ class AggregationConfig:
     confidence_weighting: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice(self, "kind", AGGREGATIONS)
-        _check_numbers(self, "sigma_ratio", "smallest_weight", above=0)
-        _check_numbers(self, "uncovered_logit")
-        _check_bools(self, "confidence_weighting")
+        check_choice(self, "kind", AGGREGATIONS)
+        check_numbers(self, "sigma_ratio", "smallest_weight", above=0)
+        check_numbers(self, "uncovered_logit")
+        check_bools(self, "confidence_weighting")
 
 
 def published_levels(image_size: int) -> tuple[LevelConfig, ...]:
@@ -337,8 +302,8 @@ class PublishedConfig(PatchICLConfig):
     aggregation: AggregationConfig = AggregationConfig()
 
     def __post_init__(self) -> None:
-        _check_ints(self, 1, "image_size", "patch_size")
-        _check_numbers(self, "touched_mask_value", least=0, most=1)
+        check_ints(self, 1, "image_size", "patch_size")
+        check_numbers(self, "touched_mask_value", least=0, most=1)
         is_tuple = isinstance(self.levels, tuple) and bool(self.levels)
         if not is_tuple or not all(isinstance(level, LevelConfig) for level in self.levels):
             raise ValueError(f"levels must be a tuple of at least one LevelConfig, got {self.levels!r}")
@@ -367,7 +332,7 @@ class PublishedConfig(PatchICLConfig):
     @classmethod
     def for_image_size(cls, image_size: int = 256, **changes: Any) -> Self:
         """The paper's final runs at `image_size` pixels, with `changes` to fields of this class by name."""
-        _check_int("image_size", image_size, 8)
+        check_int("image_size", image_size, 8)
         settings: dict[str, Any] = {
             "image_size": image_size,
             "levels": published_levels(image_size),

@@ -64,7 +64,6 @@ class Coarser:
 class PublishedNetwork(nn.Module):
     """See `icseg.PatchICL`, which holds it. Parameters are shared by all levels."""
 
-    config_type = PublishedConfig
     oracle_share: Tensor
 
     def __init__(self, config: PublishedConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icseg.sparse.selection import derived_seed, uniform
+from icseg.draws import derived_seed, uniform
 
 _EPSILON = 1e-6
 

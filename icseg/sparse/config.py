@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from icseg.config import PatchICLConfig
+from icseg.config import PatchICLConfig, check_int, check_ints, check_numbers
 
 
 @dataclass(frozen=True)
 class SparseConfig(PatchICLConfig):
     """The default model: patches gathered raw at each level, encoded alone, the support set encoded once.
 
-    levels:            longer side of the image at each level, in pixels, coarse to fine; multiples of 8. Levels above
-                       the image's own size are left out.
+    levels:            longer side of the image at each level, in pixels, coarse to fine; multiples of 8. Those
+                       after the first that reaches the image's own size are left out.
     target_patches:    target patches a level (clamped to what exists; the first level is meant to be tiled completely).
     support_patches:   patches a level and support image.
     foreground_share:  share of a support image's patches that is spent on its foreground and boundary.
@@ -45,23 +45,17 @@ class SparseConfig(PatchICLConfig):
     def __post_init__(self) -> None:
         for name in ("levels", "target_patches", "support_patches"):
             values = getattr(self, name)
-            if not values or any(not isinstance(v, int) or v < 1 for v in values):
-                raise ValueError(f"{name} must be positive integers, got {values}")
+            if not isinstance(values, tuple) or not values:
+                raise ValueError(f"{name} must be a tuple of ints, one a level, got {values!r}")
+            for value in values:
+                check_int(name, value, 1)
             if len(values) != len(self.levels):
                 raise ValueError(f"{name} must have one entry a level ({len(self.levels)}), got {values}")
-        if any(r % 8 for r in self.levels) or list(self.levels) != sorted(set(self.levels)):
+        if any(side % 8 for side in self.levels) or list(self.levels) != sorted(set(self.levels)):
             raise ValueError(f"levels must be increasing multiples of 8, got {self.levels}")
-        for name in ("dim", "depth", "heads", "stem_channels", "propagation_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("propagation_key_dim", "propagation_value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ints(self, 1, "dim", "depth", "heads", "stem_channels", "propagation_heads")
+        check_ints(self, 1, "propagation_key_dim", "propagation_value_dim")
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
-        for name in ("foreground_share", "oracle_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("residual_bound", "selection_power"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_numbers(self, "foreground_share", "oracle_share", least=0, most=1)
+        check_numbers(self, "residual_bound", "selection_power", above=0)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icseg.draws import derived_seed, uniform
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg.sparse import selection
@@ -19,6 +20,8 @@ from icseg.sparse.encoder import Block, PatchEncoder
 from icseg.sparse.grid import PATCH, LevelImage, level_size, resize
 from icseg.sparse.propagation import LabelPropagation
 from icseg_kernels import gather_patches, scatter_patches
+
+SUPPORT_DRAW, TARGET_DRAW, ORACLE_DRAW = range(3)
 
 
 @dataclass
@@ -33,11 +36,10 @@ class LevelMemory:
 class SparseNetwork(nn.Module):
     """Nothing here convolves a whole image, and nothing on the support side sees the target."""
 
-    config_type = SparseConfig
-
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
         self.config = config
+        self.fingerprint = config.fingerprint()
         levels = len(config.levels)
         self.encoder = PatchEncoder(config.dim, config.stem_channels, levels)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads) for _ in range(config.depth))
@@ -57,12 +59,11 @@ class SparseNetwork(nn.Module):
         """images, masks [B, S, 1, H, W] in [0, 1]; `seed` varies which patches stand for equals (in training)."""
         tensors: dict[str, Tensor] = {}
         for level, side in enumerate(self.config.levels):
-            encoded = self._encode_support_level(
-                images, masks, level, side, None if seed is None else selection.derived_seed(seed, level)
-            )
+            draw = None if seed is None else derived_seed(seed, SUPPORT_DRAW, level)
+            encoded = self._encode_support_level(images, masks, level, side, draw)
             tensors |= {f"level{level}.block{i}": t for i, t in enumerate(encoded.blocks)}
             tensors |= {f"level{level}.keys": encoded.keys, f"level{level}.values": encoded.values}
-        return SupportMemory(self.config.fingerprint(), images.shape[0], tensors)
+        return SupportMemory(self.fingerprint, images.shape[0], tensors)
 
     def _encode_support_level(
         self, images: Tensor, masks: Tensor, level: int, side: int, seed: int | None
@@ -100,7 +101,7 @@ class SparseNetwork(nn.Module):
             budget = self.config.target_patches[level]
             if self.training and level and seed is not None:
                 budget = rng.randint((budget + 1) // 2, budget)
-            draw = None if seed is None else selection.derived_seed(seed, level)
+            draw = None if seed is None else derived_seed(seed, TARGET_DRAW, level)
             output, own = self._forward_level(
                 target,
                 combined,
@@ -143,13 +144,13 @@ class SparseNetwork(nn.Module):
         masks, context = self.propagation(features, tokens, memory.keys, memory.values)
         prior_patches = gather_patches(prior, coords, PATCH).flatten(0, 1)
         change = self.decoder(features, tokens, masks, context, prior_patches, level)
-        change = change.unflatten(0, coords.shape[:2])
-        written = scatter_patches(change, coords, size, fill=0.0)
+        patch_logits = (prior_patches + change).unflatten(0, coords.shape[:2])
+        written = scatter_patches(patch_logits, coords, size)
         output = LevelOutput(
             resolution=size,
-            logits=prior + written.mean,
+            logits=torch.where(written.coverage, written.mean, prior),
             prediction=written.mean,
-            patch_logits=change,
+            patch_logits=patch_logits,
             coords=coords,
             coverage=written.coverage,
         )
@@ -161,7 +162,7 @@ class SparseNetwork(nn.Module):
         if self.training and target_mask is not None and seed is not None:
             error = (prior.sigmoid() - resize(target_mask.to(prior.dtype), (prior.shape[-2], prior.shape[-1]))).abs()
             oracle = F.avg_pool2d(error, PATCH).flatten(1)
-            chance = selection.uniform(selection.derived_seed(seed, 1), 1, prior.shape[0], prior.device)
+            chance = uniform(derived_seed(seed, ORACLE_DRAW), 1, prior.shape[0], prior.device)
             score = torch.where(chance.view(-1, 1) < self.config.oracle_share, oracle, score)
         return selection.target_patches(score, budget, self.config.selection_power, seed)
 

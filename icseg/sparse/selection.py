@@ -6,21 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg.draws import uniform
 from icseg.sparse.grid import PATCH
 from icseg_kernels import gumbel_topk
-from icseg_kernels.philox import gumbel_noise
 
 SCORE_FLOOR = 0.003  # keeps certain regions pickable in a draw
-
-
-def derived_seed(seed: int, call: int) -> int:
-    """A seed for the `call`-th draw of a forward pass, distinct for distinct calls."""
-    return (seed + (call + 1) * 0x9E3779B97F4A7C15) % 2**63
-
-
-def uniform(seed: int, rows: int, elements: int, device: torch.device) -> Tensor:
-    """[rows, elements] uniforms in (0, 1) of the kernels' random-number contract."""
-    return torch.exp(-torch.exp(-gumbel_noise(seed, rows, elements, device=device)))
 
 
 def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int | None) -> Tensor:
@@ -48,8 +38,8 @@ def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int
 
 def entropy_score(logits: Tensor) -> Tensor:
     """[B, cells]: mean binary entropy (nats) of each grid cell of [B, 1, h, w] logits, plus a tenth of its maximum."""
-    p = logits.sigmoid()
-    entropy = F.binary_cross_entropy(p, p, reduction="none")
+    logits = logits.float()
+    entropy = F.softplus(logits) - logits * logits.sigmoid()
     return (F.avg_pool2d(entropy, PATCH) + 0.1 * F.max_pool2d(entropy, PATCH)).flatten(1)
 
 
@@ -59,6 +49,4 @@ def target_patches(score: Tensor, count: int, power: float, seed: int | None) ->
     if count >= cells:
         return torch.arange(cells, device=score.device).expand(score.shape[0], -1)
     weight = power * (score + SCORE_FLOOR).log()
-    return (
-        gumbel_topk(weight, count, noise=0).indices if seed is None else gumbel_topk(weight, count, seed=seed).indices
-    )
+    return gumbel_topk(weight, count, seed=seed, noise=0 if seed is None else None).indices

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from icseg.checkpoint import written_whole
+from icseg.files import written_whole
 
 LOG_FILE = "log.jsonl"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from icseg.checkpoint import written_whole
+from icseg.files import written_whole
 from icseg.data.synthetic.shapes import DESIGN_SIZE
 from icseg.data.synthetic.task import GENERATOR_VERSION, SyntheticTask, check_arguments, generate_task
 
