@@ -85,9 +85,8 @@ class PatchICL(nn.Module):
         config, state = load_checkpoint(path)
         model = cls(config)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        wrong = sorted(
-            name for name in {*expected, *state} if name not in state or state[name].shape != expected.get(name)
-        )
+        given = {name: tensor.shape for name, tensor in state.items()}
+        wrong = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
         if wrong:
             raise ValueError(
                 "checkpoint must hold the weights that its configuration names, "

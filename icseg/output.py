@@ -11,7 +11,7 @@ from torch import Tensor
 class LevelOutput:
     """What one level of the cascade, at `resolution` (height, width), predicted.
 
-    logits:       [B, 1, h, w] prediction after this level: the coarser one, upsampled, changed where this level's patches lie.
+    logits:       [B, 1, h, w] the prediction after this level: the coarser one, upsampled, changed where patches lie.
     prediction:   [B, 1, h, w] this level's own patches written back; the fill value where no patch lies.
     patch_logits: [B, K, 1, p, p] per target patch.
     coords:       [B, K, 2] int, (y, x) of each target patch's top-left corner in the level's pixels.
