@@ -1,4 +1,8 @@
-"""The `icseg` command. Bad input ends it with one sentence and exit code 2, before anything is written."""
+"""The `icseg` command.
+
+Exit codes: 0 done; 1 failed on the way (out of memory, training that diverged); 2 bad input, found before anything is
+written; 130 interrupted; 143 terminated. All but 0 come with one sentence on the standard error.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -16,15 +20,20 @@ import icseg
 app = typer.Typer(
     name="icseg",
     help="Segment images from a few annotated examples, with no training for the new task.",
+    epilog="Exit codes: 0 done, 1 failed on the way (out of memory, diverged training), 2 bad input, 130 interrupted, "
+    "143 terminated.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+
+OUT_OF_MEMORY = "out of memory: a smaller --size or --batch-size, or for training smaller batches, needs less"
 
 PACK_HELP = "Files .npz with images [N, H, W], masks of class ids [N, H, W], and class_names."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -47,11 +56,28 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, NotImplementedError) as error:
-        typer.echo(f"icseg: error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(BAD_INPUT) from error
+        _fail(str(error), BAD_INPUT, error)
+    except FloatingPointError as error:
+        _fail(str(error), FAILED, error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(OUT_OF_MEMORY, FAILED, error)
     except KeyboardInterrupt:
         typer.echo("icseg: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _fail(message: str, code: int, error: BaseException) -> NoReturn:
+    typer.echo(f"icseg: error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a GPU, or torch's allocator on the CPU (a plain RuntimeError) ran out of memory."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _version(asked: bool) -> None:
@@ -86,12 +112,16 @@ def segment(
         typer.Option(metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Least probability of a class.")] = 0.5,
-    seed: Annotated[list[int] | None, typer.Option(help="Average over draws with these seeds; repeatable.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Average over draws with these seeds; repeatable.")
+    ] = None,
     uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write uncertainty maps.")] = False,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write pictures of the masks on the images.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier, equal run has written.")] = False,
     checkpoint: Checkpoint = None,
-    batch_size: Annotated[int, typer.Option(help="Slices that go through the model together.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(help="Slices of a volume that go through the model together, without seeds.")
+    ] = 8,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
@@ -181,29 +211,38 @@ def train(
 
 @app.command()
 def evaluate(
-    packs: Annotated[list[Path], typer.Argument(metavar="PACK", help=PACK_HELP)],
+    packs: Annotated[list[Path] | None, typer.Argument(metavar="[PACK]...", help=PACK_HELP)] = None,
+    synthetic: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Score on N synthetic tasks that training never holds, too.")
+    ] = 0,
     checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
     support: Annotated[int, typer.Option(min=1, help="Support pairs a target.")] = 3,
     size: Annotated[int | None, typer.Option(min=32, help="Pixels of a side; the pack's own if left out.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Targets a class, at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the support sets.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the support sets.")] = 0,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Score a model on labelled packs, beside two floors that need no model."""
+    """Score a model on labelled packs or synthetic tasks, beside two floors that need no model."""
     with _exit_codes():
         from icseg.evaluation import evaluate_packs, markdown_table, write_json
+        from icseg.files import check_file
         from icseg.inference import resolve_device
 
+        if not packs and not synthetic:
+            raise ValueError("evaluate needs a PACK or --synthetic N to score on, got neither")
+        if out is not None:
+            check_file(out)
         _use_threads(threads)
         rows = evaluate_packs(
-            packs,
+            packs or [],
             checkpoint=checkpoint,
             support=support,
             seed=seed,
             size=size,
             limit=limit,
+            synthetic_tasks=synthetic,
             device=resolve_device(device),
         )
         if out is not None:

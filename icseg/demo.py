@@ -1,8 +1,9 @@
 """The bundled synthetic example, run from end to end.
 
-The files in data/demo were made once, from `generate_task(101, 5, 256, "cells")` of generator version 1: its
-first three subjects are the support set, the others the targets, the second cropped to its upper 192 rows.
-Masks hold the class id 255, which viewers show as white.
+The files in data/demo were made once, from `generate_task(2**32 - 7, 5, 256, "cells")` of generator version 1, a seed
+that no `TaskPool` reaches, so that no model has been trained on it: its first three subjects are the support set, the
+others the targets, the second cropped to its upper 192 rows. Dark cells are marked, pale round ones are not. Masks hold
+the class id 255, which viewers show as white.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from icseg.checkpoint import bundled_weights, load_checkpoint, written_whole
 from icseg.data.images import read_mask
+from icseg.files import written_whole
+from icseg.inference import resolve_device
 from icseg.inputs import SegmentOptions
-from icseg.job import segment_files
+from icseg.job import check_folder, segment_files
 from icseg.metrics import dice
+from icseg.model import PatchICL
 
 EXAMPLE = Path(__file__).parent / "data" / "demo"
 SUPPORTS = ("support_1", "support_2", "support_3")
@@ -47,11 +50,14 @@ def run_demo(
 ) -> DemoReport:
     """Copy the example into `out`, segment its targets, write masks and overlays there, and score the masks.
 
-    checkpoint: None takes the bundled weights. Raises OSError or ValueError if `out` cannot be written to.
+    checkpoint: None takes the bundled weights. Raises OSError or ValueError, before anything is written, for a
+    device that is not there, unfit weights, or an `out` that cannot be written to.
     """
-    load_checkpoint(checkpoint or bundled_weights())  # unfit weights are refused before anything is written
     out = Path(out)
-    images, masks, targets = (out / name for name in ("support_images", "support_masks", "targets"))
+    folders = images, masks, targets = out / "support_images", out / "support_masks", out / "targets"
+    PatchICL.from_pretrained(checkpoint, device=resolve_device(device))
+    for folder in (out, *folders):
+        check_folder(folder)
     for name in SUPPORTS:
         _copy(f"{name}.png", images / f"{name}.png")
         _copy(f"{name}_mask.png", masks / f"{name}.png")

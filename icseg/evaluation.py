@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icseg.baselines.floors import copy_support, otsu
-from icseg.data.synthetic import generate_task, pool_task_seed
+from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
+from icseg.data.tensors import as_tensors
 from icseg.files import written_whole
 from icseg.metrics import dice, hausdorff95, iou
 from icseg.model import PatchICL
@@ -27,8 +28,6 @@ from icseg.model import PatchICL
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(target [B, 1, H, W], support images and masks [B, S, 1, H, W], all in [0, 1]) -> bool [B, 1, H, W]."""
 
-# Apart from the seeds that training pools use.
-_SYNTHETIC_SEED = 1_000_000
 _ARRAYS = ("images", "masks", "class_names", "patient")
 
 
@@ -55,7 +54,8 @@ class Pack:
     """Labelled images: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids, 0 is background.
 
     class_names: by class id. patient: [N], or None where it is not known; a target's supports are other
-    patients'.
+    patients'. Raises ValueError for arrays that do not fit together, or that leave nothing to score: some class
+    must be in images of two patients (two images, where patients are not known).
     """
 
     name: str
@@ -76,28 +76,38 @@ class Pack:
         missing = [name for name in _ARRAYS[:3] if name not in arrays]
         if missing:
             raise ValueError(f"pack must hold {', '.join(missing)}, got {path} without")
-        images, masks = arrays["images"], arrays["masks"]
-        if (
-            images.ndim != 3
-            or images.shape != masks.shape
-            or images.dtype != np.uint8
-            or masks.dtype != np.uint8
-        ):
+        names = arrays["class_names"]
+        if names.ndim != 1 or names.dtype.kind != "U":
+            raise ValueError(f"class_names must be a list of strings, got {names.dtype} {list(names.shape)} in {path}")
+        try:
+            return cls(path.stem, arrays["images"], arrays["masks"], tuple(names.tolist()), arrays.get("patient"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def __post_init__(self) -> None:
+        images, masks = self.images, self.masks
+        if images.ndim != 3 or images.shape != masks.shape or {images.dtype, masks.dtype} != {np.dtype(np.uint8)}:
             raise ValueError(
                 "pack must hold images and masks of one shape [N, H, W], both uint8, "
-                f"got {list(images.shape)} {images.dtype} and {list(masks.shape)} {masks.dtype} in {path}"
+                f"got {list(images.shape)} {images.dtype} and {list(masks.shape)} {masks.dtype}"
             )
-        names = tuple(str(name) for name in arrays["class_names"])
-        if masks.size and masks.max() >= len(names):
+        if masks.size and masks.max() >= len(self.class_names):
+            raise ValueError(f"class_names must name class ids up to {masks.max()}, got {len(self.class_names)} names")
+        if self.patient is not None and self.patient.shape != (len(images),):
             raise ValueError(
-                f"class_names must name class ids up to {masks.max()}, got {len(names)} names in {path}"
+                f"patient must have one entry an image, shape [{len(images)}], got {list(self.patient.shape)}"
             )
-        patient = arrays.get("patient")
-        if patient is not None and patient.shape != (len(images),):
-            raise ValueError(
-                f"patient must have one entry an image, {len(images)}, got {patient.size} in {path}"
-            )
-        return cls(path.stem, images, masks, names, patient)
+        sources = self.sources()
+        if not any(len(np.unique(sources[self.holders(c)])) > 1 for c in range(1, len(self.class_names))):
+            raise ValueError("pack must hold some class in images of two patients, got none")
+
+    def sources(self) -> NDArray[np.int64]:
+        """[N] what a target must not share with its supports, as a number: the patient, or the image itself."""
+        return np.arange(len(self.images)) if self.patient is None else np.unique(self.patient, return_inverse=True)[1]
+
+    def holders(self, class_id: int) -> NDArray[np.int64]:
+        """The images that contain the class."""
+        return np.flatnonzero((self.masks == class_id).any((1, 2)))
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -147,14 +157,12 @@ def evaluate(
     """Score `predict` on each foreground class of a pack, one row a class.
 
     Each target that contains the class is segmented from `support` images that contain it, of other patients
-    (other images, where patients are not known), drawn by (seed, target). size: pixels of a side, None is the
-    pack's own.
-    limit: targets a class, drawn by the seed; None is all. A class that no target has a support image for is
-    left out.
+    (other images, where patients are not known), drawn by (seed, target); from fewer, where fewer exist. A class
+    that no target has a support image for is left out.
+    size: pixels of a side, None is the pack's own. limit: targets a class, drawn by the seed; None is all.
     """
-    for name, value in (("support", support), ("size", size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    _check_range(1, support=support, size=size, limit=limit)
+    _check_range(0, seed=seed)
     pack = pack if isinstance(pack, Pack) else Pack.load(pack)
     rows = []
     for class_id, class_name in enumerate(pack.class_names):
@@ -170,10 +178,11 @@ def evaluate_synthetic(
     predict: Predictor, tasks: int = 100, *, support: int = 3, size: int = 256, progress: bool = False
 ) -> list[EvaluationRow]:
     """Score `predict` on synthetic tasks that no training pool holds: one target a task, one row a family."""
+    _check_range(1, tasks=tasks, support=support)
     by_family: dict[str, list[Case]] = {}
     for i in tqdm(range(tasks), "synthetic tasks", leave=False, disable=not progress):
-        task = generate_task(pool_task_seed(_SYNTHETIC_SEED, i), support + 1, size)
-        images, masks = _as_float(task.images), torch.from_numpy(task.masks > 0)[:, None].float()
+        task = generate_task(pool_task_seed(EVALUATION_SEED, i), support + 1, size)
+        images, masks = as_tensors(task.images, task.masks)
         by_family.setdefault(task.family, []).append(Case(images[0], masks[0], images[1:], masks[1:]))
     return [_score(predict, cases, "synthetic", family) for family, cases in sorted(by_family.items())]
 
@@ -190,20 +199,23 @@ def evaluate_packs(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> list[EvaluationRow]:
-    """Score a checkpoint (None: the bundled one) on packs and on `synthetic_tasks` held-out tasks."""
+    """Score a checkpoint (None: the bundled one) on packs and on `synthetic_tasks` held-out tasks.
+
+    The other arguments are those of `evaluate`. Raises ValueError if there is nothing to score, FileNotFoundError or
+    ValueError for a bad pack or checkpoint.
+    """
+    _check_range(0, synthetic_tasks=synthetic_tasks)
+    if not paths and not synthetic_tasks:
+        raise ValueError("paths must name a pack where synthetic_tasks is 0, got none")
     packs = [Pack.load(path) for path in paths]  # all are checked before the first is scored
     predict = model_predictor(PatchICL.from_pretrained(checkpoint, device=device))
     rows = [
         row
         for pack in packs
-        for row in evaluate(
-            predict, pack, support=support, seed=seed, size=size, limit=limit, progress=progress
-        )
+        for row in evaluate(predict, pack, support=support, seed=seed, size=size, limit=limit, progress=progress)
     ]
     if synthetic_tasks:
-        rows += evaluate_synthetic(
-            predict, synthetic_tasks, support=support, size=size or 256, progress=progress
-        )
+        rows += evaluate_synthetic(predict, synthetic_tasks, support=support, size=size or 256, progress=progress)
     return rows
 
 
@@ -221,9 +233,7 @@ def markdown_table(rows: Sequence[EvaluationRow]) -> str:
 def write_json(rows: Sequence[EvaluationRow], path: str | Path) -> None:
     """Write the rows as a JSON list of objects; the file appears whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(
-            json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def _mean_row(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
@@ -236,12 +246,10 @@ def _mean_row(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
 
 def _draws(pack: Pack, class_id: int, support: int, seed: int) -> list[tuple[int, NDArray[np.int64]]]:
     """Targets that contain the class, in an order drawn by `seed`, each with its support images."""
-    holders = np.flatnonzero((pack.masks == class_id).any((1, 2)))
+    holders, sources = pack.holders(class_id), pack.sources()
     draws = []
     for target in np.random.default_rng((seed, class_id)).permutation(holders):
-        others = holders[holders != target]
-        if pack.patient is not None:
-            others = others[pack.patient[others] != pack.patient[target]]
+        others = holders[sources[holders] != sources[target]]
         if len(others):
             chosen = np.random.default_rng((seed, class_id, target)).permutation(others)[:support]
             draws.append((int(target), chosen))
@@ -250,10 +258,7 @@ def _draws(pack: Pack, class_id: int, support: int, seed: int) -> list[tuple[int
 
 def _case(pack: Pack, class_id: int, target: int, supports: NDArray[np.int64], size: int | None) -> Case:
     index = np.concatenate([[target], supports])
-    images, masks = (
-        _as_float(pack.images[index]),
-        torch.from_numpy(pack.masks[index] == class_id)[:, None].float(),
-    )
+    images, masks = as_tensors(pack.images[index], pack.masks[index] == class_id)
     if size is not None and images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
         masks = F.interpolate(masks, (size, size), mode="nearest-exact")
@@ -280,6 +285,7 @@ def _scores(predict: Predictor, cases: Iterable[Case]) -> Iterator[tuple[float, 
         )
 
 
-def _as_float(images: NDArray[np.uint8]) -> Tensor:
-    """[N, H, W] to [N, 1, H, W] in [0, 1]."""
-    return torch.from_numpy(images.astype(np.float32) / 255)[:, None]
+def _check_range(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

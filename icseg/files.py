@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def check_parent(path: str | Path) -> None:
-    """Raise FileNotFoundError unless `path` lies in an existing folder, PermissionError if that is read-only."""
-    folder = Path(path).parent
-    if not folder.is_dir():
+def check_file(path: str | Path) -> None:
+    """Raise an OSError unless a file can be written to `path`: its folder exists, and it is no folder itself."""
+    path = Path(path)
+    if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be that of a file, got the folder {path}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"path must lie in a folder that can be written to, got {path}")
 
 
@@ -22,10 +24,9 @@ def check_parent(path: str | Path) -> None:
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to it on success and removed on failure or interruption.
 
-    The temporary name keeps the ending, by which writers choose a format. Raises FileNotFoundError if the folder of
-    `path` does not exist, PermissionError if it cannot be written to.
+    The temporary name keeps the ending, by which writers choose a format. Raises as `check_file` before anything else.
     """
-    check_parent(path)
+    check_file(path)
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes))
     os.close(handle)

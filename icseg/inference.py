@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from icseg.data.frame import SquareFrame
 from icseg.data.images import Image, as_image, write_like
 from icseg.data.normalise import normalise
 from icseg.inputs import SegmentOptions, SupportPair, SupportSet, prepare
+from icseg.posterior import Entropy, Winner
 
 
 class InContextModel(Protocol):
@@ -78,7 +78,7 @@ class Segmenter:
         self, target: object, *, name: str = "image", on_slices: Callable[[int], object] | None = None
     ) -> SegmentationResult:
         """Segment a path or array, which messages call `name`; `on_slices(n)` follows n more slices."""
-        image = target if isinstance(target, Image) else as_image(target, name)
+        image = target if isinstance(target, Image) else as_image(target, name, self.options.axis)
         planes, window = prepare(image, self.options)
         dtype = image.mask_dtype(max(self.classes))
         mask = np.zeros(planes.shape, dtype)
@@ -87,12 +87,12 @@ class Segmenter:
         with _evaluating(self.model):
             for start in range(0, len(planes), self.options.batch_size):
                 part = slice(start, start + self.options.batch_size)
-                logits = self._logits(normalise(planes[part], window))
-                mask[part] = ids[_winners(logits, self.options.threshold).cpu().numpy()]
-                if uncertainty is not None:
-                    uncertainty[part] = _entropy(logits).cpu().numpy()
+                index, entropy = self._posterior(normalise(planes[part], window))
+                mask[part] = ids[index.cpu().numpy()]
+                if uncertainty is not None and entropy is not None:
+                    uncertainty[part] = entropy.cpu().numpy()
                 if on_slices is not None:
-                    on_slices(len(logits))
+                    on_slices(len(index))
         axis = self.options.axis
         return SegmentationResult(
             image.from_planes(mask, axis),
@@ -109,16 +109,30 @@ class Segmenter:
             masks.append(frame.enter_masks(self._tensor(pair.mask[None] == class_id)))
         return self.model.encode_support(torch.stack(images, 1), torch.stack(masks, 1))
 
-    def _logits(self, slices: NDArray[np.float32]) -> Tensor:
-        """[N, H, W] in [0, 1] to [N, classes, H, W]."""
+    def _posterior(self, slices: NDArray[np.float32]) -> tuple[Tensor, Tensor | None]:
+        """[N, H, W] in [0, 1] to the position of each pixel's class, 0 for background, and its uncertainty."""
         frame = SquareFrame.of(slices, self.options.size)
         target = frame.enter(self._tensor(slices))
-        return torch.cat([frame.leave(self._class_logits(target, memory)) for memory in self._memories], 1)
+        winner = Winner(slices.shape, self.options.threshold, self.device)
+        entropy = Entropy(slices.shape, self.device) if self.options.uncertainty else None
+        for memory in self._memories:
+            logits = frame.leave(self._class_logits(target, memory))[:, 0]
+            winner.add(logits)
+            if entropy is not None:
+                entropy.add(logits)
+        return winner.index, None if entropy is None else entropy.value()
 
     def _class_logits(self, target: Tensor, memory: Any) -> Tensor:
-        """[N, 1, size, size]; with seeds, of the mean probability over their draws."""
+        """[N, 1, size, size]; with seeds, of the mean probability over their draws.
+
+        A draw depends on a slice's row in its batch. With seeds each slice therefore goes alone, which gives it the
+        result that it has as an image of its own.
+        """
         if not self.options.seeds:
             return self.model(target, memory=memory).logits.float()
+        return torch.cat([self._mean_draw(one, memory) for one in target.split(1)])
+
+    def _mean_draw(self, target: Tensor, memory: Any) -> Tensor:
         draws = [self.model(target, memory=memory, seed=seed).logits.float().sigmoid() for seed in self.options.seeds]
         return torch.stack(draws).mean(0).logit(eps=1e-6)
 
@@ -152,25 +166,27 @@ def segment(
     ```
 
     images:         a path, an array [H, W], or with `axis` an array [A, B, C]; or a list of these.
-                    Any sizes; PNG, JPEG, TIFF, NIfTI, npy and npz; colour files become grey.
+                    Any sizes; PNG, JPEG, TIFF, NIfTI, npy and npz. Colour becomes grey: that of files, and without
+                    `axis` that of arrays [H, W, 3] or [H, W, 4] of uint8 or uint16.
     support_images: paths or arrays likewise. A volume, with `axis`, gives its annotated slices.
     support_masks:  for each support image a mask of its size with integer class ids, 0 for background.
     model:          None takes the bundled weights. A given model is moved to `device`, if that is given.
     device:         None takes CUDA where there is one, or the given model as it is.
     Further arguments: see `SegmentOptions`.
 
-    Returns one SegmentationResult, or a list of them for a list. Raises ValueError or FileNotFoundError, in
-    one sentence that names the file or argument, for anything that cannot be segmented; all inputs are
-    checked before the first is segmented.
+    Returns one SegmentationResult, or a list of them for a list. Raises TypeError for an argument of another type
+    (True or 8.0 for an integer, a text for a list), and ValueError or FileNotFoundError for anything else that
+    cannot be segmented, in one sentence that names the file or argument; all inputs are checked before the first is
+    segmented.
     """
     options = SegmentOptions(
         size=size,
-        classes=None if classes is None else tuple(classes),
+        classes=classes,
         axis=axis,
         window=window,
         batch_size=batch_size,
         threshold=threshold,
-        seeds=tuple(seeds or ()),
+        seeds=() if seeds is None else seeds,
         uncertainty=uncertainty,
     )
     several = isinstance(images, list | tuple)
@@ -187,7 +203,7 @@ def segment(
 
 def check_target(target: object, name: str, support: SupportSet, options: SegmentOptions) -> int:
     """The number of slices of a target that can be segmented. Raises as `segment` for one that cannot."""
-    image = as_image(target, name)
+    image = as_image(target, name, options.axis)
     planes, _ = prepare(image, options)
     image.mask_dtype(max(support.classes))
     return len(planes)
@@ -229,32 +245,15 @@ def _placed(model: InContextModel | None, device: str | torch.device | None) -> 
     return model.to(resolved), resolved
 
 
-def _winners(logits: Tensor, threshold: float) -> Tensor:
-    """[N, C, H, W] to [N, H, W]: 1 + the most likely class where it passes the threshold, else 0."""
-    best, index = logits.max(1)
-    return torch.where(best > math.log(threshold / (1 - threshold)), index + 1, 0)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """[N, C, H, W] to [N, H, W] in [0, 1]: entropy of background and classes over its maximum.
-
-    The classes are taken as independent and exclusive, which makes their posterior the softmax of
-    (0, logits); with one class it is the binary entropy.
-    """
-    log_posterior = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).log_softmax(1)
-    entropy = -(log_posterior.exp() * log_posterior).sum(1) / math.log(log_posterior.shape[1])
-    return entropy.clamp(0, 1)
-
-
 @contextmanager
 def _evaluating(model: InContextModel) -> Iterator[None]:
-    """Evaluation mode, without gradients; the mode of the model is put back."""
-    was_training = isinstance(model, nn.Module) and model.training
+    """Evaluation mode, without gradients; the mode of each module is put back."""
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)
+        for module, training in modes.items():
+            module.training = training

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +23,78 @@ class SegmentOptions:
     """How targets are segmented; every field is checked.
 
     size:        pixels of the square that the model sees, 128 to 1024; masks have the input's own size.
-    classes:     class ids to segment; None takes all that the support masks hold.
+    classes:     ids to segment, of at least 1; None takes all that the support masks hold.
     axis:        0, 1 or 2: go through volumes slice by slice along it (NIfTI: sagittal, coronal, axial).
     window:      (low, high) intensities to map to [0, 1]; None takes percentiles of each image or volume.
-    batch_size:  slices of a volume that go through the model together.
+    batch_size:  slices of a volume that go through the model together, without seeds; it changes time and memory.
     threshold:   least probability of a pixel's class; below it, the pixel is background.
-    seeds:       average over draws of patches with these seeds; none takes the best patches, without noise.
+    seeds:       average over draws of patches with these seeds, 0 to 2^63 - 1, the same draws for every slice;
+                 none takes the best patches, without noise.
     uncertainty: also return the entropy of the classes.
+
+    Raises TypeError for a value of another type (True is no integer), ValueError for one out of range.
     """
 
     size: int = 256
-    classes: tuple[int, ...] | None = None
+    classes: Sequence[int] | None = None
     axis: int | None = None
     window: tuple[float, float] | None = None
     batch_size: int = 8
     threshold: float = 0.5
-    seeds: tuple[int, ...] = ()
+    seeds: Sequence[int] = ()
     uncertainty: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or not SIZES[0] <= self.size <= SIZES[1]:
+        self._set("size", _integer("size", self.size))
+        if not SIZES[0] <= self.size <= SIZES[1]:
             raise ValueError(f"size must be an integer from {SIZES[0]} to {SIZES[1]}, got {self.size}")
+        if self.axis is not None:
+            self._set("axis", _integer("axis", self.axis))
         if self.axis not in (None, 0, 1, 2):
             raise ValueError(f"axis must be 0, 1, 2 or None, got {self.axis}")
+        self._set("batch_size", _integer("batch_size", self.batch_size))
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        self._set("threshold", _number("threshold", self.threshold))
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}")
-        if self.classes is not None and (not self.classes or min(self.classes) < 1):
-            raise ValueError(f"classes must be ids of at least 1 (0 is background), got {list(self.classes)}")
+        if self.classes is not None:
+            self._set("classes", _integers("classes", self.classes))
+            if not self.classes or min(self.classes) < 1:
+                raise ValueError(f"classes must be ids of at least 1 (0 is background), got {list(self.classes)}")
+        self._set("seeds", _integers("seeds", self.seeds))
+        if any(not 0 <= seed < 2**63 for seed in self.seeds):
+            raise ValueError(f"seeds must lie in [0, 2^63), got {list(self.seeds)}")
+        if self.window is not None:
+            self._set("window", tuple(_number("window", end) for end in _items("window", self.window)))
         check_window(self.window)
+        if not isinstance(self.uncertainty, bool):
+            raise TypeError(f"uncertainty must be True or False, got {self.uncertainty!r}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are Integral
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _integers(name: str, values: object) -> tuple[int, ...]:
+    return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(_items(name, values)))
+
+
+def _items(name: str, values: object) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of numbers, got {values!r}")
+    return list(values)
 
 
 @dataclass(frozen=True)
@@ -82,7 +125,9 @@ class SupportSet:
             pair
             for i, (image, mask) in enumerate(zip(images, masks, strict=True))
             for pair in _support_pairs(
-                as_image(image, f"support_images[{i}]"), as_mask(mask, f"support_masks[{i}]"), options
+                as_image(image, f"support_images[{i}]", options.axis),
+                as_mask(mask, f"support_masks[{i}]", options.axis),
+                options,
             )
         ]
         present = sorted({int(i) for pair in self.pairs for i in np.unique(pair.mask)} - {0})

@@ -13,15 +13,16 @@ from typing import Any
 from tqdm import tqdm
 
 import icseg
-from icseg.checkpoint import bundled_weights, written_whole
+from icseg.checkpoint import bundled_weights
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
+from icseg.files import written_whole
 from icseg.inference import Segmenter, check_target, resolve_device
 from icseg.inputs import SegmentOptions, SupportSet
 from icseg.model import PatchICL
 from icseg.overlay import save_overlay
 
 RECORD = "icseg.json"
-WITHOUT_EFFECT = ("batch_size",)  # options that do not change a result
+WITHOUT_EFFECT = ("batch_size",)  # options that change a result by no more than rounding
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def segment_files(
     plan = {path: _outputs(path, out, options.uncertainty, overlay) for path in files}
     pairs = pair_supports(support_images, support_masks)
     inputs = [*files, *(path for pair in pairs for path in pair)]
-    _check_folder(out)
+    check_folder(out)
     _check_no_input_is_output(inputs, [path for outputs in plan.values() for path in outputs.paths()])
 
     support = SupportSet([image for image, _ in pairs], [mask for _, mask in pairs], options)
@@ -137,6 +138,13 @@ class Record:
             temporary.write_text(json.dumps({"settings": self.settings, "done": self.done}, indent=1) + "\n")
 
 
+def check_folder(out: Path) -> None:
+    """Raise ValueError unless `out` is a folder that can be written to, or can be made."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"out must be a folder that can be written to, got {out}")
+
+
 def find_targets(targets: Sequence[Path], out: Path) -> list[Path]:
     """The files among `targets` and the images of the folders among them, whose names must differ."""
     files: list[Path] = []
@@ -197,13 +205,6 @@ def _write(segmenter: Segmenter, path: Path, outputs: Outputs, bar: tqdm) -> Non
         write_like(result.image, outputs.uncertainty, result.uncertainty)
     if outputs.overlay is not None:
         save_overlay(result, segmenter.options, outputs.overlay)
-
-
-def _check_folder(out: Path) -> None:
-    """Raise ValueError unless `out` is a folder that can be written to, or can be made."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"out must be a folder that can be written to, got {out}")
 
 
 def _check_no_input_is_output(inputs: list[Path], outputs: list[Path]) -> None:

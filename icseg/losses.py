@@ -72,22 +72,19 @@ class LossConfig:
                 f"dice_smooth and logit_clamp must be above 0, got {self.dice_smooth} and {self.logit_clamp}"
             )
         if self.mask_reduction not in MASK_REDUCTIONS:
-            raise ValueError(
-                f"mask_reduction must be one of {', '.join(MASK_REDUCTIONS)}, got {self.mask_reduction!r}"
-            )
+            raise ValueError(f"mask_reduction must be one of {', '.join(MASK_REDUCTIONS)}, got {self.mask_reduction!r}")
         self._check_level_weights()
 
     def _check_level_weights(self) -> None:
         weights = self.level_weights
-        if isinstance(weights, str):
+        if not isinstance(weights, tuple):
             if weights not in LEVEL_WEIGHTINGS:
                 raise ValueError(
-                    f"level_weights must be one of {', '.join(LEVEL_WEIGHTINGS)} or one number a level, "
-                    f"got {weights!r}"
+                    f"level_weights must be one of {', '.join(LEVEL_WEIGHTINGS)} or one number a level, got {weights!r}"
                 )
-        elif not weights or min(weights) < 0 or sum(weights) <= 0:
+        elif not all(_is_weight(w) for w in weights) or not any(weights):
             raise ValueError(
-                f"level_weights must hold numbers of at least 0 and one above 0, got {list(weights)}"
+                f"level_weights must hold finite numbers of at least 0 and one above 0, got {list(weights)}"
             )
 
     def weights_of(self, levels: int) -> list[float]:
@@ -104,9 +101,11 @@ class LossConfig:
         return [w / sum(raw) for w in raw]
 
 
-def soft_dice_loss(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, smooth: float = 1e-5
-) -> Tensor:
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor, *, weight: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
     """1 - soft Dice of each sample, then the mean: a scalar.
 
     logits, target: [B, ...], target in [0, 1]; weight: the same shape, 0 leaves a pixel out.
@@ -149,22 +148,22 @@ def segmentation_loss(
     """The loss of a model's output, with its terms.
 
     target_mask:   [B, 1, H, W] in [0, 1]; support_masks: [B, S, 1, h, w], read only by the support terms.
-    Returns {"total": the weighted sum, "<term>/<level>": each term before its weights}. Every level with a
-    weight is compared at its own resolution, in float32. Raises ValueError if a support term has no support
-    prediction.
+    Returns {"total": the weighted sum, "<term>/<level>": each term before its weights}. Every level with a weight is
+    compared at its own resolution, in float32, inside autocast too. Raises ValueError if a support term has no
+    support prediction, or a list of level weights another length than the output.
     """
     if target_mask.ndim != 4 or target_mask.shape[1] != 1:
         raise ValueError(f"target_mask must have shape [B, 1, H, W], got {list(target_mask.shape)}")
     terms: dict[str, Tensor] = {}
     total = output.logits.new_zeros((), dtype=torch.float32)
-    for i, (level, level_weight) in enumerate(
-        zip(output.levels, config.weights_of(len(output.levels)), strict=True)
-    ):
-        if level_weight == 0:
-            continue
-        for name, value in level_losses(level, target_mask.float(), config, support_masks).items():
-            terms[f"{name}/{i}"] = value
-            total = total + level_weight * getattr(config, name) * value
+    weights = config.weights_of(len(output.levels))
+    with torch.autocast(target_mask.device.type, enabled=False):
+        for i, (level, level_weight) in enumerate(zip(output.levels, weights, strict=True)):
+            if level_weight == 0:
+                continue
+            for name, value in level_losses(level, target_mask.float(), config, support_masks).items():
+                terms[f"{name}/{i}"] = value
+                total = total + level_weight * getattr(config, name) * value
     return {"total": total, **terms}
 
 
@@ -190,25 +189,21 @@ def level_losses(
     return losses
 
 
-def _support_losses(
-    level: LevelOutput, support_masks: Tensor | None, config: LossConfig
-) -> dict[str, Tensor]:
+def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: LossConfig) -> dict[str, Tensor]:
     if level.support_patch_logits is None or level.support_coords is None or support_masks is None:
         raise ValueError(
             "support_patch and support_aggregated must be 0 where support patches are not decoded, "
             f"got {config.support_patch} and {config.support_aggregated}"
         )
     losses: dict[str, Tensor] = {}
-    patches = level.support_patch_logits.flatten(0, 1)  # [B * S, K, 1, p, p]
+    patches = level.support_patch_logits.flatten(0, 1).float()  # [B * S, K, 1, p, p]
     coords = level.support_coords.flatten(0, 1)
     mask = reduce_mask(support_masks.flatten(0, 1).float(), level.resolution, config.mask_reduction)
     if config.support_patch:
         losses["support_patch"] = _patch_loss(patches, mask, coords, config)
     if config.support_aggregated:
         written = scatter_patches(patches, coords, level.resolution)
-        losses["support_aggregated"] = _dice_and_focal(
-            written.mean, mask, config, written.coverage.to(mask.dtype)
-        )
+        losses["support_aggregated"] = _dice_and_focal(written.mean, mask, config, written.coverage.to(mask.dtype))
     return losses
 
 

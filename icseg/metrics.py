@@ -32,7 +32,7 @@ def iou(prediction: Tensor, target: Tensor, *, empty: str = "defined") -> Tensor
 
 def soft_dice(probability: Tensor, target: Tensor, *, empty: str = "defined") -> Tensor:
     """Dice of probabilities in [0, 1], not thresholded: float32 [B]; shapes and empty masks as in `dice`."""
-    _check(probability, target, empty)
+    _check_shapes(probability, target)
     probability, target = probability.float().flatten(1), target.float().flatten(1)
     return _ratio(2 * (probability * target).sum(1), probability.sum(1) + target.sum(1), empty)
 
@@ -51,7 +51,8 @@ def hausdorff95(
     either.
     """
     first, second = np.asarray(prediction) != 0, np.asarray(target) != 0
-    _check(first, second, empty)
+    _check_shapes(first, second)
+    _check_empty(empty)
     step = np.broadcast_to(np.asarray(spacing, dtype=float), (first.ndim,))
     if not (first.any() and second.any()):
         if empty == "nan":
@@ -73,22 +74,22 @@ def _counts(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]
     for name, mask in (("prediction", prediction), ("target", target)):
         if mask.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {mask.dtype}")
-    _check(prediction, target, "defined")
+    _check_shapes(prediction, target)
     a, b = prediction.flatten(1), target.flatten(1)
     return (a & b).sum(1).float(), a.sum(1).float(), b.sum(1).float()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, empty: str) -> Tensor:
-    if empty not in EMPTY_VALUES:
-        raise ValueError(f"empty must be one of {', '.join(EMPTY_VALUES)}, got {empty!r}")
+    _check_empty(empty)
     value = torch.full_like(denominator, 1.0 if empty == "defined" else math.nan)
     return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-12), value)
 
 
-def _check(prediction: Tensor | NDArray[np.bool_], target: Tensor | NDArray[np.bool_], empty: str) -> None:
+def _check_shapes(prediction: Tensor | NDArray[np.bool_], target: Tensor | NDArray[np.bool_]) -> None:
     if prediction.shape != target.shape:
-        raise ValueError(
-            f"target must have the shape of prediction {list(prediction.shape)}, got {list(target.shape)}"
-        )
+        raise ValueError(f"target must have the shape of prediction {list(prediction.shape)}, got {list(target.shape)}")
+
+
+def _check_empty(empty: str) -> None:
     if empty not in EMPTY_VALUES:
         raise ValueError(f"empty must be one of {', '.join(EMPTY_VALUES)}, got {empty!r}")

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import icseg
-from icseg.checkpoint import load_checkpoint, written_whole
+from icseg.checkpoint import load_checkpoint
 from icseg.config import PatchICLConfig
 from icseg.sparse.config import SparseConfig
 
@@ -75,19 +75,3 @@ def test_unknown_key_in_a_configuration():
 def test_fingerprint_changes_with_any_field():
     assert TINY.fingerprint() == PatchICLConfig.from_dict(TINY.to_dict()).fingerprint()
     assert TINY.fingerprint() != SparseConfig().fingerprint()
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.nii.gz"
-    path.write_text("old")
-
-    def write() -> None:
-        with written_whole(path) as temporary:
-            assert temporary.name.endswith(".nii.gz")
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

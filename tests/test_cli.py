@@ -20,6 +20,7 @@ from PIL import Image as Picture
 from safetensors.torch import save_file
 
 import icseg
+import icseg.evaluation
 from icseg import cli, inference, job
 
 REPOSITORY = Path(__file__).parents[1]
@@ -484,7 +485,6 @@ def test_a_fresh_run_forgets_the_record_of_other_settings(here, run):
 
 
 def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, checkpoint):
-    import icseg.evaluation
     import icseg.training
 
     calls = []
@@ -512,6 +512,59 @@ def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, che
     assert json.loads(Path("scores.json").read_text())[0]["class_name"] == "bright"
     code, _, err = command(capsys, "evaluate", "none.npz", "--checkpoint", checkpoint)
     assert (code, err) == (2, "icseg: error: pack must be an existing .npz file, got none.npz\n")
+
+
+def test_evaluate_checks_before_it_scores(here, capsys, monkeypatch, checkpoint):
+    monkeypatch.setattr(icseg.evaluation, "evaluate_packs", None)  # nothing may be computed
+    evaluate = ("evaluate", "--checkpoint", checkpoint)
+    code, _, err = command(capsys, *evaluate)
+    assert (code, err) == (2, "icseg: error: evaluate needs a PACK or --synthetic N to score on, got neither\n")
+    code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--out", "none/scores.json")
+    assert (code, err) == (2, "icseg: error: path must lie in an existing folder, got none/scores.json\n")
+    code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--out", "t")
+    assert (code, err) == (2, "icseg: error: path must be that of a file, got the folder t\n")
+    code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--seed", "-1")
+    assert code == 2
+    assert "'--seed': -1 is not in the range x>=0" in " ".join(err.split())
+
+
+def test_evaluate_on_synthetic_tasks_alone(here, capsys, checkpoint):
+    arguments = ("--synthetic", "2", "--size", "32", "--support", "1", "--device", "cpu", "--checkpoint", checkpoint)
+    code, out, _ = command(capsys, "evaluate", *arguments)
+    assert code == 0
+    assert "| synthetic |" in out
+
+
+def test_a_pack_without_a_class_to_score_is_one_sentence(here, capsys, checkpoint):
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32)).astype(np.uint8)
+    np.savez("pack.npz", images=images, masks=(images > 128).astype(np.uint8), class_names=["no", "bright"])
+    code, out, err = command(capsys, "evaluate", "pack.npz", "--checkpoint", checkpoint, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err.startswith("icseg: error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FloatingPointError("loss became nan at step 3"), "loss became nan at step 3"),
+        (MemoryError(), cli.OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory."), cli.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), cli.OUT_OF_MEMORY),
+    ],
+)
+def test_what_fails_on_the_way_ends_with_code_1(here, run, monkeypatch, error, sentence):
+    interrupt_at(monkeypatch, "b.png", error)
+    code, _, err = run()
+    assert (code, err.splitlines()[-1]) == (1, f"icseg: error: {sentence}")
+    assert names() == ["a_mask.png", "icseg.json"]
+
+
+def test_other_errors_of_the_program_are_not_hidden(here, monkeypatch, run, checkpoint):
+    interrupt_at(monkeypatch, "b.png", RuntimeError("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.app(["segment", "t", "--support-images", "images", "--support-masks", "masks", "--out", "out", "--size", "128",
+                 "--checkpoint", str(checkpoint), "--device", "cpu"])  # fmt: skip
 
 
 def test_help_and_version_do_not_import_torch():

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
+from safetensors.torch import save_file
 
 import icseg
 from icseg import cli, demo
 from icseg.checkpoint import bundled_weights
 from icseg.data.images import read_image, read_mask
+from icseg.data.synthetic import TaskPool, generate_task, pool_task_seed
+
+TINY = icseg.PatchICLConfig.sparse(
+    levels=(16, 32), target_patches=(4, 4), support_patches=(4, 4), dim=16, depth=1, heads=2, stem_channels=8
+)
 
 
 def masks():
@@ -32,18 +41,18 @@ def test_example_cannot_be_solved_by_copying():
     assert 2 * (copied & truth).sum() / (copied.sum() + truth.sum()) < 0.5
 
 
+def test_example_is_of_a_seed_that_no_pool_reaches(tmp_path):
+    seed = 2**32 - 7
+    task = generate_task(seed, 5, 256, "cells")
+    np.testing.assert_array_equal(read_image(demo.EXAMPLE / "target_1.png").array, task.images[3])
+    pool_seed, index = divmod(seed, pool_task_seed(1, 0))
+    with pytest.raises(ValueError, match="count must be between 1 and"):
+        TaskPool(tmp_path, index + 1, 5, seed=pool_seed)
+
+
 def test_demo_writes_masks_and_overlays(tmp_path, capsys):
     torch.manual_seed(0)
-    config = icseg.PatchICLConfig.sparse(
-        levels=(16, 32),
-        target_patches=(4, 4),
-        support_patches=(4, 4),
-        dim=16,
-        depth=1,
-        heads=2,
-        stem_channels=8,
-    )
-    icseg.PatchICL(config).save_pretrained(tmp_path / "w.safetensors")
+    icseg.PatchICL(TINY).save_pretrained(tmp_path / "w.safetensors")
     report = demo.run_demo(tmp_path / "out", checkpoint=tmp_path / "w.safetensors", device="cpu", progress=False)
     for target, size in zip(report.targets, [(256, 256), (256, 192)], strict=True):
         assert 0 <= target.dice <= 1
@@ -53,15 +62,35 @@ def test_demo_writes_masks_and_overlays(tmp_path, capsys):
     assert report.command.startswith("icseg segment ")
 
 
-def test_unfit_weights_write_nothing(tmp_path, capsys):
+def foreign_weights(path):
+    config = icseg.PatchICLConfig.sparse().to_dict()
+    save_file({"x": torch.zeros(3)}, path, {"icseg_config": json.dumps(config)})
+
+
+REFUSALS = {
+    "no checkpoint": (["--checkpoint", "none"], "checkpoint must be an existing .safetensors file"),
+    "other weights": (["--checkpoint", "w.safetensors"], "checkpoint must hold the weights that its configuration"),
+    "no such device": (["--checkpoint", "w.safetensors", "--device", "cuda:99"], "device must be one of this machine"),
+    "out is a file": (["--checkpoint", "good.safetensors", "--out", "file"], "out must be a folder that can be"),
+    "folder is a file": (["--checkpoint", "good.safetensors", "--out", "full"], "out must be a folder that can be"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_refused_writes_nothing(tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    foreign_weights("w.safetensors")
+    icseg.PatchICL(TINY).save_pretrained("good.safetensors")
+    Path("file").touch()
+    Path("full").mkdir()
+    Path("full/targets").touch()
+    before = sorted(Path().rglob("*"))
+    arguments, sentence = REFUSALS[case]
     with pytest.raises(SystemExit) as ended:
-        cli.app(
-            ["demo", "--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "none")],
-            prog_name="icseg",
-        )
+        cli.app(["demo", "--out", "out", "--device", "cpu", *arguments], prog_name="icseg")
     assert ended.value.code == 2
-    assert "checkpoint must be an existing .safetensors file" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert sentence in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_bundled_weights_segment_the_example(tmp_path, capsys):

@@ -108,9 +108,7 @@ def test_another_size(tmp_path: Path) -> None:
 
 
 def test_an_empty_prediction_has_defined_scores(tmp_path: Path) -> None:
-    rows = evaluate(
-        lambda target, images, masks: torch.zeros_like(target) > 0, write_pack(tmp_path / "toy.npz")
-    )
+    rows = evaluate(lambda target, images, masks: torch.zeros_like(target) > 0, write_pack(tmp_path / "toy.npz"))
     assert (rows[0].dice, rows[0].iou) == (0.0, 0.0)
     assert rows[0].hausdorff95 == pytest.approx(2**0.5 * (SIZE - 1))
 
@@ -123,15 +121,22 @@ def test_synthetic_tasks_by_family() -> None:
     assert len({row.class_name for row in rows}) == len(rows)
 
 
-def test_packs_with_a_checkpoint(tmp_path: Path) -> None:
+def test_the_scores_are_those_of_the_checkpoints_weights(tmp_path: Path) -> None:
     config = PatchICLConfig.sparse(
         levels=(16,), target_patches=(4,), support_patches=(4,), dim=8, depth=1, heads=1, stem_channels=8
     )
+    torch.manual_seed(0)
     model = PatchICL(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
     model.save_pretrained(tmp_path / "model.safetensors")
     path = write_pack(tmp_path / "toy.npz")
     rows = evaluate_packs([path, path], checkpoint=tmp_path / "model.safetensors", limit=2, progress=False)
     assert rows[:1] == rows[1:] == evaluate(model_predictor(model), path, limit=2)
+    untrained = model_predictor(PatchICL(config).eval())
+    assert rows[0].dice != evaluate(untrained, path, limit=2)[0].dice
+    assert 0 < rows[0].dice < 1
     with pytest.raises(FileNotFoundError, match=r"pack must be an existing \.npz file"):
         evaluate_packs([path, tmp_path / "none.npz"], checkpoint=tmp_path / "model.safetensors")
 
@@ -162,12 +167,20 @@ def test_table_and_json(tmp_path: Path) -> None:
         ),
         ({"class_names": np.array(["background"])}, "class_names must name class ids up to 2, got 1 names"),
         ({"patient": np.array([{}] * COUNT, dtype=object)}, r"pack must be a readable \.npz file"),
-        ({"patient": np.array(["a", "b"])}, "patient must have one entry an image, 12, got 2"),
+        ({"patient": np.array(["a", "b"])}, r"patient must have one entry an image, shape \[12\], got \[2\]"),
+        ({"class_names": np.array("background")}, r"class_names must be a list of strings, got <U10 \[\]"),
+        ({"class_names": np.array([["background"] * 3])}, r"class_names must be a list of strings, got <U10 \[1, 3\]"),
+        ({"class_names": np.arange(3)}, r"class_names must be a list of strings, got int64 \[3\]"),
+        ({"patient": np.zeros(COUNT)}, "pack must hold some class in images of two patients, got none"),
+        ({"patient": np.full(COUNT, np.nan)}, "pack must hold some class in images of two patients, got none"),
+        ({"masks": np.zeros((COUNT, SIZE, SIZE), np.uint8)}, "pack must hold some class in images of two patients"),
     ],
 )
 def test_bad_packs(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pack.load(write_pack(tmp_path / "bad.npz", **changes))
+    with pytest.raises(ValueError, match=r"bad\.npz"):
+        Pack.load(tmp_path / "bad.npz")
 
 
 def test_files_that_are_no_packs(tmp_path: Path) -> None:
@@ -188,3 +201,12 @@ def test_files_that_are_no_packs(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         evaluate(Recorder(), write_pack(tmp_path / "toy.npz"), **{name: 0})  # type: ignore[arg-type]
+
+
+def test_bad_seeds_and_nothing_to_score(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        evaluate(Recorder(), write_pack(tmp_path / "toy.npz"), seed=-1)
+    with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
+        evaluate_synthetic(Recorder(), 0)
+    with pytest.raises(ValueError, match="paths must name a pack where synthetic_tasks is 0, got none"):
+        evaluate_packs([])

@@ -14,9 +14,7 @@ def otsu_by_search(grey: np.ndarray) -> float:
     scores = []
     for t in range(256):
         below, above = grey[grey <= t], grey[grey > t]
-        scores.append(
-            len(below) * len(above) * (below.mean() - above.mean()) ** 2 if len(below) and len(above) else 0
-        )
+        scores.append(len(below) * len(above) * (below.mean() - above.mean()) ** 2 if len(below) and len(above) else 0)
     best = np.flatnonzero(np.isclose(scores, max(scores), rtol=1e-12, atol=0))
     return float(best.mean())
 
@@ -34,11 +32,7 @@ def test_copy_is_the_majority_of_the_support_masks() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_otsu_against_a_search(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    grey = (
-        np.concatenate([rng.normal(70, 15, 300), rng.normal(150 + 10 * seed, 25, 200)])
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+    grey = np.concatenate([rng.normal(70, 15, 300), rng.normal(150 + 10 * seed, 25, 200)]).clip(0, 255).astype(np.uint8)
     image = torch.from_numpy(grey.astype(np.float32) / 255).reshape(1, 1, 20, 25)
     assert otsu_threshold(image).item() * 255 == pytest.approx(otsu_by_search(grey), abs=1e-3)
 

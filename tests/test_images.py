@@ -179,6 +179,53 @@ def test_tiff_keeps_resolution_georeference_and_imagej_spacing(tmp_path):
         assert file.imagej_metadata["slices"] == 3
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
+@pytest.mark.parametrize("axes", ["ZYX", "TYX"])
+def test_tiff_keeps_ome_sizes_and_axes(tmp_path, dtype, axes):
+    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("XYZ", (0.25, 0.5, 2.0), strict=True)}
+    sizes |= {"PhysicalSizeXUnit": "µm", "PhysicalSizeZUnit": "nm", "TimeIncrement": 0.1}
+    volume = np.stack([GREY] * 3)
+    tifffile.imwrite(tmp_path / "a.ome.tif", volume, ome=True, metadata={"axes": axes, **sizes})
+    write_like(read_image(tmp_path / "a.ome.tif"), tmp_path / "m.tif", (volume > 5).astype(dtype))
+    with tifffile.TiffFile(tmp_path / "m.tif") as file:
+        pixels = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]["Pixels"]
+        assert sizes.items() <= pixels.items()
+        assert file.series[0].axes == axes
+        np.testing.assert_array_equal(file.asarray(), (volume > 5).astype(dtype))
+
+
+def test_a_dtype_that_ome_lacks_is_written_as_plain_tiff(tmp_path):
+    tifffile.imwrite(tmp_path / "a.ome.tif", GREY, ome=True, metadata={"PhysicalSizeX": 2.0})
+    write_like(read_image(tmp_path / "a.ome.tif"), tmp_path / "m.tif", IDS.astype(np.int64))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.tif").array, IDS)
+
+
+def test_tiff_keeps_imagej_frames(tmp_path):
+    tifffile.imwrite(tmp_path / "j.tif", np.stack([GREY] * 3), imagej=True, metadata={"axes": "TYX", "finterval": 0.5})
+    write_like(read_image(tmp_path / "j.tif"), tmp_path / "n.tif", np.stack([IDS] * 3))
+    with tifffile.TiffFile(tmp_path / "n.tif") as file:
+        assert (file.series[0].axes, file.imagej_metadata["finterval"]) == ("TYX", 0.5)
+
+
+@pytest.mark.parametrize("fault", ["singular", "zero", "nan"])
+def test_nifti_without_a_usable_affine_is_refused(tmp_path, fault):
+    affine = np.diag([2.0, 2, 2, 1])
+    if fault == "singular":
+        affine[:3, 2] = affine[:3, 1]
+    else:
+        affine[:3, 2] = {"zero": 0, "nan": np.nan}[fault]
+    image = nibabel.Nifti1Image(VOLUME, np.eye(4))
+    image.header["sform_code"], image.header["qform_code"] = 1, 0
+    for row, name in enumerate(("srow_x", "srow_y", "srow_z")):
+        image.header[name] = affine[row]
+    path = tmp_path / "a.nii"
+    path.write_bytes(image.header.binaryblock + bytes(4) + VOLUME.astype(image.get_data_dtype()).tobytes("F"))
+    with pytest.raises(
+        ValueError, match=r"^.*a\.nii cannot be read: its affine, which .* must be finite and invertible$"
+    ):
+        read_image(path)
+
+
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 def test_nifti_comes_back_in_its_own_geometry(tmp_path, suffix, kind):
@@ -415,6 +462,39 @@ def test_volumes_need_an_axis():
     assert as_image(GREY[..., None], "x").planes(None).shape == (1, 11, 17)
 
 
+COLOUR = np.random.default_rng(0).integers(0, 255, (11, 17, 3)).astype(np.uint8)
+LUMA_OF_COLOUR = COLOUR @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", [None, ".npy", ".npz"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colour_arrays_become_luma(tmp_path, dtype, suffix, alpha):
+    array = np.concatenate([COLOUR, COLOUR[..., :1]], -1) if alpha else COLOUR
+    array = value = array.astype(dtype)
+    if suffix is not None:
+        value = tmp_path / f"a{suffix}"
+        with value.open("wb") as file:
+            np.save(file, array) if suffix == ".npy" else np.savez(file, image=array)
+    image = as_image(value, "images")
+    np.testing.assert_allclose(image.array, LUMA_OF_COLOUR, rtol=1e-5)
+    assert image.mask_dtype(1) == dtype
+    assert as_image(value, "images", 2).planes(2).shape == (4 if alpha else 3, 11, 17)
+
+
+def test_other_arrays_of_three_are_volumes():
+    for array in (COLOUR.astype(np.float32), COLOUR.astype(np.int32)):
+        with pytest.raises(ValueError, match=r"images must be 2-D .*; colour must be uint8 or uint16, or be made grey"):
+            as_image(array, "images").planes(None)
+    assert as_image(COLOUR[:1], "images").planes(None).shape == (1, 17, 3)
+
+
+def test_colour_mask_arrays_must_agree_in_their_channels():
+    np.testing.assert_array_equal(as_mask(np.stack([IDS] * 3, -1), "masks").array, IDS)
+    with pytest.raises(ValueError, match="masks cannot be a mask: it is in colour; a mask must have one channel"):
+        as_mask(COLOUR, "masks")
+
+
 def test_names_of_files(tmp_path):
     for name in ("b.nii.gz", "a.PNG", ".hidden.png", "notes.txt", "c.d.tif"):
         (tmp_path / name).touch()
@@ -438,6 +518,26 @@ def test_percentiles_ignore_outliers():
     np.testing.assert_allclose(scaled[500], 0.5, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(64, dtype=np.int64) + 2**30,
+        np.arange(64, dtype=np.uint64) + 2**45,
+        np.linspace(1e6, 1e6 + 1, 64),
+        np.linspace(-1e300, 1e300, 64),
+        np.linspace(-3e38, 3e38, 64).astype(np.float32),
+        np.linspace(-6e4, 6e4, 64).astype(np.float16),
+    ],
+    ids=lambda values: values.dtype.name,
+)
+def test_wide_values_keep_their_levels(values):
+    scaled = normalise(values, (float(values.min()), float(values.max())))
+    np.testing.assert_allclose(scaled, np.linspace(0, 1, 64), atol=1e-3)
+    scaled = normalise(values, intensity_window(values, "x"))
+    assert len(np.unique(scaled)) >= 62
+    assert (scaled.min(), scaled.max()) == (0, 1)
+
+
 def test_a_few_bright_pixels_are_not_constant():
     values = np.zeros((100, 100), np.uint8)
     values[3, 3] = 9
@@ -450,6 +550,7 @@ def test_a_few_bright_pixels_are_not_constant():
         (np.full((3, 3), 7), "scan must not be constant, got 7 everywhere"),
         (np.array([[1.0, np.nan]]), "scan must hold finite values, got nan"),
         (np.array([[1.0, -np.inf]]), "scan must hold finite values, got -inf"),
+        (np.array([[-1.5e308, 1.5e308]]), "scan must hold values of a finite range, got -1.5e"),
     ],
 )
 def test_constant_and_non_finite_images_are_refused(values, message):
@@ -457,7 +558,7 @@ def test_constant_and_non_finite_images_are_refused(values, message):
         intensity_window(values, "scan")
 
 
-@pytest.mark.parametrize("window", [(1, 1), (2, 1), (np.nan, 1), (0, np.inf), (0,)])
+@pytest.mark.parametrize("window", [(1, 1), (2, 1), (np.nan, 1), (0, np.inf), (-1.5e308, 1.5e308), (0,)])
 def test_windows_are_checked(window):
     with pytest.raises(ValueError, match=r"window must be \(low, high\), finite, with low < high, got"):
         check_window(window)

@@ -16,6 +16,7 @@ from icseg.data.frame import SquareFrame
 from icseg.inference import Segmenter, resolve_device, segment
 from icseg.inputs import SegmentOptions, SupportSet
 from icseg.overlay import PALETTE, draw_overlay, montage, overlay
+from icseg.posterior import Entropy, Winner
 
 
 class ByBrightness:
@@ -351,6 +352,13 @@ def test_modules_run_in_evaluation_mode_and_get_their_mode_back(training):
     assert model.training is training
 
 
+def test_parts_that_were_frozen_stay_frozen():
+    model = TinyNetwork().train()
+    model.frozen, model.trained = nn.Dropout().eval(), nn.Dropout()
+    segment(GOOD, [GOOD], [MASK], model=model, size=128, device="cpu")
+    assert (model.training, model.frozen.training, model.trained.training) == (True, False, True)
+
+
 def test_half_precision_logits_are_accepted():
     class Half(Fixed):
         def __call__(self, target, *, memory, seed=None):
@@ -370,11 +378,13 @@ def test_segmenter_reports_its_slices():
     assert done == [2, 2, 1]
 
 
-def test_patchicl_segments_any_shape():
+@pytest.fixture(scope="module")
+def tiny():
+    """A PatchICL whose zero-initialised layers are drawn too, so that it predicts something; 128 px have 256 cells."""
     config = icseg.PatchICLConfig.sparse(
-        levels=(16, 32),
-        target_patches=(4, 4),
-        support_patches=(4, 4),
+        levels=(16, 64, 128),
+        target_patches=(4, 8, 8),
+        support_patches=(4, 4, 4),
         dim=16,
         depth=1,
         heads=2,
@@ -382,13 +392,110 @@ def test_patchicl_segments_any_shape():
     )
     torch.manual_seed(0)
     model = icseg.PatchICL(config)
-    first, second = (
-        icseg.segment(GOOD, *supports(), model=model, size=128, uncertainty=True, seeds=seeds)
-        for seeds in (None, [1, 2])
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (300, 120), (1, 64), (57, 1), (128, 128), (500, 700), (2, 2)])
+def test_patchicl_segments_any_shape(tiny, shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    for seeds in (None, [1, 2]):
+        first, again = (
+            segment(image, *supports(), model=tiny, size=128, uncertainty=True, seeds=seeds) for _ in range(2)
+        )
+        assert first.mask.shape == first.uncertainty.shape == shape
+        assert np.isfinite(first.uncertainty).all()
+        assert len(np.unique(first.uncertainty)) > 1
+        np.testing.assert_array_equal(first.uncertainty, again.uncertainty)
+
+
+def test_batch_size_does_not_change_a_result_with_seeds(tiny):
+    volume = np.random.default_rng(0).integers(0, 256, (5, 90, 100)).astype(np.uint8)
+    options = {"model": tiny, "size": 128, "uncertainty": True}
+    one, three, eight = (
+        segment(volume, *supports(), axis=0, seeds=[3, 4], batch_size=size, **options) for size in (1, 3, 8)
     )
-    assert first.mask.shape == second.mask.shape == GOOD.shape
-    again = icseg.segment(GOOD, *supports(), model=model, size=128, uncertainty=True)
-    np.testing.assert_array_equal(first.uncertainty, again.uncertainty)
+    np.testing.assert_array_equal(one.uncertainty, three.uncertainty)
+    np.testing.assert_array_equal(one.uncertainty, eight.uncertainty)
+    alone = segment(volume[4], *supports(), seeds=[3, 4], window=(0, 255), **options)
+    within = segment(volume, *supports(), axis=0, seeds=[3, 4], window=(0, 255), **options)
+    np.testing.assert_array_equal(alone.uncertainty, within.uncertainty[4])
+    other = segment(volume, *supports(), axis=0, seeds=[3, 5], **options)
+    assert (one.uncertainty != other.uncertainty).any(axis=(1, 2)).all()
+
+
+def test_batch_size_changes_a_result_without_seeds_by_rounding_only(tiny):
+    volume = np.random.default_rng(0).integers(0, 256, (5, 90, 100)).astype(np.uint8)
+    one, five = (
+        segment(volume, *supports(), model=tiny, size=128, uncertainty=True, axis=0, batch_size=size) for size in (1, 5)
+    )
+    np.testing.assert_allclose(one.uncertainty, five.uncertainty, atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+def test_running_winner_and_entropy_are_those_of_all_logits(classes, scale):
+    torch.manual_seed(0)
+    logits = scale * torch.randn(2, classes, 30, 20)
+    logits[0, -1] = logits[0, 0]  # of equals the first class wins
+    shape, device = (2, 30, 20), torch.device("cpu")
+    winner, entropy = Winner(shape, 0.4, device), Entropy(shape, device)
+    for one in logits.unbind(1):
+        winner.add(one)
+        entropy.add(one)
+    best = logits.max(1).values
+    first = (logits == best[:, None]).int().argmax(1)
+    torch.testing.assert_close(winner.index, torch.where(best.sigmoid() > 0.4, first + 1, 0))
+    log_posterior = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).double().log_softmax(1)
+    plain = -(log_posterior.exp() * log_posterior).sum(1) / np.log(classes + 1)
+    torch.testing.assert_close(entropy.value().double(), plain, atol=1e-6, rtol=0)
+
+
+def test_colour_arrays_are_segmented_as_their_luma():
+    grey, mask = disc(40, 60)
+    colour = np.stack([grey] * 3, -1)
+    result = segment(colour, [colour], [mask], model=ByBrightness(), size=128)
+    assert result.mask.shape == (40, 60)
+    np.testing.assert_array_equal(result.mask, segment(grey, [grey], [mask], model=ByBrightness(), size=128).mask)
+    model = ByBrightness()
+    segment(colour, [colour], [np.stack([mask] * 3, -1)], model=model, size=128, axis=2)
+    assert model.batches == [3]
+
+
+WRONG_TYPES = {
+    "size": [True, 128.0, "128", None],
+    "axis": [True, 1.0, "0"],
+    "batch_size": [True, 2.0, "8", None],
+    "threshold": [True, "0.5", None],
+    "classes": [3, "12", [1.0], [True], ["1"]],
+    "window": ["ab", 3, [1, "2"], [False, True], [None, 1]],
+    "seeds": [3, "12", [1.0], [True]],
+    "uncertainty": [1, "yes", None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+def test_options_of_another_type_are_refused(name, value):
+    with pytest.raises(TypeError, match=rf"^{name}(\[\d\])? must be .*, got "):
+        SegmentOptions(**{name: value})
+    with pytest.raises(TypeError, match=rf"^{name}(\[\d\])? must be .*, got "):
+        segment(GOOD, [GOOD], [MASK], model=ByBrightness(), **{name: value})
+
+
+def test_options_take_numpy_numbers_and_any_sequence():
+    options = SegmentOptions(
+        size=np.int64(128),
+        classes=np.array([1, 2]),
+        seeds=range(2),
+        window=[np.float32(1), 2],
+        threshold=np.float64(0.5),
+    )
+    assert options == SegmentOptions(size=128, classes=(1, 2), seeds=(0, 1), window=(1.0, 2.0))
+    assert [type(value) for value in (options.size, *options.classes, *options.seeds)] == [int] * 5
+    with pytest.raises(ValueError, match=r"seeds must lie in \[0, 2\^63\), got \[-1\]"):
+        SegmentOptions(seeds=[-1])
 
 
 def test_overlay_draws_contour_and_fill():

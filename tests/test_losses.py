@@ -32,9 +32,7 @@ class ToyCascade(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.sizes = sizes
         self.patches = nn.ParameterList(torch.randn(batch, 2, 1, 4, 4, generator=generator) for _ in sizes)
-        self.support = nn.ParameterList(
-            torch.randn(batch, support, 2, 1, 4, 4, generator=generator) for _ in sizes
-        )
+        self.support = nn.ParameterList(torch.randn(batch, support, 2, 1, 4, 4, generator=generator) for _ in sizes)
 
     def forward(self) -> SegmentationOutput:
         levels: list[LevelOutput] = []
@@ -42,22 +40,14 @@ class ToyCascade(nn.Module):
         for size, patches, support in zip(self.sizes, self.patches, self.support, strict=True):
             batch = len(patches)
             coords = torch.tensor([[0, 0], [4, 0]], dtype=torch.int32).expand(batch, 2, 2)
-            written = F.pad(
-                patches.flatten(1, 2).reshape(batch, 1, 8, 4), (0, size - 4, 0, size - 8), value=-10.0
-            )
+            written = F.pad(patches.flatten(1, 2).reshape(batch, 1, 8, 4), (0, size - 4, 0, size - 8), value=-10.0)
             coverage = torch.zeros(batch, 1, size, size, dtype=torch.bool)
             coverage[..., :8, :4] = True
-            coarser = (
-                torch.zeros(batch, 1, size, size)
-                if combined is None
-                else F.interpolate(combined, size).detach()
-            )
+            coarser = torch.zeros(batch, 1, size, size) if combined is None else F.interpolate(combined, size).detach()
             combined = coarser + torch.where(coverage, written, 0.0)
             support_coords = coords[:, None].expand(batch, support.shape[1], 2, 2)
             levels.append(
-                LevelOutput(
-                    (size, size), combined, written, patches, coords, coverage, support_coords, support
-                )
+                LevelOutput((size, size), combined, written, patches, coords, coverage, support_coords, support)
             )
         return SegmentationOutput(levels[-1].logits, levels)
 
@@ -87,9 +77,7 @@ def test_pixels_of_weight_zero_do_not_count() -> None:
     logits, target = torch.tensor([[1.0, -2.0, 50.0]]), torch.tensor([[1.0, 0.0, 0.0]])
     weight = torch.tensor([[1.0, 1.0, 0.0]])
     for loss in (soft_dice_loss, focal_loss):
-        assert loss(logits, target, weight=weight).item() == pytest.approx(
-            loss(logits[:, :2], target[:, :2]).item()
-        )
+        assert loss(logits, target, weight=weight).item() == pytest.approx(loss(logits[:, :2], target[:, :2]).item())
     nothing = torch.zeros_like(weight)
     assert focal_loss(logits, target, weight=nothing).item() == 0.0
 
@@ -189,10 +177,28 @@ def test_empty_and_full_masks_and_huge_logits_are_finite(value: float, dtype: to
     for level in output.levels:
         level.logits, level.patch_logits = level.logits.to(dtype), level.patch_logits.to(dtype)
     config = LossConfig(**dict.fromkeys(TERMS, 1.0), mask_reduction="hybrid")
-    losses = segmentation_loss(
-        output, torch.full((2, 1, 32, 32), value), config, torch.full((2, 3, 1, 32, 32), value)
-    )
+    losses = segmentation_loss(output, torch.full((2, 1, 32, 32), value), config, torch.full((2, 3, 1, 32, 32), value))
     assert all(v.dtype == torch.float32 and bool(torch.isfinite(v)) for v in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs_are_compared_in_float32_inside_autocast_too(
+    dtype: torch.dtype, masks: tuple[Tensor, Tensor]
+) -> None:
+    def output(precision: torch.dtype) -> SegmentationOutput:
+        made = ToyCascade(SIZES)()
+        for level in made.levels:
+            for name in ("logits", "prediction", "patch_logits", "support_patch_logits"):
+                setattr(level, name, getattr(level, name).to(dtype).to(precision))
+        return made
+
+    config = LossConfig(**dict.fromkeys(TERMS, 1.0))
+    expected = segmentation_loss(output(torch.float32), masks[0], config, masks[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = segmentation_loss(output(dtype), masks[0], config, masks[1])
+    assert losses.keys() == expected.keys()
+    assert all(losses[name].dtype == torch.float32 for name in losses)
+    assert all(torch.equal(losses[name], expected[name]) for name in losses)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +213,13 @@ def test_empty_and_full_masks_and_huge_logits_are_finite(value: float, dtype: to
             {"level_weights": "last"},
             "level_weights must be one of uniform, progressive or one number a level",
         ),
-        ({"level_weights": (0.0, 0.0)}, "level_weights must hold numbers of at least 0 and one above 0"),
+        ({"level_weights": (0.0, 0.0)}, "level_weights must hold finite numbers of at least 0 and one above 0"),
+        ({"level_weights": ()}, "level_weights must hold finite numbers of at least 0 and one above 0"),
+        ({"level_weights": (1.0, math.nan)}, r"level_weights must hold finite numbers .*, got \[1.0, nan\]"),
+        ({"level_weights": ("1", "2")}, r"level_weights must hold finite numbers .*, got \['1', '2'\]"),
+        ({"level_weights": (True, 1.0)}, "level_weights must hold finite numbers"),
+        ({"level_weights": None}, "level_weights must be one of uniform, progressive or one number a level, got None"),
+        ({"level_weights": [1.0]}, r"level_weights must be one of .* got \[1.0\]"),
     ],
 )
 def test_bad_configurations(fields: dict[str, object], message: str) -> None:

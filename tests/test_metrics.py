@@ -28,9 +28,7 @@ def test_overlap_of_two_squares() -> None:
 
 
 def test_soft_dice_is_dice_of_probabilities() -> None:
-    assert soft_dice(torch.full((1, 4), 0.5), torch.tensor([[1, 1, 0, 0]])).item() == pytest.approx(
-        2 * 1 / (2 + 2)
-    )
+    assert soft_dice(torch.full((1, 4), 0.5), torch.tensor([[1, 1, 0, 0]])).item() == pytest.approx(2 * 1 / (2 + 2))
 
 
 def test_samples_of_a_batch_are_kept_apart() -> None:
@@ -86,5 +84,9 @@ def test_bad_arguments() -> None:
         iou(EMPTY, square(0, 0, 2))
     with pytest.raises(ValueError, match="empty must be one of defined, nan, got 'zero'"):
         dice(EMPTY, EMPTY, empty="zero")
+    with pytest.raises(ValueError, match="empty must be one of defined, nan, got 'zero'"):
+        hausdorff95(np.ones((3, 3)), np.ones((3, 3)), empty="zero")
+    with pytest.raises(ValueError, match="target must have the shape of prediction"):
+        soft_dice(EMPTY.float(), square(0, 0, 2))
     with pytest.raises(ValueError, match="target must have the shape of prediction"):
         hausdorff95(np.zeros((3, 3)), np.zeros((3, 4)))

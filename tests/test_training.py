@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,20 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import icseg.training.loop as loop
 from icseg.checkpoint import load_checkpoint
 from icseg.config import PatchICLConfig
+from icseg.data.synthetic import EVALUATION_SEED, TRAINING_SEEDS, validation_seed
 from icseg.memory import SupportMemory
 from icseg.model import PatchICL
-from icseg.training import DataConfig, OptimiserConfig, RunConfig, ScheduleConfig, TrainingConfig, train
-from icseg.training.batches import augment, repeat_memory, training_batch, validation_batch
+from icseg.training import DataConfig, OptimiserConfig, RunConfig, ScheduleConfig, TrainingConfig, batches, train
+from icseg.training.batches import Batch, Tasks, augment, batches_ahead, repeat_memory, training_batch, validation_batch
 from icseg.training.log import LOG_FILE, read_rows
 from icseg.training.optimisation import autocast, make_optimiser, update_average
-from icseg.training.state import STATE_FILE
+from icseg.training.state import STATE_FILE, STATE_KEY
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZE = 32
@@ -86,14 +89,15 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send this process an interrupt during `step`, as Ctrl-C does."""
-    usual = loop.training_batch
+    usual = loop.batches_ahead
 
-    def interrupting(*arguments: object) -> object:
-        if arguments[-1] == step:
-            signal.raise_signal(signal.SIGINT)
-        return usual(*arguments)  # type: ignore[arg-type]
+    def interrupting(pool: Tasks, config: DataConfig, seed: int, first: int) -> Iterator[Batch]:
+        for number, batch in enumerate(usual(pool, config, seed, first), first):
+            if number == step:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
 
-    monkeypatch.setattr(loop, "training_batch", interrupting)
+    monkeypatch.setattr(loop, "batches_ahead", interrupting)
 
 
 def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +122,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: p
     assert timeless[0] == timeless[1]
 
 
-def test_resume_from_a_checkpoint_drops_what_came_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_from_a_checkpoint_drops_what_came_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(run={"checkpoint_steps": 3})
 
     class Killed(BaseException):
@@ -132,7 +134,7 @@ def test_resume_from_a_checkpoint_drops_what_came_after_it(
         return training_batch(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "training_batch", kill)
+        patch.setattr(batches, "training_batch", kill)
         with pytest.raises(Killed):
             train(config, tmp_path / "killed", pools=POOLS, show_progress=False)
     assert [row["step"] for row in read_rows(tmp_path / "killed")] == [1, 2, 3, 4, 4, 5]
@@ -164,9 +166,7 @@ def test_training_leaves_the_global_generator_and_handlers_alone(tmp_path: Path)
 
 def test_training_off_the_main_thread(tmp_path: Path) -> None:
     results: list[loop.TrainingResult] = []
-    thread = threading.Thread(
-        target=lambda: results.append(train(tiny(1), tmp_path, pools=POOLS, show_progress=False))
-    )
+    thread = threading.Thread(target=lambda: results.append(train(tiny(1), tmp_path, pools=POOLS, show_progress=False)))
     thread.start()
     thread.join()
     assert results[0].finished
@@ -176,9 +176,7 @@ def test_the_trained_model_opens_and_says_how_it_was_made(tmp_path: Path) -> Non
     result = train(tiny(2), tmp_path, pools=POOLS, show_progress=False)
     assert result.model == tmp_path / "model.safetensors"
     model = PatchICL.from_pretrained(result.model)
-    out = model(
-        torch.rand(1, 1, SIZE, SIZE), torch.rand(1, 2, 1, SIZE, SIZE), torch.ones(1, 2, 1, SIZE, SIZE)
-    )
+    out = model(torch.rand(1, 1, SIZE, SIZE), torch.rand(1, 2, 1, SIZE, SIZE), torch.ones(1, 2, 1, SIZE, SIZE))
     assert bool(torch.isfinite(out.logits).all())
     from safetensors import safe_open
 
@@ -220,6 +218,8 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 
 
 def test_the_tasks_are_generated_and_held_out(tmp_path: Path) -> None:
+    assert len({TRAINING_SEEDS[-1], validation_seed(0), validation_seed(TRAINING_SEEDS[-1]), EVALUATION_SEED}) == 4
+    assert TRAINING_SEEDS[-1] < validation_seed(0) <= validation_seed(TRAINING_SEEDS[-1]) < EVALUATION_SEED
     config = tiny(data={"tasks": 2, "validation_tasks": 1, "size": 64})
     training, validation = loop.open_pools(config, tmp_path)
     assert (len(training), len(validation)) == (2, 1)
@@ -230,13 +230,13 @@ def test_the_tasks_are_generated_and_held_out(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, count = loop.segmentation_loss, iter(range(100))
+    usual, count = loop._Run._loss, iter(range(100))
 
-    def broken(*arguments: object) -> dict[str, Tensor]:
-        terms = usual(*arguments)  # type: ignore[arg-type]
+    def broken(run: loop._Run, batch: Batch) -> dict[str, Tensor]:
+        terms = usual(run, batch)
         return {**terms, "total": terms["total"] * (math.nan if next(count) in bad else 1.0)}
 
-    monkeypatch.setattr(loop, "segmentation_loss", broken)
+    monkeypatch.setattr(loop._Run, "_loss", broken)
     bad = range(1, 2)
     train(tiny(3), tmp_path / "one", pools=POOLS, show_progress=False)
     assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "one").values())
@@ -260,10 +260,49 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got another \[run\] seed"):
         train(tiny(1, run={"seed": 3}), tmp_path, resume=True, pools=POOLS, show_progress=False)
     (tmp_path / STATE_FILE).write_bytes(b"no checkpoint")
-    with pytest.raises(
-        ValueError, match="must be the state of a training run, got another or a corrupt file"
-    ):
+    with pytest.raises(ValueError, match="must be the state of a training run, got another or a corrupt file"):
         train(tiny(1), tmp_path, resume=True, pools=POOLS, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "resume", "message"),
+    [
+        ({}, True, r"resume needs a run's state\.safetensors, got .* without one"),
+        ({"run": {"initial": "none.safetensors"}}, False, "checkpoint must be an existing .safetensors file"),
+        ({"loss": {"support_patch": 1.0}}, False, "must be 0 where support patches are not decoded, got 1.0 and 0.0"),
+        ({"loss": {"support_aggregated": 0.5}}, False, "must be 0 where support patches are not decoded"),
+        ({"loss": {"level_weights": [1, 1, 1]}}, False, "level_weights must hold 2 numbers, one a level, got 3"),
+        ({"data": {"size": 16}, "loss": {"level_weights": [1, 1]}}, False, "must hold 1 numbers, one a level, got 2"),
+    ],
+)
+def test_refusals_come_before_anything_is_written(
+    tmp_path: Path, sections: dict[str, dict[str, object]], resume: bool, message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(tiny(1, **sections), tmp_path / "run", resume=resume, show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_the_configured_models_are_refused(tmp_path: Path) -> None:
+    PatchICL(tiny(model={"dim": 8}).model).save_pretrained(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="initial must be a checkpoint of the configured model"):
+        train(tiny(1, run={"initial": str(tmp_path / "other.safetensors")}), tmp_path / "run", show_progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+    config = json.dumps({"config": tiny(1).to_dict(), "progress": {}})
+    save_file({"model/weight": torch.zeros(1)}, tmp_path / STATE_FILE, {STATE_KEY: config})
+    with pytest.raises(ValueError, match="must hold the state of this model, got another"):
+        train(tiny(1), tmp_path, resume=True, show_progress=False)
+
+
+def test_a_file_or_a_pool_of_other_tasks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="directory must be a folder, got the file"):
+        train(tiny(1), tmp_path / "file", show_progress=False)
+    small = {"tasks": 1, "validation_tasks": 1, "size": 64, "pool": str(tmp_path / "pool")}
+    loop.open_pools(tiny(data=small), tmp_path)
+    with pytest.raises(ValueError, match="directory must be empty or hold tasks made with"):
+        train(tiny(1, data={**small, "seed": 1}), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wall_clock_budget_ends_the_run(tmp_path: Path) -> None:
@@ -309,6 +348,29 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
     assert len({b.seed for b in first}) == 6
 
 
+def test_batches_made_ahead_are_those_of_their_steps() -> None:
+    config = DataConfig(**DATA)  # type: ignore[arg-type]
+    made = batches_ahead(POOLS[0], config, 0, 3)
+    for step in (3, 4, 5):
+        ahead, batch = next(made), training_batch(POOLS[0], config, 0, step)
+        assert torch.equal(ahead.targets, batch.targets)
+        assert torch.equal(ahead.support_masks, batch.support_masks)
+        assert ahead.seed == batch.seed
+    made.close()
+    assert not any(thread.name.startswith("icseg-batches") for thread in threading.enumerate())
+
+
+def test_a_task_that_cannot_be_read_ends_the_run(tmp_path: Path) -> None:
+    class Broken(list[Task]):
+        def __getitem__(self, index: object) -> Task:  # type: ignore[override]
+            if index == 3:
+                raise OSError("task 3 cannot be read")
+            return super().__getitem__(index)  # type: ignore[call-overload, no-any-return]
+
+    with pytest.raises(OSError, match="task 3 cannot be read"):
+        train(tiny(6), tmp_path, pools=(Broken(POOLS[0]), []), show_progress=False)
+
+
 def test_a_pass_sees_every_task_once() -> None:
     config = DataConfig(**DATA, flip_rotate=False, crop=1.0, invert=0.0, gamma=0.0, contrast=0.0)  # type: ignore[arg-type]
     seen = []
@@ -318,9 +380,7 @@ def test_a_pass_sees_every_task_once() -> None:
             seen += [
                 i
                 for i, task in enumerate(POOLS[0])
-                if any(
-                    torch.equal(torch.from_numpy(image / np.float32(255)), target) for image in task.images
-                )
+                if any(torch.equal(torch.from_numpy(image / np.float32(255)), target) for image in task.images)
             ]
     assert sorted(seen) == sorted([0, 1, 2, 3, 4] * 2)
     assert sorted(seen[:5]) == [0, 1, 2, 3, 4]
@@ -333,7 +393,7 @@ def test_shapes_and_ranges_of_a_batch() -> None:
     assert batch.targets.shape == batch.target_masks.shape == (4, 1, SIZE, SIZE)
     assert 0 <= batch.targets.min() < batch.targets.max() <= 1
     assert set(batch.target_masks.unique().tolist()) == {0.0, 1.0}
-    held_out = validation_batch(POOLS[1][0], 3, seed=0)
+    held_out = validation_batch(POOLS[1][0], 3)
     assert held_out.support_images.shape == (1, 3, 1, SIZE, SIZE)
     assert held_out.targets.shape == (1, 1, SIZE, SIZE)
 
@@ -435,14 +495,13 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     assert all(w.dtype == torch.float32 and bool(torch.isfinite(w).all()) for w in weights(tmp_path).values())
 
 
-def test_a_network_with_an_oracle_schedule_is_told_the_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_with_an_oracle_schedule_is_told_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from icseg.sparse.network import SparseNetwork
 
     told: list[int] = []
     monkeypatch.setattr(SparseNetwork, "set_oracle_step", lambda self, step: told.append(step), raising=False)
-    train(tiny(6), tmp_path, pools=POOLS, show_progress=False)
+    config = tiny(6, data={"tasks": 1000})  # what counts is the pool that is given
+    train(config, tmp_path, pools=POOLS, show_progress=False)
     assert told == [0, 0, 0, 1, 1, 2]  # two of five tasks a step
 
 
@@ -484,6 +543,9 @@ def test_a_published_model_by_its_image_size() -> None:
         ({"data": {"tasks": 2.5}}, r"\[data\] tasks must be of type int, got 2.5"),
         ({"data": {"flip_rotate": 1}}, r"\[data\] flip_rotate must be of type bool, got 1"),
         ({"data": {"crop": True}}, r"\[data\] crop must be of type float, got True"),
+        ({"data": {"tasks": [1]}}, r"\[data\] tasks must be of type int, got \[1\]"),
+        ({"data": {"seed": -1}}, r"\[data\] seed must lie in \[0, 10000\), apart from .*, got -1"),
+        ({"data": {"seed": 10_000}}, r"\[data\] seed must lie in \[0, 10000\), apart from .*, got 10000"),
         ({"data": {"crop": 0.0}}, r"\[data\] crop must lie in \(0, 1\]"),
         ({"data": {"min_support": 4}}, r"\[data\] max_support must be at least min_support = 4, got 3"),
         (
@@ -499,6 +561,10 @@ def test_a_published_model_by_its_image_size() -> None:
             r"\[run\] precision must be one of auto, float32, bfloat16, got 'half'",
         ),
         ({"loss": {"level_weights": "last"}}, r"\[loss\] level_weights must be one of"),
+        ({"loss": {"level_weights": 3}}, r"\[loss\] level_weights must be one of .* or one number a level, got 3"),
+        ({"loss": {"level_weights": {"a": 1}}}, r"\[loss\] level_weights must be one of"),
+        ({"loss": {"level_weights": ["a", 1]}}, r"\[loss\] level_weights must hold finite numbers .*, got \['a', 1\]"),
+        ({"loss": {"level_weights": [[1], 1]}}, r"\[loss\] level_weights must hold finite numbers"),
     ],
 )
 def test_bad_configurations(table: dict[str, object], message: str) -> None:

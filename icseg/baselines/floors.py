@@ -13,9 +13,7 @@ _BINS = 256
 def copy_support(support_masks: Tensor) -> Tensor:
     """The mean support mask, thresholded at one half: [B, S, 1, H, W] in [0, 1] to bool [B, 1, H, W]."""
     if support_masks.ndim != 5 or support_masks.shape[1] == 0:
-        raise ValueError(
-            f"support_masks must have shape [B, S, 1, H, W] with S > 0, got {list(support_masks.shape)}"
-        )
+        raise ValueError(f"support_masks must have shape [B, S, 1, H, W] with S > 0, got {list(support_masks.shape)}")
     return support_masks.float().mean(1) >= 0.5
 
 

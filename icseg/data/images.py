@@ -8,7 +8,8 @@
 | NIfTI  | .nii and .nii.gz, 2-D or 3-D                             | NIfTI with affine, orientation, header|
 | NumPy  | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                            |
 
-Colour becomes grey by luma (ITU-R BT.601). Pixels are taken as a viewer displays them: where EXIF or TIFF
+Colour becomes grey by luma (ITU-R BT.601). An array [H, W, 3] or [H, W, 4] of uint8 or uint16, in memory or in a
+NumPy file, is taken as colour unless it is read to be sliced along an axis. Pixels are taken as a viewer displays them: where EXIF or TIFF
 tags turn a picture, its map is written turned, without the tag, so that the two overlay. Masks count as
 stored: palette indices are class ids, and a file in 0 and 255 holds one class, 255.
 
@@ -26,7 +27,8 @@ import numpy as np
 
 from icseg.data.formats import arrays, nifti, raster, tiff
 from icseg.data.formats.arrays import ArrayGeometry
-from icseg.data.formats.content import Array, Geometry
+from icseg.data.formats.content import Array, Geometry, luma, single_channel
+from icseg.files import written_whole
 
 READERS = {
     ".png": raster.read,
@@ -65,9 +67,10 @@ class Image:
         for flat in (2, 1, 0):
             if len(self.geometry.planes(self.array, flat)) == 1:
                 return flat
+        colour = "; colour must be uint8 or uint16, or be made grey first" if self.array.shape[-1] in (3, 4) else ""
         raise ValueError(
             f"{self.name} must be 2-D unless an axis (0, 1 or 2) is chosen to go through it slice by slice, "
-            f"got shape {list(self.array.shape)}"
+            f"got shape {list(self.array.shape)} {self.dtype}{colour}"
         )
 
     def planes(self, axis: int | None) -> Array:
@@ -94,28 +97,31 @@ class Image:
         return np.min_scalar_type(largest)
 
 
-def read_image(path: str | Path) -> Image:
-    """Read grey values. Raises FileNotFoundError, or ValueError for an unreadable, damaged or unfit file."""
-    return _read(Path(path), labels=False)
+def read_image(path: str | Path, axis: int | None = None) -> Image:
+    """Read grey values, to be sliced along `axis` if it is given.
+
+    Raises FileNotFoundError, or ValueError for an unreadable, damaged or unfit file.
+    """
+    return _read(Path(path), axis, labels=False)
 
 
-def read_mask(path: str | Path) -> Image:
+def read_mask(path: str | Path, axis: int | None = None) -> Image:
     """Read class ids: integers, 0 for background. Raises as `read_image`, and ValueError for other values."""
-    return _read(Path(path), labels=True)
+    return _read(Path(path), axis, labels=True)
 
 
-def as_image(value: object, name: str) -> Image:
-    """An image of a path, or of an array [H, W] or [A, B, C], which messages call `name`."""
+def as_image(value: object, name: str, axis: int | None = None) -> Image:
+    """An image of a path, or of an array [H, W], [H, W, 3 or 4] or [A, B, C], which messages call `name`."""
     if isinstance(value, str | Path):
-        return read_image(value)
-    return _checked(_from_array(value, name), labels=False)
+        return read_image(value, axis)
+    return _checked(_from_array(value, name), axis, labels=False)
 
 
-def as_mask(value: object, name: str) -> Image:
+def as_mask(value: object, name: str, axis: int | None = None) -> Image:
     """A mask of a path, or of an array of class ids, which messages call `name`."""
     if isinstance(value, str | Path):
-        return read_mask(value)
-    return _checked(_from_array(value, name), labels=True)
+        return read_mask(value, axis)
+    return _checked(_from_array(value, name), axis, labels=True)
 
 
 def write_like(image: Image, path: str | Path, array: Array) -> None:
@@ -123,8 +129,6 @@ def write_like(image: Image, path: str | Path, array: Array) -> None:
 
     Raises ValueError if the ending of `path` is not that of the format (`image.geometry.suffix`).
     """
-    from icseg.files import written_whole
-
     path = Path(path)
     if suffix_of(path) != image.geometry.suffix:
         raise ValueError(f"path must end in {image.geometry.suffix} for a map of {image.name}, got {path}")
@@ -160,7 +164,7 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and suffix_of(p) and not p.name.startswith("."))
 
 
-def _read(path: Path, *, labels: bool) -> Image:
+def _read(path: Path, axis: int | None, *, labels: bool) -> Image:
     suffix = suffix_of(path)
     if not suffix:
         raise ValueError(f"{path} must end in one of {', '.join(READERS)}")
@@ -173,7 +177,7 @@ def _read(path: Path, *, labels: bool) -> Image:
         raise ValueError(f"{path} cannot be read: {reason}") from error
     if labels and content.lossy:
         raise ValueError(f"{path} must hold exact class ids, got a JPEG, whose compression changes them")
-    return _checked(Image(content.array, str(path), content.dtype, content.geometry), labels)
+    return _checked(Image(content.array, str(path), content.dtype, content.geometry), axis, labels=labels)
 
 
 def _from_array(value: object, name: str) -> Image:
@@ -181,8 +185,10 @@ def _from_array(value: object, name: str) -> Image:
     return Image(array, name, array.dtype, ArrayGeometry())
 
 
-def _checked(image: Image, labels: bool) -> Image:
+def _checked(image: Image, axis: int | None, *, labels: bool) -> Image:
     array = image.array
+    if axis is None and _is_colour(image):
+        array = _one_channel(array, image.name) if labels else luma(array)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{image.name} must hold real numbers, got dtype {array.dtype}")
     if array.ndim not in (2, 3) or 0 in array.shape:
@@ -190,6 +196,22 @@ def _checked(image: Image, labels: bool) -> Image:
     if array.dtype.kind == "b":
         array = array.astype(np.uint8)
     return replace(image, array=_class_ids(array, image.name) if labels else array)
+
+
+def _is_colour(image: Image) -> bool:
+    """Whether it is an array [H, W, 3 or 4] that cannot be a single slice; the other formats say what is colour."""
+    array = image.array
+    in_memory = isinstance(image.geometry, ArrayGeometry)
+    return (
+        in_memory and array.dtype in (np.uint8, np.uint16) and array.shape[2:] in ((3,), (4,)) and 1 not in array.shape
+    )
+
+
+def _one_channel(array: Array, name: str) -> Array:
+    try:
+        return single_channel(array)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be a mask: {error}") from error
 
 
 def _class_ids(array: Array, name: str) -> Array:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from icseg.data.tensors import as_tensors
 from icseg.memory import SupportMemory
 from icseg.training.config import DataConfig
 
@@ -70,10 +74,20 @@ def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int) -> Bat
     return _split(torch.stack(images), torch.stack(masks), support, int(rng.integers(2**62)))
 
 
-def validation_batch(task: Task, support: int, seed: int) -> Batch:
+def batches_ahead(pool: Tasks, config: DataConfig, seed: int, step: int) -> Generator[Batch, None, None]:
+    """The training batches from `step` on; a thread makes the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1, "icseg-batches") as executor:
+        coming = executor.submit(training_batch, pool, config, seed, step)
+        for following in itertools.count(step + 1):
+            batch = coming.result()
+            coming = executor.submit(training_batch, pool, config, seed, following)
+            yield batch
+
+
+def validation_batch(task: Task, support: int) -> Batch:
     """The first `support` subjects of a task as supports, all others as targets, as they are."""
-    images, masks = _as_float(task.images, task.masks)
-    return _split(images[None], masks[None], support, seed)
+    images, masks = as_tensors(task.images, task.masks)
+    return _split(images[None], masks[None], support, seed=0)
 
 
 def repeat_memory(memory: SupportMemory, times: int) -> SupportMemory:
@@ -88,7 +102,7 @@ def augment(
     images: NDArray[np.uint8], masks: NDArray[np.uint8], config: DataConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Images and masks [N, 1, H, W] in [0, 1]: one geometric change a task, intensities partly per image."""
-    x, y = _as_float(images, masks)
+    x, y = as_tensors(images, masks)
     x, y = _crop(x, y, config.crop, rng)
     if config.flip_rotate:
         x, y = _flip_rotate(x, y, rng)
@@ -105,9 +119,7 @@ def _crop(x: Tensor, y: Tensor, smallest: float, rng: np.random.Generator) -> tu
     lost = (y.flatten(1).sum(1) > 0) & (inside.flatten(1).sum(1) == 0)
     if (h, w) == (height, width) or bool(lost.any()):
         return x, y
-    x = F.interpolate(
-        x[..., top : top + h, left : left + w], (height, width), mode="bilinear", align_corners=False
-    )
+    x = F.interpolate(x[..., top : top + h, left : left + w], (height, width), mode="bilinear", align_corners=False)
     y = F.interpolate(inside, (height, width), mode="bilinear", align_corners=False)
     return x, (y >= 0.5).float()
 
@@ -130,11 +142,6 @@ def _intensity(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tenso
     gamma = 2 ** (float(rng.uniform(-config.gamma, config.gamma)) + per_image(config.gamma / 4))
     x = x**gamma
     return (x + (x - 0.5) * per_image(config.contrast) + per_image(config.contrast)).clamp(0, 1)
-
-
-def _as_float(images: NDArray[np.uint8], masks: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(images.astype(np.float32) / 255)[:, None]
-    return x, torch.from_numpy((masks > 0).astype(np.float32))[:, None]
 
 
 def _split(images: Tensor, masks: Tensor, support: int, seed: int) -> Batch:

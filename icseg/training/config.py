@@ -7,9 +7,10 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from icseg.config import PatchICLConfig, check_keys
+from icseg.data.synthetic import TRAINING_SEEDS
 from icseg.losses import LossConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -30,7 +31,7 @@ class DataConfig:
     pool:               folder of the task pool; "" is `pool` inside the run's folder. Missing tasks are
                         generated.
     tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
-                        generator.
+                        generator, below 10,000 (the seeds of held-out tasks lie above).
     validation_tasks:   held-out tasks that the log's Dice is taken on.
     tasks_per_step:     T, tasks a step; targets: Q, targets that share one support set.
     min_support, max_support: the support size of a step is drawn from this range, both ends included.
@@ -60,20 +61,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size")
-        at_least(self, 0, "seed", "validation_tasks", "gamma", "contrast")
-        if self.max_support < self.min_support:
+        at_least(self, 0, "validation_tasks", "gamma", "contrast")
+        if self.seed not in TRAINING_SEEDS:
             raise ValueError(
-                f"max_support must be at least min_support = {self.min_support}, got {self.max_support}"
+                f"seed must lie in [0, {TRAINING_SEEDS.stop}), apart from the seeds of held-out tasks, got {self.seed}"
             )
+        if self.max_support < self.min_support:
+            raise ValueError(f"max_support must be at least min_support = {self.min_support}, got {self.max_support}")
         if self.max_support + self.targets > self.subjects:
             raise ValueError(
                 f"max_support + targets must be at most subjects = {self.subjects}, "
                 f"got {self.max_support} + {self.targets}"
             )
         if not 0 < self.crop <= 1 or not 0 <= self.invert <= 1:
-            raise ValueError(
-                f"crop must lie in (0, 1] and invert in [0, 1], got {self.crop} and {self.invert}"
-            )
+            raise ValueError(f"crop must lie in (0, 1] and invert in [0, 1], got {self.crop} and {self.invert}")
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0 or not self.clip > 0:
-            raise ValueError(
-                f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}"
-            )
+            raise ValueError(f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}")
         at_least(self, 0, "weight_decay")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
@@ -220,19 +219,17 @@ _SECTIONS: dict[str, type] = {
 
 def _section(cls: type, table: dict[str, Any]) -> Any:
     check_keys(cls, table)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    for f in dataclasses.fields(cls):
-        if f.name in values:
-            values[f.name] = _typed(f.name, values[f.name], type(f.default))
-    return cls(**values)
+    kinds = get_type_hints(cls)
+    return cls(**{name: _typed(name, value, kinds[name]) for name, value in table.items()})
 
 
-def _typed(name: str, value: Any, kind: type) -> Any:
-    """`value` if it has the type of the field's default; an integer serves as a float, a list as a choice."""
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the field's type; an integer serves as a float. Fields of several types check themselves."""
+    if not isinstance(kind, type):
+        return tuple(value) if isinstance(value, list) else value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    accepted = (str, tuple) if name == "level_weights" else (kind,)
-    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     return value
 

@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from icseg.checkpoint import load_checkpoint, save_checkpoint
-from icseg.data.synthetic import TaskPool
+from icseg.checkpoint import save_checkpoint
+from icseg.data.synthetic import TaskPool, validation_seed
 from icseg.losses import segmentation_loss
 from icseg.metrics import dice
 from icseg.model import PatchICL
-from icseg.training.batches import Batch, Tasks, repeat_memory, training_batch, validation_batch
+from icseg.training.batches import Batch, Tasks, batches_ahead, repeat_memory, validation_batch
 from icseg.training.config import TrainingConfig
 from icseg.training.log import append_row, read_rows, rewind_log
 from icseg.training.optimisation import autocast, make_optimiser, update_average
@@ -30,8 +30,6 @@ from icseg.training.state import STATE_FILE, Progress, load_state, save_state
 
 MODEL_FILE = "model.safetensors"
 LARGEST_RUN_OF_SKIPS = 20
-# Added to the pool's seed: pools of different seeds share no task.
-_VALIDATION_SEED = 10_000
 
 
 @runtime_checkable
@@ -88,33 +86,37 @@ def train(
 
     One SIGINT (Ctrl-C) or SIGTERM ends the run after the current step, with a checkpoint. Raises
     FileExistsError if the folder holds a run and `resume` is not given, FileNotFoundError or ValueError if it
-    cannot be resumed, FloatingPointError if the loss stays non-finite.
+    cannot be resumed, or if `initial` or the losses do not fit the model, all before anything is written;
+    FloatingPointError if the loss stays non-finite.
     """
     directory, device = Path(directory), torch.device(device)
     if not resume and (directory / STATE_FILE).exists():
         raise FileExistsError(f"directory must not hold a run unless resume is given, got {directory}")
-    directory.mkdir(parents=True, exist_ok=True)
-    training_pool, validation_pool = pools or open_pools(config, directory)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _stop_request() as stop:
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory must be a folder, got the file {directory}")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         run = _Run(config, directory, device)
         if resume:
             run.restore()
         elif config.run.initial:
             run.start_from(config.run.initial)
+        run.check_loss(pools[0][0].images.shape[-2:] if pools else (config.data.size, config.data.size))
+        training, validation = pools or open_pools(config, directory)
+        directory.mkdir(parents=True, exist_ok=True)
         rewind_log(directory, run.progress.step)
-        return run.go(training_pool, validation_pool, stop, show_progress)
+        with _stop_request() as stop:
+            return run.go(training, validation, stop, show_progress)
 
 
 def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
     """Training and validation tasks on disk; those that are missing are generated now."""
     data, workers = config.data, config.run.workers
     folder = Path(data.pool) if data.pool else directory / "pool"
+    validation: Tasks = []
+    if data.validation_tasks:  # first: a folder of other tasks is then refused before the long part
+        seed = validation_seed(data.seed)
+        validation = TaskPool(folder / "validation", data.validation_tasks, data.subjects, data.size, seed)
     training = TaskPool(folder / "training", data.tasks, data.subjects, data.size, data.seed, workers=workers)
-    if not data.validation_tasks:
-        return training, []
-    seed = data.seed + _VALIDATION_SEED
-    validation = TaskPool(folder / "validation", data.validation_tasks, data.subjects, data.size, seed)
     return training, validation
 
 
@@ -139,24 +141,34 @@ class _Run:
 
     def start_from(self, checkpoint: str | Path) -> None:
         """Take the weights of `checkpoint`, which must be of the same configuration."""
-        config, state = load_checkpoint(checkpoint)
-        if config != self.config.model:
-            raise ValueError(
-                f"initial must be a checkpoint of the configured model, got {checkpoint} of another"
-            )
-        self.model.load_state_dict(state)
-        self.average.load_state_dict(state)
+        initial = PatchICL.from_pretrained(checkpoint)
+        if initial.config != self.config.model:
+            raise ValueError(f"initial must be a checkpoint of the configured model, got {checkpoint} of another")
+        self.model.load_state_dict(initial.state_dict())
+        self.average.load_state_dict(initial.state_dict())
+
+    @torch.no_grad()
+    def check_loss(self, size: Sequence[int]) -> None:
+        """Raise ValueError if the configured losses do not fit what the model returns at this image size."""
+        image = torch.zeros(1, 1, *size, device=self.device)
+        output = self.average(image, image[None], image[None], target_mask=image)
+        segmentation_loss(output, image, self.config.loss, image[None])
 
     def go(self, training: Tasks, validation: Tasks, stop: threading.Event, show: bool) -> TrainingResult:
         run, progress = self.config.run, self.progress
         clock = _Clock(progress.elapsed)
         recent = _Recent()
         self.model.train()
-        total = self.config.schedule.steps
-        with tqdm(total=total, initial=progress.step, unit="step", disable=not show) as bar:
+        total, data = self.config.schedule.steps, self.config.data
+        batches = batches_ahead(training, data, run.seed, progress.step)
+        with (
+            contextlib.closing(batches),
+            tqdm(total=total, initial=progress.step, unit="step", disable=not show) as bar,
+        ):
             while self._share_done() < 1 and not stop.is_set():
-                batch = training_batch(training, self.config.data, run.seed, progress.step).to(self.device)
-                recent.add(self._step(batch), len(batch.targets))
+                batch = next(batches).to(self.device)
+                passes = progress.step * data.tasks_per_step // len(training)
+                recent.add(self._step(batch, passes), len(batch.targets))
                 progress.elapsed = clock.elapsed()
                 bar.update()
                 if progress.step % run.log_steps == 0:
@@ -178,13 +190,16 @@ class _Run:
     def _share_done(self) -> float:
         return self.config.schedule.progress(self.progress.step, self.progress.elapsed)
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step: the loss and its terms, or nothing if it was left out as not finite."""
+    def _step(self, batch: Batch, passes: int) -> dict[str, float]:
+        """One optimiser step: the loss and its terms, or nothing if it was left out as not finite.
+
+        passes: through the task pool, finished so far.
+        """
         config, step, share = self.config, self.progress.step, self._share_done()
         for group in self.optimiser.param_groups:
             group["lr"] = config.optimiser.learning_rate * config.schedule.factor(step, share)
         if isinstance(self.model.network, ScheduledNetwork):
-            self.model.network.set_oracle_step(step * config.data.tasks_per_step // config.data.tasks)
+            self.model.network.set_oracle_step(passes)
         torch.manual_seed(batch.seed)
         terms = self._loss(batch)
         self.optimiser.zero_grad(set_to_none=True)
@@ -267,16 +282,12 @@ def validate(model: nn.Module, pool: Tasks, support: int, device: torch.device) 
     """
     scores: list[Tensor] = []
     for i in range(len(pool)):
-        batch = validation_batch(pool[i], support, seed=i).to(device)
+        batch = validation_batch(pool[i], support).to(device)
         memory = model.encode_support(batch.support_images, batch.support_masks)  # type: ignore[operator]
         output = model(batch.targets, memory=memory)
         size = batch.targets.shape[-2:]
-        maps = [
-            nn.functional.interpolate(level.logits.float(), size, mode="bilinear") for level in output.levels
-        ]
-        scores.append(
-            torch.stack([dice(m > 0, batch.target_masks > 0).mean() for m in [*maps, output.logits]])
-        )
+        maps = [nn.functional.interpolate(level.logits.float(), size, mode="bilinear") for level in output.levels]
+        scores.append(torch.stack([dice(m > 0, batch.target_masks > 0).mean() for m in [*maps, output.logits]]))
     *levels, final = torch.stack(scores).mean(0).tolist()
     return {"dice": final, "level_dice": levels}
 

@@ -47,8 +47,7 @@ def save_state(
     metadata = {STATE_KEY: json.dumps({"config": config.to_dict(), "progress": vars(progress)})}
     # clone: safetensors refuses tensors that share storage.
     whole = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     with written_whole(directory / STATE_FILE) as temporary:
         save_file(whole, temporary, metadata)
@@ -68,6 +67,18 @@ def load_state(
     """
     metadata, tensors = _read(directory / STATE_FILE)
     _check_same_run(metadata["config"], config)
+    try:
+        _restore(tensors, model, average, optimiser)
+        return Progress(**metadata["progress"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory / STATE_FILE} must hold the state of this model, got another ({error})"
+        ) from error
+
+
+def _restore(
+    tensors: dict[str, Tensor], model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
@@ -80,7 +91,6 @@ def load_state(
         moments.setdefault(int(index), {})[moment] = tensor
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    return Progress(**metadata["progress"])
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,11 +100,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        return json.loads(metadata[STATE_KEY]), tensors
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} must be the state of a training run, got another or a corrupt file"
-        ) from error
+        state = json.loads(metadata[STATE_KEY])
+        return {name: state[name] for name in ("config", "progress")}, tensors
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be the state of a training run, got another or a corrupt file") from error
 
 
 def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:

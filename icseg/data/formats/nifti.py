@@ -59,6 +59,8 @@ def read(path: Path, *, labels: bool) -> Content:
     array = np.asanyarray(image.dataobj)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
+    if not np.isfinite(image.affine).all() or (array.ndim == 3 and np.linalg.matrix_rank(image.affine[:3, :3]) < 3):
+        raise ValueError("its affine, which maps voxels to space, must be finite and invertible")
     suffix = ".nii" if path.suffix.lower() == ".nii" else ".nii.gz"
     geometry = NiftiGeometry(type(image), image.affine, image.header, suffix)
     return Content(array, stored, geometry)

@@ -16,21 +16,30 @@ from icseg.data.formats.content import Array, Content, Geometry, luma, single_ch
 
 GEOREFERENCE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 IMAGEJ_DTYPES = ("uint8", "uint16", "float32")
+IMAGEJ_KEYS = ("unit", "spacing", "finterval", "fps")
+OME_DTYPES = ("int8", "int16", "int32", "uint8", "uint16", "uint32", "float32", "float64")
+OME_KEYS = tuple(f"PhysicalSize{axis}{part}" for axis in "XYZ" for part in ("", "Unit"))
+OME_KEYS += ("TimeIncrement", "TimeIncrementUnit")
 
 
 @dataclass(frozen=True)
 class TiffGeometry(Geometry):
     """options: arguments of tifffile that repeat the file's resolution and georeference.
-    imagej: the file's ImageJ metadata (spacing, unit, ...), if it has any."""
+    axes: the letters of the file's axes, as far as ImageJ and OME know them.
+    imagej, ome: what the file says as ImageJ or OME metadata (spacing, unit, ...), None if it is of another kind."""
 
     options: dict[str, Any] = field(default_factory=dict)
+    axes: str = "YX"
     imagej: dict[str, Any] | None = None
+    ome: dict[str, Any] | None = None
     suffix: str = ".tif"
 
     def write(self, path: Path, array: Array) -> None:
         options = dict(self.options)
         if self.imagej is not None and array.dtype.name in IMAGEJ_DTYPES:
-            options |= {"imagej": True, "metadata": {**self.imagej, "axes": "ZYX"[-array.ndim :]}}
+            options |= {"imagej": True, "metadata": {**self.imagej, "axes": self.axes}}
+        elif self.ome is not None and array.dtype.name in OME_DTYPES:
+            options |= {"compression": "zlib", "ome": True, "metadata": {**self.ome, "axes": self.axes}}
         else:
             options |= {"compression": "zlib", "ome": False}
         tifffile.imwrite(path, np.ascontiguousarray(array), photometric="minisblack", **options)
@@ -47,12 +56,14 @@ def read(path: Path, *, labels: bool) -> Content:
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and dtype.kind in "bu" and not labels:
             pixels = np.invert(pixels)
         if "S" in axes:
-            pixels = np.moveaxis(pixels, axes.index("S"), -1)
+            pixels, axes = np.moveaxis(pixels, axes.index("S"), -1), axes.replace("S", "")
             pixels = single_channel(pixels) if labels else luma(pixels)
         elif "C" in axes:
             raise ValueError(f"it has {pixels.shape[axes.index('C')]} channels; one channel, or RGB, is needed")
         orientation = page.tags.valueof("Orientation", 1) if pixels.ndim == 2 else 1
-        geometry = TiffGeometry(_options(page, orientation), _imagej(file), _suffix(path))
+        geometry = TiffGeometry(
+            _options(page, orientation), _known_axes(axes), _imagej(file), _ome(file, orientation), _suffix(path)
+        )
         lossy = page.compression in (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)
     return Content(upright(pixels, orientation) if orientation != 1 else pixels, dtype, geometry, lossy)
 
@@ -81,11 +92,29 @@ def _options(page: Any, orientation: int) -> dict[str, Any]:
     return options
 
 
+def _known_axes(axes: str) -> str:
+    """`axes` with Z for whatever is not time, height or width: a plain series of pages, say."""
+    return "".join(name if name in "TYX" else "Z" for name in axes)
+
+
 def _imagej(file: tifffile.TiffFile) -> dict[str, Any] | None:
     if not file.is_imagej:
         return None
-    kept = ("unit", "spacing", "finterval", "fps")
-    return {key: value for key, value in (file.imagej_metadata or {}).items() if key in kept}
+    return {key: value for key, value in (file.imagej_metadata or {}).items() if key in IMAGEJ_KEYS}
+
+
+def _ome(file: tifffile.TiffFile, orientation: int) -> dict[str, Any] | None:
+    """Size of a pixel and time between frames, of the first image that the file describes."""
+    if not file.is_ome or file.ome_metadata is None:
+        return None
+    images = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
+    pixels = (images[0] if isinstance(images, list) else images)["Pixels"]
+    kept = {key: pixels[key] for key in OME_KEYS if key in pixels}
+    return {_swapped(key): value for key, value in kept.items()} if orientation >= 5 else kept
+
+
+def _swapped(key: str) -> str:
+    return key.translate(str.maketrans("XY", "YX"))
 
 
 def _suffix(path: Path) -> str:

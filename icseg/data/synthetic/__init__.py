@@ -1,7 +1,17 @@
 """Synthetic in-context segmentation tasks, made from nothing but a seed."""
 
 from icseg.data.synthetic.labels import FAMILIES
-from icseg.data.synthetic.pool import TaskPool, pool_task_seed
+from icseg.data.synthetic.pool import EVALUATION_SEED, TRAINING_SEEDS, TaskPool, pool_task_seed, validation_seed
 from icseg.data.synthetic.task import GENERATOR_VERSION, SyntheticTask, generate_task
 
-__all__ = ["FAMILIES", "GENERATOR_VERSION", "SyntheticTask", "TaskPool", "generate_task", "pool_task_seed"]
+__all__ = [
+    "EVALUATION_SEED",
+    "FAMILIES",
+    "GENERATOR_VERSION",
+    "TRAINING_SEEDS",
+    "SyntheticTask",
+    "TaskPool",
+    "generate_task",
+    "pool_task_seed",
+    "validation_seed",
+]

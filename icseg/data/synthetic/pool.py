@@ -13,16 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from icseg.files import written_whole
 from icseg.data.synthetic.shapes import DESIGN_SIZE
 from icseg.data.synthetic.task import GENERATOR_VERSION, SyntheticTask, check_arguments, generate_task
+from icseg.files import written_whole
 
 SHARD_TASKS = 50
 _SEED_STRIDE = 2**32
+_MOST_TASKS = 2**31  # the seeds of the upper half of each stride are left to examples: no pool holds their tasks
+
+
+TRAINING_SEEDS = range(10_000)
+"""Seeds that a training pool may have. Validation and evaluation use others: held-out tasks stay held out."""
+EVALUATION_SEED = 1_000_000
+
+
+def validation_seed(training_seed: int) -> int:
+    """The seed of the validation pool that goes with a training pool, beyond all of TRAINING_SEEDS."""
+    return TRAINING_SEEDS.stop + training_seed
 
 
 def pool_task_seed(pool_seed: int, index: int) -> int:
-    """The seed of a pool's task `index`: pools of different seeds share none."""
+    """The seed of a pool's task `index`, below 2**31: pools of different seeds share none."""
     return pool_seed * _SEED_STRIDE + index
 
 
@@ -47,10 +58,7 @@ class _Shard:
     def write(self, count: int) -> list[str]:
         """Make its first `count` tasks and write them; their families."""
         first = self.index * SHARD_TASKS
-        tasks = [
-            generate_task(pool_task_seed(self.seed, first + i), self.subjects, self.size)
-            for i in range(count)
-        ]
+        tasks = [generate_task(pool_task_seed(self.seed, first + i), self.subjects, self.size) for i in range(count)]
         families = [task.family for task in tasks]
         self._save("images", np.stack([task.images for task in tasks]))
         self._save("masks", np.stack([task.masks for task in tasks]))
@@ -93,8 +101,8 @@ class TaskPool:
         workers: int = 0,
         progress: bool = True,
     ) -> None:
-        if not 1 <= count <= _SEED_STRIDE:
-            raise ValueError(f"count must be between 1 and 2**32, got {count}")
+        if not 1 <= count <= _MOST_TASKS:
+            raise ValueError(f"count must be between 1 and 2**31, got {count}")
         if workers < 0:
             raise ValueError(f"workers must not be negative, got {workers}")
         check_arguments(seed, subjects, size)
@@ -131,9 +139,7 @@ class TaskPool:
             raise IndexError(f"index must lie in a pool of {len(self)} tasks, got {index}")
         index %= len(self)
         shard, position = self._shards[index // SHARD_TASKS], index % SHARD_TASKS
-        return SyntheticTask(
-            shard.read("images", position), shard.read("masks", position), self.families[index]
-        )
+        return SyntheticTask(shard.read("images", position), shard.read("masks", position), self.families[index])
 
 
 def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int, list[str]]]:
