@@ -211,7 +211,7 @@ def train(
 
 @app.command()
 def evaluate(
-    packs: Annotated[list[Path] | None, typer.Argument(metavar="[PACK]...", help=PACK_HELP)] = None,
+    packs: Annotated[list[Path] | None, typer.Argument(metavar="PACK", help=PACK_HELP)] = None,
     synthetic: Annotated[
         int, typer.Option(min=0, metavar="N", help="Score on N synthetic tasks that training never holds, too.")
     ] = 0,

@@ -1,9 +1,9 @@
 """The bundled synthetic example, run from end to end.
 
-The files in data/demo were made once, from `generate_task(2**32 - 7, 5, 256, "cells")` of generator version 1, a seed
+The files in data/demo were made once, from `generate_task(2**32 - 14, 5, 256, "cells")` of generator version 1, a seed
 that no `TaskPool` reaches, so that no model has been trained on it: its first three subjects are the support set, the
-others the targets, the second cropped to its upper 192 rows. Dark cells are marked, pale round ones are not. Masks hold
-the class id 255, which viewers show as white.
+others the targets, the second cropped to its upper 192 rows. The cells are marked, the layers behind them are not.
+Masks hold the class id 255, which viewers show as white.
 """
 
 from __future__ import annotations

@@ -240,9 +240,7 @@ def test_pool_is_reused_shrinks_and_grows(tmp_path: Path, made: list[int]) -> No
     assert made == [3, 4, 5, 6, 7]
 
 
-def test_pool_resumes_after_an_interruption(
-    tmp_path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pool_resumes_after_an_interruption(tmp_path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     recording = pool.generate_task
 
     def interrupted(seed: int, subjects: int, size: int) -> SyntheticTask:
@@ -275,9 +273,7 @@ def test_pool_shard_without_its_last_file_is_made_again(tmp_path: Path, made: li
 
 
 @pytest.mark.parametrize("changed", [{"subjects": 3}, {"size": 48}, {"seed": 1}])
-def test_pool_refuses_tasks_of_other_parameters(
-    tmp_path: Path, made: list[int], changed: dict[str, int]
-) -> None:
+def test_pool_refuses_tasks_of_other_parameters(tmp_path: Path, made: list[int], changed: dict[str, int]) -> None:
     TaskPool(tmp_path, 1, 2, 32)
     made.clear()
     arguments = {"count": 1, "subjects": 2, "size": 32, "seed": 0} | changed
@@ -314,9 +310,7 @@ def test_pool_refuses_tasks_whose_parameters_are_lost(tmp_path: Path, made: list
         ({"size": 8}, "size must be at least 32, got 8"),
     ],
 )
-def test_pool_with_bad_arguments_writes_nothing(
-    tmp_path: Path, arguments: dict[str, int], message: str
-) -> None:
+def test_pool_with_bad_arguments_writes_nothing(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
     directory = tmp_path / "pool"
     with pytest.raises(ValueError, match=message):
         TaskPool(directory, **({"count": 1, "subjects": 2, "size": 32} | arguments))

@@ -1,17 +1,17 @@
 """Reading images and masks, 2-D or 3-D, and writing maps back in the input's own format, size and geometry.
 
-| format | read                                                     | a map is written as                   |
-|--------|----------------------------------------------------------|---------------------------------------|
-| PNG    | 1 to 16 bits, grey, palette, RGB; alpha is ignored       | PNG                                   |
-| JPEG   | grey or colour; not for masks, which must be exact       | PNG                                   |
-| TIFF   | any bit depth, grey, palette, RGB; pages are a volume    | TIFF with resolution, georeference    |
-| NIfTI  | .nii and .nii.gz, 2-D or 3-D                             | NIfTI with affine, orientation, header|
-| NumPy  | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                            |
+| format | read                                                     | a map is written as                             |
+|--------|----------------------------------------------------------|-------------------------------------------------|
+| PNG    | 1 to 16 bits, grey, palette, RGB; alpha is ignored       | PNG                                             |
+| JPEG   | grey or colour; not for masks, which must be exact       | PNG                                             |
+| TIFF   | any bit depth, grey, palette, RGB; pages are a volume    | TIFF with resolution, georeference, ImageJ, OME |
+| NIfTI  | .nii and .nii.gz, 2-D or 3-D                             | NIfTI with affine, orientation, header          |
+| NumPy  | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                                      |
 
 Colour becomes grey by luma (ITU-R BT.601). An array [H, W, 3] or [H, W, 4] of uint8 or uint16, in memory or in a
-NumPy file, is taken as colour unless it is read to be sliced along an axis. Pixels are taken as a viewer displays them: where EXIF or TIFF
-tags turn a picture, its map is written turned, without the tag, so that the two overlay. Masks count as
-stored: palette indices are class ids, and a file in 0 and 255 holds one class, 255.
+NumPy file, is taken as colour unless it is read to be sliced along an axis. Pixels are taken as a viewer displays them:
+where EXIF or TIFF tags turn a picture, its map is written turned, without the tag, so that the two overlay. Masks count
+as stored: palette indices are class ids, and a file in 0 and 255 holds one class, 255.
 
 A mask of class ids is written in the dtype of the input where that is an integer type that holds them, else
 in the smallest unsigned type that does. A map in [0, 1] is written as float32; in PNG as uint8, 255 for 1.

@@ -177,9 +177,7 @@ def cells(rng: np.random.Generator, subjects: int, size: int) -> Scene:
     return Scene(*collect(canvases), candidates, deformation=0.15)
 
 
-def _free_place(
-    rng: np.random.Generator, placed: Points, radius: float, spacing: float, few: bool
-) -> Points | None:
+def _free_place(rng: np.random.Generator, placed: Points, radius: float, spacing: float, few: bool) -> Points | None:
     """A place away from the discs `placed` ([M, 3]: x, y, radius), or None after six tries."""
     for _ in range(6):
         place = rng.normal(CENTRE, 45, 2) if few else _anywhere(rng)

@@ -31,9 +31,7 @@ class Blob:
     angle: float
 
     @classmethod
-    def draw(
-        cls, rng: np.random.Generator, radius: float, irregularity: float, max_elongation: float
-    ) -> Self:
+    def draw(cls, rng: np.random.Generator, radius: float, irregularity: float, max_elongation: float) -> Self:
         """A random blob; `irregularity` is the relative deviation of the lowest harmonic."""
         count = int(rng.integers(2, 7))
         return cls(
@@ -48,18 +46,14 @@ class Blob:
         """The outline in one subject: the same structure, slightly deformed, about the origin."""
         harmonics = self.harmonics + rng.normal(0, 0.03 * variability, len(self.harmonics))
         phases = self.phases + rng.normal(0, 0.25 * variability, len(self.phases))
-        return _outline(
-            self.radius * scale, harmonics, phases, self.elongation, self.angle + rng.normal(0, turn)
-        )
+        return _outline(self.radius * scale, harmonics, phases, self.elongation, self.angle + rng.normal(0, turn))
 
     def relative(self, rng: np.random.Generator, scale: float = 1) -> Points:
         """The outline of another object of the same kind, about the origin, in any orientation."""
         count = len(self.harmonics)
         harmonics = np.abs(self.harmonics) * rng.uniform(0.4, 1.5, count)
         elongation = self.elongation ** rng.uniform(0.6, 1.4)
-        return _outline(
-            self.radius * scale, harmonics, rng.uniform(0, TURN, count), elongation, rng.uniform(0, TURN)
-        )
+        return _outline(self.radius * scale, harmonics, rng.uniform(0, TURN, count), elongation, rng.uniform(0, TURN))
 
 
 _THETA = np.linspace(0, TURN, 40, endpoint=False)

@@ -31,9 +31,7 @@ class SyntheticTask:
     family: str
 
 
-def generate_task(
-    seed: int, subjects: int, size: int = DESIGN_SIZE, family: str | None = None
-) -> SyntheticTask:
+def generate_task(seed: int, subjects: int, size: int = DESIGN_SIZE, family: str | None = None) -> SyntheticTask:
     """The task of `seed`: a pure function of its arguments.
 
     subjects: images in the task, support and targets alike. size: height and width in pixels, at least 32.
