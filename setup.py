@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,9 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("g++", "clang++", "c++")
 # No -march=native, no -ffast-math: one library serves every machine, and equals the reference bit for bit.
-FLAGS = shlex.split(
-    "-O3 -ffp-contract=off -fno-math-errno -std=c++17 -Wall -fPIC -shared -fvisibility=hidden"
-)
+FLAGS = shlex.split("-O3 -ffp-contract=off -fno-math-errno -std=c++17 -Wall -Wextra -fPIC -shared -fvisibility=hidden")
 
 
 class BuildError(Exception):
@@ -40,6 +39,15 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found (tried {', '.join(COMPILERS)}; CXX can name another)")
 
 
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """["-fopenmp"] if `compiler` can use it; Apple's clang cannot."""
+    with tempfile.TemporaryDirectory() as directory:
+        probe = Path(directory) / "probe.cpp"
+        probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        command = [*compiler, *FLAGS, "-fopenmp", str(probe), "-o", str(probe.with_suffix(".so"))]
+        return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
+
+
 def build_library(output: Path) -> None:
     """Compile csrc/cpu into the shared library `output`. Raises BuildError if it cannot."""
     if sys.platform == "win32":
@@ -48,19 +56,19 @@ def build_library(output: Path) -> None:
     if not sources:
         raise BuildError(f"no sources in {ROOT / 'csrc' / 'cpu'}")
     compiler = find_compiler()
+    openmp = openmp_flags(compiler)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_suffix(f".{os.getpid()}.so")
-    # A compiler without OpenMP (Apple's clang) still gives a library, of one thread.
-    for openmp in (["-fopenmp"], []):
-        command = [*compiler, *FLAGS, *openmp, *sources, "-o", str(unfinished)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if result.returncode == 0:
-            unfinished.replace(output)
-            print(f"icseg: built {output.name} with {shlex.join(command)}")
-            return
+    command = [*compiler, *FLAGS, *openmp, *sources, "-o", str(unfinished)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
         unfinished.unlink(missing_ok=True)
         print(f"icseg: {shlex.join(command)} failed:\n{result.stdout}{result.stderr}", file=sys.stderr)
-    raise BuildError(f"{compiler[0]} failed (its messages are above)")
+        raise BuildError(f"{compiler[0]} failed (its messages are above)")
+    unfinished.replace(output)
+    print(f"icseg: built {output.name} with {shlex.join(command)}")
+    if not openmp:
+        print(f"icseg: built WITHOUT OpenMP, so of one thread: {compiler[0]} cannot use -fopenmp", file=sys.stderr)
 
 
 class BuildNative(build_ext):

@@ -12,13 +12,14 @@
 #define ICSEG_API __attribute__((visibility("default")))
 
 /* Raised with every change to a signature or a meaning below. */
-#define ICSEG_ABI_VERSION 1
+#define ICSEG_ABI_VERSION 2
 
 enum icseg_code {
     ICSEG_OK = 0,
     ICSEG_NEGATIVE_SIZE = 1,
     ICSEG_PATCH_SIZE = 2,
     ICSEG_ELEMENT_BYTES = 3,
+    ICSEG_TOO_LARGE = 4,
 };
 
 #ifdef __cplusplus
@@ -38,7 +39,7 @@ ICSEG_API const char* icseg_error(int code);
 
 /* Cut patches out of images: an exact copy, zero outside the image.
  *
- * source   [outer, inner, channels, height, width], strides given, elements of element_bytes = 1, 2, 4, 8 or 16
+ * source   [outer, inner, channels, height, width], strides given, elements of element_bytes = 1, 2, 4 or 8
  * coords   [outer, inner, count, 2] contiguous: (y, x) of a patch's top-left corner, any value
  * patches  [outer, inner, count, channels, patch, patch] contiguous, every element written
  */

@@ -54,9 +54,7 @@ def declare(op: str, backends: Mapping[str, Backend]) -> None:
     """Declare the backends of `op`, best first. The reference must be among them."""
     unknown = set(backends) - set(BACKENDS)
     if unknown or "reference" not in backends:
-        raise ValueError(
-            f"op {op} must declare backends among {BACKENDS} and a reference, got {list(backends)}"
-        )
+        raise ValueError(f"op {op} must declare backends among {BACKENDS} and a reference, got {list(backends)}")
     _registry[op] = dict(backends)
 
 
@@ -104,9 +102,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def status() -> dict[str, dict[str, list[str]]]:
     """{op: {backend: reasons why it is missing on this machine}}; an empty list means that it is there."""
-    return {
-        op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())
-    }
+    return {op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())}
 
 
 _library = torch.library.Library("icseg", "DEF")
@@ -124,3 +120,12 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"icseg::{name}", fake, lib=_library)
     return getattr(torch.ops.icseg, name).default
+
+
+def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any) -> Any:
+    """`overload` through its autograd.Function; without gradients bare, so that a traced graph names the op.
+
+    The Function also serves where no argument requires a gradient: it refuses forward-mode differentiation, which
+    the op alone would take for zero.
+    """
+    return function.apply(*arguments) if torch.is_grad_enabled() else overload(*arguments)

@@ -38,22 +38,35 @@ def device(name: str, value: Tensor, wanted: torch.device) -> None:
         raise ValueError(f"{name} must be on {wanted}, as the other tensors are, got {value.device}")
 
 
-def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """`value` as an int from `least` to `most`, if it is one: also a numpy integer, never a bool or a tensor."""
-    plain = isinstance(value, int | torch.SymInt)
-    if isinstance(value, bool | Tensor) or not (plain or hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be {_integer_in(least, most)}, got {shown(value)}")
-    found: int = value if plain else operator.index(value)
+def integer(name: str, value: Any, least: int | None = None, most: int | None = None, *, otherwise: str = "") -> int:
+    """`value` as an int from `least` to `most`, if it is one: also a numpy integer, never a bool or a tensor.
+
+    otherwise: for the message, what else the argument may be.
+    """
+    plain = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    found: int | None = value if plain else _index(value)
+    if found is None:
+        raise TypeError(f"{name} must be {_integer_in(least, most)}{otherwise}, got {shown(value)}")
     if (least is not None and found < least) or (most is not None and found > most):
-        raise ValueError(f"{name} must be {_integer_in(least, most)}, got {found}")
+        raise ValueError(f"{name} must be {_integer_in(least, most)}{otherwise}, got {found}")
     return found
 
 
 def pair(name: str, value: Any, least: int | None = None) -> tuple[int, int]:
     """`value` as two ints of at least `least`, if it is a sequence of two."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a pair of integers, got {shown(value)}")
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a pair of integers, got {len(value)} of them")
     return integer(f"{name}[0]", value[0], least), integer(f"{name}[1]", value[1], least)
+
+
+def one_or_pair(name: str, value: Any, least: int | None = None) -> tuple[int, int]:
+    """`pair`, or a single integer for both."""
+    if isinstance(value, Sequence):
+        return pair(name, value, least)
+    both = integer(name, value, least, otherwise=" or a pair of them")
+    return both, both
 
 
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
@@ -69,6 +82,16 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
     ):
         raise ValueError(f"{name} must be {_number_in(least, above)}, got {shown(value)}")
     return found
+
+
+def _index(value: Any) -> int | None:
+    """What operator.index makes of `value`; nothing of a bool, or of a tensor, whose value may lie on a device."""
+    if isinstance(value, bool | Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def shown(value: Any) -> str:

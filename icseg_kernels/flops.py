@@ -1,5 +1,8 @@
 """FLOP and byte formulas of every op, and their registration with torch.utils.flop_counter and fvcore.
 
+`*_flops` return FLOPs of one call, `*_bytes` bytes. Arguments are counts (batch, patches, channels, heads, tokens,
+k) and sizes in pixels (patch_size, out_size, height, width, kernel); `itemsize` is bytes per element.
+
 A multiply-add is two FLOPs. Comparisons, copies and index arithmetic are none, nor, as in torch's own
 counter, elementwise operations in the attention and convolution ops.
 Bytes are compulsory traffic: every input read once, every output written once.
@@ -20,57 +23,60 @@ Formula = Callable[..., int]
 
 
 def gumbel_topk_flops(batch: int, candidates: int) -> int:
-    """Per candidate: two logarithms make the noise, an addition applies it, and one exponential is summed."""
+    """FLOPs. Per candidate: two logarithms make the noise, an addition applies it, and one exponential is summed."""
     return batch * candidates * (3 * LOGARITHM_FLOPS + 2)
 
 
 def gumbel_topk_bytes(batch: int, candidates: int, k: int, itemsize: int = 4) -> int:
-    """Logits in; int64 indices, scores, logsumexp and kappa out."""
+    """Bytes: logits in; int64 indices, scores, logsumexp and kappa out."""
     return batch * (candidates * itemsize + k * (8 + itemsize) + 2 * itemsize)
 
 
-def sample_patches_flops(batch: int, windows: int, kept_windows: int, blur_size: int = 0) -> int:
-    """Rescaling (2 a window), separable blur of `blur_size` taps (0: none), the draw from kept windows."""
-    return batch * windows * (2 + 2 * 2 * blur_size) + gumbel_topk_flops(batch, kept_windows)
+def sample_patches_flops(batch: int, grid: tuple[int, int], kept: tuple[int, int], blur_taps: int = 0) -> int:
+    """FLOPs of rescaling (2 a window), a separable blur, and the draw.
+
+    grid:      (rows, columns) of windows at stride 1; kept: at the stride, those drawn from.
+    blur_taps: of the Gaussian, 0 for none. Its first pass makes the kept rows of every column, its second the
+               kept columns of those.
+    """
+    windows, candidates = grid[0] * grid[1], kept[0] * kept[1]
+    blur = 2 * blur_taps * (kept[0] * grid[1] + candidates)
+    return batch * (2 * windows + blur) + gumbel_topk_flops(batch, candidates)
 
 
 def sample_patches_bytes(batch: int, pixels: int, k: int, itemsize: int = 4) -> int:
-    """Weights in; int32 coords, int64 indices and scores out."""
+    """Bytes: weights in; int32 coords, int64 indices and scores out."""
     return batch * (pixels * itemsize + k * (2 * 4 + 8 + itemsize))
 
 
-def gather_patches_flops(
-    batch: int, patches: int, channels: int, out_size: int, *, bilinear: bool = False
-) -> int:
-    """A copy is free; a bilinear sample is the weighted sum of four pixels."""
+def gather_patches_flops(batch: int, patches: int, channels: int, out_size: int, *, bilinear: bool = False) -> int:
+    """FLOPs: a copy is free; a bilinear sample is the weighted sum of four pixels."""
     return 8 * batch * patches * channels * out_size**2 if bilinear else 0
 
 
 def gather_patches_bytes(
     batch: int, patches: int, channels: int, patch_size: int, out_size: int | None = None, itemsize: int = 4
 ) -> int:
-    """int32 coords and patch pixels in (overlaps read again), patches out."""
+    """Bytes: int32 coords and patch pixels in (overlaps read again), patches out."""
     pixels = patch_size**2 + (patch_size if out_size is None else out_size) ** 2
     return batch * patches * (2 * 4 + channels * pixels * itemsize)
 
 
-def scatter_patches_flops(
-    batch: int, patches: int, channels: int, patch_size: int, height: int, width: int
-) -> int:
-    """One multiply-add a patch pixel, one division an output pixel."""
+def scatter_patches_flops(batch: int, patches: int, channels: int, patch_size: int, height: int, width: int) -> int:
+    """FLOPs: one multiply-add a patch pixel, one division an output pixel."""
     return batch * channels * (2 * patches * patch_size**2 + height * width)
 
 
 def scatter_patches_bytes(
     batch: int, patches: int, channels: int, patch_size: int, height: int, width: int, itemsize: int = 4
 ) -> int:
-    """Patches and int32 coords in; mean and a one-byte coverage out."""
+    """Bytes: patches and int32 coords in; mean and a one-byte coverage out."""
     read = patches * (channels * patch_size**2 * itemsize + 2 * 4)
     return batch * (read + height * width * (channels * itemsize + 1))
 
 
 def selected_attention_flops(batch: int, heads: int, pairs: int, dim: int, value_dim: int) -> int:
-    """The two products q k^T and p v.
+    """FLOPs of the two products q k^T and p v.
 
     pairs: query-key pairs per head: Nq * Nk, Nq * M with an index, the sum of queries * keys over the runs of
     `kv_end`. A sink is one more key where SDPA serves the call (no index), and free elsewhere.
@@ -79,14 +85,14 @@ def selected_attention_flops(batch: int, heads: int, pairs: int, dim: int, value
 
 
 def selected_attention_backward_flops(batch: int, heads: int, pairs: int, dim: int, value_dim: int) -> int:
-    """The five products of the backward pass: scores again, and the gradients of p, v, q and k."""
+    """FLOPs of the five products of the backward pass: scores again, and the gradients of p, v, q and k."""
     return 2 * batch * heads * pairs * (3 * dim + 2 * value_dim)
 
 
 def selected_attention_bytes(
     batch: int, heads: int, queries: int, keys: int, dim: int, value_dim: int, itemsize: int = 4
 ) -> int:
-    """Queries, attended keys and values in (once per query group), outputs out."""
+    """Bytes: queries, attended keys and values in (once per query group), outputs out."""
     return batch * heads * (queries + keys) * (dim + value_dim) * itemsize
 
 
@@ -100,7 +106,7 @@ def cross_conv2d_flops(
     kernel: tuple[int, int],
     out_size: tuple[int, int],
 ) -> int:
-    """One convolution an image of x and of y; the pairwise additions do not count."""
+    """FLOPs: one convolution an image of x and of y; the pairwise additions do not count."""
     channels = x_images * x_channels + y_images * y_channels
     return 2 * batch * channels * out_channels * kernel[0] * kernel[1] * out_size[0] * out_size[1]
 
@@ -114,7 +120,7 @@ def cross_conv2d_mean_flops(
     kernel: tuple[int, int],
     out_size: tuple[int, int],
 ) -> int:
-    """One convolution an image of x and one of the mean of y."""
+    """FLOPs: one convolution an image of x and one of the mean of y."""
     return cross_conv2d_flops(batch, x_images, 1, x_channels, y_channels, out_channels, kernel, out_size)
 
 
@@ -132,7 +138,7 @@ def cross_conv2d_bytes(
     mean: bool = False,
     itemsize: int = 4,
 ) -> int:
-    """Images and weight in; every pair, or with `mean` every x, out."""
+    """Bytes: images and weight in; every pair, or with `mean` every x, out."""
     read = batch * (x_images * x_channels + y_images * y_channels) * size[0] * size[1]
     weight = (x_channels + y_channels) * out_channels * kernel[0] * kernel[1]
     written = batch * x_images * (1 if mean else y_images) * out_channels * out_size[0] * out_size[1]
@@ -198,9 +204,7 @@ def _cpu_sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any)
     return flop_counter.sdpa_flop_count(query, key, value)
 
 
-def _cpu_sdpa_backward_flops(
-    grad_out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
-) -> int:
+def _cpu_sdpa_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return flop_counter.sdpa_backward_flop_count(grad_out, query, key, value)
 
 

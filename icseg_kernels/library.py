@@ -9,7 +9,7 @@ from pathlib import Path
 # torch loads its OpenMP runtime, which the library then shares: torch.set_num_threads holds for both.
 import torch  # noqa: F401
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 PATH = Path(__file__).with_name("libicseg.so")
 
 _SIGNATURES = {
@@ -38,15 +38,14 @@ def open_library(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         version = library.icseg_abi_version()
+        if version == ABI_VERSION:
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise OSError(f"{path} cannot be loaded: {error}") from error
+        raise OSError(f"{path} cannot be loaded: {error}; install icseg again") from error
     if version != ABI_VERSION:
-        raise OSError(
-            f"{path} has ABI version {version}, this icseg needs {ABI_VERSION}: install icseg again"
-        )
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        raise OSError(f"{path} has ABI version {version}, this icseg needs {ABI_VERSION}: install icseg again")
     return library
 
 

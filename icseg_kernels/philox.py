@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icseg_kernels import backend, flops
+from icseg_kernels import backend, checks, flops
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -120,8 +120,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
                 f"got shape {list(seed.shape)}, {seed.dtype} on {seed.device}"
             )
         return seed
-    if not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, got {type(seed).__name__}")
+    seed = checks.integer("seed", seed, otherwise=", a 0-dim int64 tensor or None")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
     return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
@@ -141,11 +140,11 @@ def gumbel_noise(
     seed:           integer in [-2^63, 2^64), or a 0-dim int64 tensor, which a CUDA graph may refill.
     stream, offset: the counter's two upper words, in [0, 2^32): independent noises under one seed.
     device:         where; None means the seed tensor's device, or the CPU.
+
+    Raises TypeError or ValueError.
     """
-    if rows < 0 or elements < 0:
-        raise ValueError(f"rows and elements must not be negative, got {rows} and {elements}")
-    if not (0 <= stream <= _MASK and 0 <= offset <= _MASK):
-        raise ValueError(f"stream and offset must lie in [0, 2^32), got {stream} and {offset}")
+    rows, elements = checks.integer("rows", rows, 0), checks.integer("elements", elements, 0)
+    stream, offset = checks.integer("stream", stream, 0, _MASK), checks.integer("offset", offset, 0, _MASK)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     noise: Tensor = _noise_op(seed_tensor(seed, device), rows, elements, stream, offset)
@@ -172,7 +171,7 @@ def _fake_noise(seed: Tensor, rows: int, elements: int, stream: int, offset: int
 
 # Opaque to compilers, which might fuse its multiplications and additions and so change bits.
 _noise_op = backend.register(
-    "gumbel_noise(Tensor seed, int rows, int elements, int stream, int offset) -> Tensor",
+    "gumbel_noise(Tensor seed, SymInt rows, SymInt elements, SymInt stream, SymInt offset) -> Tensor",
     noise_reference,
     _fake_noise,
 )

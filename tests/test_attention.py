@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from icseg_kernels import attention, selected_attention
@@ -16,6 +18,7 @@ from icseg_kernels.attention import KeyBounds
 
 B, H, NQ, NK, D, DV = 2, 3, 6, 9, 8, 5
 INT64 = torch.iinfo(torch.int64)
+SCALE = torch.tensor(0.3, dtype=torch.float64)
 
 
 def tokens(
@@ -81,9 +84,7 @@ LISTS: dict[str, Callable[[], Tensor | None]] = {
     "all": lambda: None,
     "hostile": hostile_index,
     "hostile_int32": lambda: hostile_index(torch.int32),
-    "groups": lambda: torch.stack(
-        [hostile_index(), hostile_index().flip(1), hostile_index().roll(3, 1)], dim=1
-    ),
+    "groups": lambda: torch.stack([hostile_index(), hostile_index().flip(1), hostile_index().roll(3, 1)], dim=1),
     "empty": lambda: torch.zeros(B, 0, dtype=torch.int64),
     "long": lambda: torch.arange(40).remainder(NK + 2).expand(B, 40),
 }
@@ -109,12 +110,8 @@ def test_worked_example_by_hand() -> None:
     q = torch.tensor([[[[1.0], [1.0]]]])
     k = torch.tensor([[[[0.0], [float(torch.log(torch.tensor(3.0)))]]]])
     v = torch.tensor([[[[4.0], [8.0]]]])
-    out, lse = selected_attention(
-        q, k, v, index=torch.tensor([[0, 1, 1]]), kv_end=[(1, 2), (1, 3)], return_lse=True
-    )
-    close(
-        out.flatten(), torch.tensor([(4 + 3 * 8) / 4, (4 + 6 * 8) / 7]), 1e-6
-    )  # weights 1 : 3 and 1 : 3 : 3
+    out, lse = selected_attention(q, k, v, index=torch.tensor([[0, 1, 1]]), kv_end=[(1, 2), (1, 3)], return_lse=True)
+    close(out.flatten(), torch.tensor([(4 + 3 * 8) / 4, (4 + 6 * 8) / 7]), 1e-6)  # weights 1 : 3 and 1 : 3 : 3
     close(lse.flatten().exp(), torch.tensor([4.0, 7.0]), 1e-6)
 
 
@@ -177,10 +174,7 @@ def test_rows_that_no_list_names_may_be_nan() -> None:
     assert unnamed.any(1).all()
     assert unnamed[1, 1]
     assert not unnamed[0, 1]
-    q, k, v = (
-        t.requires_grad_()
-        for t in (q, *(t.masked_fill(unnamed[:, None, :, None], torch.nan) for t in (k, v)))
-    )
+    q, k, v = (t.requires_grad_() for t in (q, *(t.masked_fill(unnamed[:, None, :, None], torch.nan) for t in (k, v))))
     out = selected_attention(q, k, v, index=index)
     assert torch.equal(out, expected)
     out.square().sum().backward()
@@ -203,19 +197,51 @@ def test_no_valid_key_gives_zero(sink: bool) -> None:
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize(
-    "sizes", [(0, NK, 4), (NQ, 0, 4), (NQ, NK, 0), (0, 0, 0), (NQ, 0, None), (0, NK, None)]
-)
-def test_empty_sizes(sizes: tuple[int, int, int | None], sink: bool, return_lse: bool) -> None:
+@pytest.mark.parametrize("dv", [D, DV])
+@pytest.mark.parametrize("sizes", [(0, NK, 4), (NQ, 0, 4), (NQ, NK, 0), (0, 0, 0), (NQ, 0, None), (0, NK, None)])
+def test_empty_sizes(sizes: tuple[int, int, int | None], dv: int, sink: bool, return_lse: bool) -> None:
     nq, nk, m = sizes
-    q, k, v = tokens(nq=nq, nk=nk, grad=True)
+    q, k, v = tokens(nq=nq, nk=nk, dv=dv, grad=True)
     index = None if m is None else torch.zeros(B, m, dtype=torch.int64)
     result = selected_attention(q, k, v, index=index, sink=sink, return_lse=return_lse)
     out = result[0] if return_lse else result
-    assert torch.equal(out, torch.zeros(B, H, nq, DV, dtype=torch.float64))
+    assert torch.equal(out, torch.zeros(B, H, nq, dv, dtype=torch.float64))
     out.sum().backward()
     for t in (q, k, v):
         assert torch.equal(t.grad, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("dv", [D, DV])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("bounds", ["no_rows", "zero", "run"])
+def test_no_key_gives_zero_even_for_a_query_of_nan(bounds: str, return_lse: bool, dv: int) -> None:
+    q, k, v = tokens(dv=dv, nk=0 if bounds == "no_rows" else NK)
+    q[:, :, :2] = torch.nan
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    kv_end: dict[str, KeyBounds | None] = {"no_rows": None, "zero": 0, "run": [(2, 0), (4, NK)]}
+    result = selected_attention(q, k, v, kv_end=kv_end[bounds], return_lse=return_lse)
+    out = result[0] if return_lse else result
+    assert torch.equal(out[:, :, :2], torch.zeros(B, H, 2, dv, dtype=torch.float64))
+    if bounds == "run":
+        close(out[:, :, 2:], F.scaled_dot_product_attention(q[:, :, 2:], k, v))
+    out.sum().backward()
+    assert torch.equal(q.grad[:, :, :2], torch.zeros(B, H, 2, D, dtype=torch.float64))
+    for grad in (q.grad, k.grad, v.grad):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"sink": True}, {"kv_end": 4}, {"return_lse": True}])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_tokens_without_features_are_averaged(indexed: bool, options: dict[str, Any]) -> None:
+    q, k, v = tokens()
+    q, k = q[..., :0], k[..., :0]
+    index = hostile_index() if indexed else None
+    result = selected_attention(q, k, v, index=index, **options)
+    kv_end, sink = options.get("kv_end"), options.get("sink", False)
+    expected, lse = oracle(q, k, v, index, kv_end, sink, scale=1.0)
+    if options.get("return_lse"):
+        close(result[1], lse)
+    close(result[0] if options.get("return_lse") else result, expected)
 
 
 def test_empty_batch_and_groups_without_queries() -> None:
@@ -257,11 +283,25 @@ def test_second_derivative_of_a_list_is_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"index": hostile_index()}, {"return_lse": True}])
+def test_functional_transforms(options: dict[str, Any]) -> None:
+    """Reverse mode is that of autograd; forward mode is refused rather than taken for zero."""
+    q, k, v = tokens(grad=True)
+
+    def loss(q: Tensor) -> Tensor:
+        result = selected_attention(q, k.detach(), v.detach(), **options)
+        return (result[0] if isinstance(result, tuple) else result).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(q), q)
+    assert torch.equal(torch.func.grad(loss)(q.detach()), expected)
+    if options:  # without, it is SDPA, which differentiates in float64
+        with pytest.raises(NotImplementedError, match="forward"):
+            torch.func.jvp(loss, (q.detach(),), (torch.ones_like(q),))
+
+
 def test_logsumexp_merges_disjoint_keys() -> None:
     q, k, v = tokens()
-    parts = [
-        selected_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 4), slice(4, NK))
-    ]
+    parts = [selected_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 4), slice(4, NK))]
     weights = torch.stack([lse for _, lse in parts]).softmax(0)
     merged = sum(w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True))
     close(merged, selected_attention(q, k, v))
@@ -320,9 +360,7 @@ def test_keys_shared_by_heads_and_batch() -> None:
     shared = [t.expand(B, H, -1, -1) for t in (k, v)]
     close(selected_attention(q, *shared, index=hostile_index()), oracle(q, *shared, hostile_index())[0])
     assert torch.autograd.gradcheck(
-        lambda k, v: selected_attention(
-            q, k.expand(B, H, -1, -1), v.expand(B, H, -1, -1), index=hostile_index()
-        ),
+        lambda k, v: selected_attention(q, k.expand(B, H, -1, -1), v.expand(B, H, -1, -1), index=hostile_index()),
         (k, v),
     )
 
@@ -403,14 +441,14 @@ def test_same_bits_twice_and_for_any_thread_count() -> None:
 
 
 @pytest.mark.parametrize("runs", [([], []), ([2, 4], [3, 8])])
-@pytest.mark.parametrize("indexed", [False, True])
-def test_opcheck(indexed: bool, runs: tuple[list[int], list[int]]) -> None:
+@pytest.mark.parametrize(("indexed", "scale"), [(False, SCALE), (True, SCALE), (True, None)])
+def test_opcheck(indexed: bool, scale: Tensor | None, runs: tuple[list[int], list[int]]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (strided(t) for t in tokens(dtype=dtype))
         index = hostile_index()[:, None] if indexed else None
-        opcheck(attention._forward_op, (q, k, v, index, *runs, True, 0.3))
-        out, lse = attention._forward_op(q, k, v, index, *runs, True, 0.3)
-        opcheck(attention._backward_op, (out, lse, q, k, v, index, *runs, True, 0.3))
+        opcheck(attention._forward_op, (q, k, v, index, *runs, True, scale))
+        out, lse = attention._forward_op(q, k, v, index, *runs, True, scale)
+        opcheck(attention._backward_op, (out, lse, q, k, v, index, *runs, True, scale))
 
 
 @pytest.mark.parametrize("kv_end", [None, 5, ((2, 3), (4, 8))])
@@ -455,6 +493,23 @@ def test_compile_serves_new_values_and_sizes_without_recompiling() -> None:
     assert graphs == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"index": hostile_index()}, {"return_lse": True}])
+def test_compile_serves_new_scales_without_recompiling(options: dict[str, Any]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        result = selected_attention(q, k, v, scale=scale, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for i in range(10):
+        q, k, v = tokens(seed=i, grad=True)
+        out = compiled(q, k, v, 0.1 + 0.2 * i)
+        close(out, attend(q, k, v, 0.1 + 0.2 * i))
+        out.sum().backward()
+    assert counter.frame_count <= 2
+
+
 def bad(**changes: object) -> dict[str, object]:
     q, k, v = tokens(dtype=torch.float32)
     return {"q": q, "k": k, "v": v, **changes}
@@ -475,17 +530,22 @@ def bad(**changes: object) -> dict[str, object]:
         (lambda: bad(index=torch.zeros(3, 4).long()), ValueError, r"with B = 2, got \[3, 4\]"),
         (lambda: bad(index=torch.zeros(2, 4, 3).long()), ValueError, "G groups that divide Nq = 6"),
         (lambda: bad(index=torch.zeros(2, 0, 3).long()), ValueError, "G groups that divide Nq = 6"),
-        (lambda: bad(kv_end=10), ValueError, "from 0 to 9, got 10"),
-        (lambda: bad(kv_end=-1), ValueError, "from 0 to 9, got -1"),
-        (lambda: bad(kv_end=5, index=torch.zeros(2, 4).long()), ValueError, "from 0 to 4, got 5"),
+        (lambda: bad(kv_end=10), ValueError, "from 0 to 9 .*, got 10"),
+        (lambda: bad(kv_end=-1), ValueError, "from 0 to 9 .*, got -1"),
+        (lambda: bad(kv_end=5, index=torch.zeros(2, 4).long()), ValueError, "from 0 to 4 .*, got 5"),
         (lambda: bad(kv_end=[(3, 1), (2, 4)]), ValueError, r"add up to Nq = 6, got \[3, 2\]"),
         (lambda: bad(kv_end=[(7, 1), (-1, 4)]), ValueError, r"add up to Nq = 6, got \[7, -1\]"),
         (lambda: bad(kv_end=[(3, 1), (3, 10)]), ValueError, r"from 0 to 9, got \[1, 10\]"),
-        (lambda: bad(kv_end=[3, 3]), TypeError, "an int or a sequence of .queries, keys. pairs"),
+        (lambda: bad(kv_end=[3, 3]), TypeError, r"kv_end\[0\] must be a pair of integers, got 3"),
+        (lambda: bad(kv_end=[(3, 3, 3)]), ValueError, r"kv_end\[0\] must be a pair of integers, got 3 of them"),
+        (lambda: bad(index=torch.zeros(2, 4, device="meta").long()), ValueError, "index must be on cpu, .* got meta"),
+        (lambda: bad(k=torch.zeros(2, 3, 9, 8, device="meta")), ValueError, "k must be on cpu, .* got meta"),
+        (lambda: bad(v=torch.zeros(2, 3, 9, 5, device="meta")), ValueError, "v must be on cpu, .* got meta"),
+        (lambda: bad(scale=torch.inf), ValueError, "scale must be a finite number, got inf"),
         (
             lambda: bad(kv_end=torch.tensor([[6, 9]])),
             TypeError,
-            "an int or a sequence of .queries, keys. pairs",
+            "an integer from 0 to 9 or a sequence of .queries, keys. pairs",
         ),
         (
             lambda: bad(kv_end=[(3, 1), (3, 2)], index=torch.zeros(2, 3, 4).long()),
@@ -511,9 +571,7 @@ def test_cuda_agrees_repeats_and_captures(lists: str) -> None:
 
     def run() -> list[Tensor]:
         q, k, v = (t.detach().cuda().requires_grad_() for t in tokens())
-        out, lse = selected_attention(
-            q, k, v, index=index, kv_end=[(2, 3), (4, 8)], sink=True, return_lse=True
-        )
+        out, lse = selected_attention(q, k, v, index=index, kv_end=[(2, 3), (4, 8)], sink=True, return_lse=True)
         (out.square().sum() + lse.sum()).backward()
         return [out.detach(), q.grad, k.grad, v.grad]
 

@@ -33,9 +33,7 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     declare(
         OP,
         {
-            "cuda": Backend(
-                missing=lambda: ["it was not built", "no GPU was found"], unsupported=float32_only
-            ),
+            "cuda": Backend(missing=lambda: ["it was not built", "no GPU was found"], unsupported=float32_only),
             "native": Backend(unsupported=lambda x: even_only(x) + float32_only(x)),
             "reference": Backend(),
         },

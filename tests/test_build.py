@@ -86,20 +86,44 @@ def test_threads_are_those_of_torch(built):
         torch.set_num_threads(before)
 
 
+HUGE = 2**62
+TOO_LARGE = "sizes must not multiply beyond 63 bits of bytes"
+
+
 @pytest.mark.parametrize(
-    ("sizes", "strides", "element_bytes", "message"),
-    [
-        ((1, 1, 1, -4, 4, 1, 2), (0,) * 5, 4, "sizes must not be negative"),
-        ((1, 1, 1, 4, 4, 1, 0), (0,) * 5, 4, "patch must be at least 1"),
-        ((1, 1, 1, 4, 4, 1, 2), (0,) * 5, 3, "element_bytes must be 1, 2, 4, 8 or 16"),
+    ("sizes", "element_bytes", "message"),
+    [  # outer, inner, channels, height, width, count, patch
+        ((1, 1, 1, -4, 4, 1, 2), 4, "sizes must not be negative"),
+        ((1, 1, 1, 4, 4, 1, 0), 4, "patch must be at least 1"),
+        ((1, 1, 1, 4, 4, 1, 2), 3, "element_bytes must be 1, 2, 4 or 8"),
+        ((1, 1, 1, 4, 4, 1, 2), 16, "element_bytes must be 1, 2, 4 or 8"),
+        ((1, 1, 1, HUGE, HUGE, 1, 2), 4, TOO_LARGE),
+        ((1, 1, HUGE, 4, 4, 1, 2), 4, TOO_LARGE),
+        ((2**32, 2**31, 1, 1, 1, 1, 1), 4, TOO_LARGE),
+        ((1, 1, 1, 4, 4, 1, HUGE), 4, TOO_LARGE),
+        ((1, 1, 1, 4, 4, HUGE, 2), 4, TOO_LARGE),
+        ((1, 1, 0, 4, 4, HUGE, 2), 4, TOO_LARGE),
+        ((1, 1, 1, HUGE, 0, 1, HUGE), 4, TOO_LARGE),
+        ((1, 1, 0, HUGE, 0, 1, HUGE), 4, TOO_LARGE),
+        ((HUGE, HUGE, 0, 4, 4, 0, 2), 4, None),  # nothing to do
+        ((1, 1, 1, HUGE, 0, 0, 2), 4, None),
     ],
 )
-def test_error_codes(built, monkeypatch, sizes, strides, element_bytes, message):
+def test_impossible_sizes_are_refused_by_every_entry_point(built, monkeypatch, sizes, element_bytes, message):
     loaded = library.open_library(built)
     monkeypatch.setattr(library, "_library", loaded)
-    code = loaded.icseg_gather_patches(None, None, None, *sizes, *strides, element_bytes)
-    with pytest.raises(RuntimeError, match=message):
-        library.check(code)
+    outer, inner, channels, height, width, count, patch = sizes
+    codes = [loaded.icseg_gather_patches(None, None, None, *sizes, *(0,) * 5, element_bytes)]
+    if element_bytes == 4:
+        arguments = (outer, inner, count, channels, patch, height, width, *(0,) * 6)
+        codes.append(loaded.icseg_gather_patches_backward_f32(None, None, None, *arguments))
+        codes.append(loaded.icseg_gather_patches_backward_f64(None, None, None, *arguments))
+    for code in codes:
+        if message is None:
+            library.check(code)
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                library.check(code)
     assert loaded.icseg_error(99).decode() == "unknown error code"
 
 
@@ -110,9 +134,38 @@ def test_a_library_that_cannot_serve_is_named(built, tmp_path, monkeypatch):
     damaged.write_bytes(built.read_bytes()[:64])
     with pytest.raises(OSError, match=r"damaged.so cannot be loaded"):
         library.open_library(damaged)
+    version = library.ABI_VERSION
     monkeypatch.setattr(library, "ABI_VERSION", 99)
-    with pytest.raises(OSError, match="has ABI version 1, this icseg needs 99: install icseg again"):
+    with pytest.raises(OSError, match=f"has ABI version {version}, this icseg needs 99: install icseg again"):
         library.open_library(built)
+
+
+def compiled_stub(setup: SimpleNamespace, path: Path, version: int) -> Path:
+    """A library that gives its version and nothing else."""
+    source = path.with_suffix(".cpp")
+    source.write_text(
+        f'extern "C" __attribute__((visibility("default"))) int icseg_abi_version() {{ return {version}; }}'
+    )
+    subprocess.run([*setup.find_compiler(), *setup.FLAGS, str(source), "-o", str(path)], check=True)
+    return path
+
+
+def test_a_stale_library_of_the_right_version_is_named(setup, tmp_path):
+    stub = compiled_stub(setup, tmp_path / "stale.so", library.ABI_VERSION)
+    with pytest.raises(OSError, match=r"stale.so cannot be loaded: .*icseg_build.*; install icseg again"):
+        library.open_library(stub)
+    older = compiled_stub(setup, tmp_path / "older.so", library.ABI_VERSION - 1)
+    with pytest.raises(OSError, match=f"has ABI version {library.ABI_VERSION - 1}, this icseg needs"):
+        library.open_library(older)
+
+
+def test_a_stale_library_beside_the_package_does_not_break_its_import(setup, project):
+    compiled_stub(setup, project / "icseg_kernels" / "libicseg.so", library.ABI_VERSION)
+    program = "from icseg_kernels import library; print(library.__file__); print(library.missing()[0])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True)
+    file, reason = done.stdout.splitlines()
+    assert Path(file).is_relative_to(project)
+    assert "libicseg.so cannot be loaded" in reason
 
 
 def test_the_installed_library_is_there_or_its_absence_is_explained():
@@ -143,24 +196,39 @@ def test_no_compiler(setup, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_compiler_that_fails_leaves_nothing(setup, monkeypatch, tmp_path, capfd):
+def test_a_compiler_that_fails_leaves_nothing_and_is_heard_once(setup, monkeypatch, tmp_path, capfd):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(setup.BuildError, match="broken failed"):
         setup.build_library(tmp_path / "libicseg.so")
-    assert "no such header" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("no such header") == 1
     assert list(tmp_path.iterdir()) == [compiler]
 
 
-def test_a_compiler_without_openmp_gives_a_library(setup, monkeypatch, tmp_path):
+def test_an_error_in_the_sources_is_not_taken_for_missing_openmp(setup, monkeypatch, tmp_path, capfd):
+    """The probe passes, the sources fail: one attempt, with OpenMP, and its messages once."""
+    sources = tmp_path / "csrc" / "cpu"
+    sources.mkdir(parents=True)
+    (sources / "broken.cpp").write_text("int f() { return undeclared; }\n")
+    monkeypatch.setitem(setup.build_library.__globals__, "ROOT", tmp_path)
+    with pytest.raises(setup.BuildError, match="failed"):
+        setup.build_library(tmp_path / "libicseg.so")
+    error = capfd.readouterr().err
+    assert error.count("icseg: ") == 1
+    assert "undeclared" in error
+    assert "WITHOUT OpenMP" not in error
+
+
+def test_a_compiler_without_openmp_gives_a_library_and_says_so(setup, monkeypatch, tmp_path, capfd):
     compiler = tmp_path / "plain"
     real = shutil.which(setup.find_compiler()[0])
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {real} -O0 "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     setup.build_library(tmp_path / "libicseg.so")
+    assert re.search(r"icseg: built WITHOUT OpenMP, so of one thread: .*plain cannot", capfd.readouterr().err)
     loaded = library.open_library(tmp_path / "libicseg.so")
     assert loaded.icseg_build().decode().endswith("no OpenMP")
     assert loaded.icseg_threads() == 1
@@ -215,10 +283,7 @@ def test_a_required_library_that_cannot_be_built_is_an_error(project):
 def test_editable_install_puts_the_library_beside_the_package(project):
     done, _ = run_hook("build_editable", project)
     assert done.returncode == 0, done.stderr
-    assert (
-        library.open_library(project / "icseg_kernels" / "libicseg.so").icseg_abi_version()
-        == library.ABI_VERSION
-    )
+    assert library.open_library(project / "icseg_kernels" / "libicseg.so").icseg_abi_version() == library.ABI_VERSION
 
 
 def test_editable_install_without_a_compiler(project):
@@ -239,7 +304,5 @@ def test_source_distribution_holds_the_sources_and_nothing_built(project):
 
 
 def test_setup_never_imports_torch():
-    program = (
-        f"import runpy, sys; runpy.run_path({str(ROOT / 'setup.py')!r}); sys.exit('torch' in sys.modules)"
-    )
+    program = f"import runpy, sys; runpy.run_path({str(ROOT / 'setup.py')!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0

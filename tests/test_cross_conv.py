@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from icseg_kernels import BackendError, cross_conv2d, cross_conv2d_mean
 
@@ -75,9 +76,7 @@ def test_same_padding_of_even_kernels(mode: str) -> None:
     close(out, concatenated(*tensors, padding_mode=mode))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     """The tolerance is a few roundings of outputs of about 10."""
     tensors = arguments(dtype=dtype)
@@ -103,9 +102,7 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("settings", ["default", "pair", "reflect"])
 def test_gradients(op: Callable[..., Tensor], settings: str) -> None:
     x, y, w, b = arguments()
-    inputs = tuple(
-        t.detach().requires_grad_() for t in (x[:1, :, :2, :5, :4], y[:1, :2, :2, :5, :4], w[:2, :4], b[:2])
-    )
+    inputs = tuple(t.detach().requires_grad_() for t in (x[:1, :, :2, :5, :4], y[:1, :2, :2, :5, :4], w[:2, :4], b[:2]))
     assert torch.autograd.gradcheck(lambda *t: op(*t, **SETTINGS[settings]), inputs)
 
 
@@ -140,36 +137,83 @@ def test_order_of_the_supports_only_permutes_the_output() -> None:
     close(cross_conv2d_mean(x, y[:, order], w, b), cross_conv2d_mean(x, y, w, b))
 
 
+@pytest.mark.parametrize(("cx", "cy"), [(0, CY), (CX, 0)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("settings", ["default", "pair", "reflect"])
+def test_one_of_them_without_channels(settings: str, bias: bool, cx: int, cy: int) -> None:
+    x, y, w, b = arguments(bias=bias)
+    tensors, options = (x[:, :, :cx], y[:, :, :cy], w[:, : cx + cy], b), SETTINGS[settings]
+    expected = concatenated(*tensors, **options)
+    close(cross_conv2d(*tensors, **options), expected)
+    close(cross_conv2d_mean(*tensors, **options), expected.mean(dim=2))
+
+
 @pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean])
 @pytest.mark.parametrize("settings", ["default", "pair", "reflect"])
 def test_compile_fullgraph(op: Callable[..., Tensor], settings: str) -> None:
+    """Values and gradients; new values do not compile anew, and new sizes at most once."""
     torch.compiler.reset()
-    tensors, options = arguments(), SETTINGS[settings]
-    compiled = torch.compile(lambda *t: op(*t, **options), fullgraph=True, backend="aot_eager")
-    close(compiled(*tensors), op(*tensors, **options))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *t: op(*t, **SETTINGS[settings]), fullgraph=True, backend=counter)
+    for sy, factor in ((3, 1.0), (3, -2.0), (4, 1.0), (5, 1.0), (6, 0.5)):
+        ours, theirs = ([(factor * t).requires_grad_() for t in arguments(sy=sy)] for _ in range(2))
+        out, expected = compiled(*ours), op(*theirs, **SETTINGS[settings])
+        close(out, expected)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for a, b in zip(ours, theirs, strict=True):
+            close(a.grad, b.grad, 1e-11)
+        assert counter.frame_count <= (1 if sy == 3 else 2)
 
 
 @pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean])
-def test_autocast(op: Callable[..., Tensor]) -> None:
-    tensors = arguments(dtype=torch.float32)
+def test_autocast_is_the_op_on_narrow_inputs(op: Callable[..., Tensor]) -> None:
+    wide = [t.requires_grad_() for t in arguments(dtype=torch.float32)]
     with torch.autocast("cpu", torch.bfloat16):
-        out = op(*tensors)
+        out = op(*wide)
+        mixed = op(wide[0], wide[1].bfloat16(), *wide[2:])
+    assert torch.equal(out, op(*(t.bfloat16() for t in wide)))
+    assert torch.equal(mixed, out)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), op(*tensors), rtol=0.05, atol=0.2)
+    out.float().sum().backward()
+    assert {t.grad.dtype for t in wide} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op(*arguments()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.zeros(2, 4, 9, 7)}, ValueError, r"x must have shape \[B, Sx, Cx, H, W\], got"),
+        ({"x": torch.zeros(2, 4, 9, 7)}, ValueError, r"x must have shape \[B, Sx, Cx, H, W\] with H, W > 0, got"),
         ({"y": torch.zeros(3, 3, 3, 9, 7)}, ValueError, r"B, H, W = 2, 9, 7, got \[3, 3, 3, 9, 7\]"),
         ({"y": torch.zeros(2, 3, 3, 9, 6)}, ValueError, r"B, H, W = 2, 9, 7, got \[2, 3, 3, 9, 6\]"),
         ({"weight": torch.zeros(5, 8, 3, 3)}, ValueError, r"\[Co, 7, kh, kw\].*got \[5, 8, 3, 3\]"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[5\], got \[4\]"),
-        ({"stride": 0}, ValueError, "stride must be one or two ints of at least 1, got 0"),
-        ({"dilation": (1, 1, 1)}, ValueError, "dilation must be one or two ints"),
-        ({"padding": -1}, ValueError, "padding must be one or two ints of at least 0, got -1"),
-        ({"padding": "full"}, ValueError, 'padding must be "same", "valid", an int or two ints, got'),
+        ({"x": torch.zeros(2, 2, 4, 0, 7)}, ValueError, r"with H, W > 0, got \[2, 2, 4, 0, 7\]"),
+        ({"x": torch.zeros(2, 2, 4, 9, 7).double()}, TypeError, "y must have the dtype of x, torch.float64, got"),
+        ({"x": torch.zeros(2, 2, 4, 9, 7).int()}, TypeError, "x must be a floating-point tensor .*, got torch.int32"),
+        ({"weight": torch.zeros(5, 7, 3, 3).half()}, TypeError, "weight must have the dtype of x, torch.float32, got"),
+        ({"bias": torch.zeros(5, device="meta")}, ValueError, "bias must be on cpu, .* got meta"),
+        ({"weight": torch.zeros(0, 7, 3, 3)}, ValueError, r"none of them 0, got \[0, 7, 3, 3\]"),
+        ({"weight": torch.zeros(5, 7, 0, 3)}, ValueError, r"none of them 0, got \[5, 7, 0, 3\]"),
+        ({"x": torch.zeros(2, 2, 0, 9, 7), "y": torch.zeros(2, 3, 0, 9, 7)}, ValueError, "at least one channel"),
+        (
+            {"weight": torch.zeros(5, 7, 3, 9), "padding": 0},
+            ValueError,
+            r"weight must fit the padded images of 9 x 7 pixels, got 3 x 9 \(dilated\)",
+        ),
+        ({"dilation": 5, "padding": (0, 1)}, ValueError, r"padded images of 9 x 9 pixels, got 11 x 11"),
+        (
+            {"padding": (9, 2), "padding_mode": "reflect"},
+            ValueError,
+            'padding must be at most 8 x 6 pixels for padding_mode="reflect" of 9 x 7, got 9 x 2',
+        ),
+        ({"padding": (9, 8), "padding_mode": "circular"}, ValueError, "padding must be at most 9 x 7 pixels"),
+        ({"stride": True}, TypeError, "stride must be an integer of at least 1 or a pair of them, got True"),
+        ({"stride": 0}, ValueError, "stride must be an integer of at least 1 or a pair of them, got 0"),
+        ({"dilation": (1, 1, 1)}, ValueError, "dilation must be a pair of integers, got 3 of them"),
+        ({"padding": -1}, ValueError, "padding must be an integer of at least 0 or a pair of them, got -1"),
+        ({"padding": "full"}, ValueError, 'padding must be "same", "valid", an integer or a pair of them, got'),
         ({"stride": 2}, ValueError, 'padding="same" needs stride 1'),
         (
             {"padding_mode": "edge"},
@@ -180,9 +224,7 @@ def test_autocast(op: Callable[..., Tensor]) -> None:
     ],
 )
 @pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean])
-def test_errors(
-    op: Callable[..., Tensor], changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_errors(op: Callable[..., Tensor], changes: dict[str, Any], error: type[Exception], message: str) -> None:
     call = dict(zip(("x", "y", "weight", "bias"), arguments(dtype=torch.float32), strict=True))
     with pytest.raises(error, match=message):
         op(**{**call, **changes})

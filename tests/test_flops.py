@@ -43,20 +43,14 @@ def test_selected_attention_by_hand() -> None:
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("dv", [D, DV])
-@pytest.mark.parametrize(
-    ("kv_end", "pairs"), [(None, NQ * NK), (5, NQ * 5), ([(2, 3), (4, 9)], 2 * 3 + 4 * 9), (0, 0)]
-)
-def test_selected_attention(
-    kv_end: int | list[tuple[int, int]] | None, pairs: int, dv: int, return_lse: bool
-) -> None:
+@pytest.mark.parametrize(("kv_end", "pairs"), [(None, NQ * NK), (5, NQ * 5), ([(2, 3), (4, 9)], 2 * 3 + 4 * 9), (0, 0)])
+def test_selected_attention(kv_end: int | list[tuple[int, int]] | None, pairs: int, dv: int, return_lse: bool) -> None:
     q, k, v = tokens(dv=dv)
     expected = flops.selected_attention_flops(B, H, pairs, D, dv)
     assert counted(lambda: selected_attention(q, k, v, kv_end=kv_end, return_lse=return_lse)) == expected
 
 
-@pytest.mark.parametrize(
-    ("kv_end", "pairs"), [(None, NQ * M), (3, NQ * 3), ([(2, 1), (4, 4)], 2 * 1 + 4 * 4)]
-)
+@pytest.mark.parametrize(("kv_end", "pairs"), [(None, NQ * M), (3, NQ * 3), ([(2, 1), (4, 4)], 2 * 1 + 4 * 4)])
 def test_selected_attention_with_index(kv_end: int | list[tuple[int, int]] | None, pairs: int) -> None:
     q, k, v = tokens(grad=True)
     index = torch.randint(-1, NK, (B, M))
@@ -125,19 +119,24 @@ def test_gumbel_topk(arguments: dict[str, int | None]) -> None:
     assert counted(lambda: gumbel_topk(logits, 4, **arguments)) == flops.gumbel_topk_flops(B, 50)
 
 
-@pytest.mark.parametrize(("blur_sigma", "taps"), [(0.0, 0), (1.0, 5)])
+@pytest.mark.parametrize(("blur_sigma", "taps"), [(0.0, 0), (0.1, 0), (1.0, 5)])
 def test_sample_patches(blur_sigma: float, taps: int) -> None:
     weights = torch.rand(B, 1, 20, 16)
-    formula = flops.sample_patches_flops(B, 17 * 13, 9 * 7, taps)
+    formula = flops.sample_patches_flops(B, (17, 13), (9, 7), taps)
     assert counted(lambda: sample_patches(weights, 3, 4, stride=2, blur_sigma=blur_sigma, seed=1)) == formula
+
+
+def test_sample_patches_by_hand() -> None:
+    """The blur's first pass makes 9 of 17 rows, 13 columns wide; the second 9 x 7."""
+    draw = flops.gumbel_topk_flops(2, 9 * 7)
+    assert flops.sample_patches_flops(2, (17, 13), (9, 7)) == 2 * 2 * 17 * 13 + draw
+    assert flops.sample_patches_flops(2, (17, 13), (9, 7), 5) == 2 * (2 * 17 * 13 + 10 * (9 * 13 + 9 * 7)) + draw
 
 
 def test_counts_double_with_the_batch() -> None:
     assert flops.gumbel_topk_flops(4, 50) == 2 * flops.gumbel_topk_flops(2, 50)
-    assert flops.sample_patches_flops(4, 30, 20, 5) == 2 * flops.sample_patches_flops(2, 30, 20, 5)
-    assert flops.scatter_patches_flops(4, 5, 3, 4, 16, 12) == 2 * flops.scatter_patches_flops(
-        2, 5, 3, 4, 16, 12
-    )
+    assert flops.sample_patches_flops(4, (6, 5), (5, 4), 5) == 2 * flops.sample_patches_flops(2, (6, 5), (5, 4), 5)
+    assert flops.scatter_patches_flops(4, 5, 3, 4, 16, 12) == 2 * flops.scatter_patches_flops(2, 5, 3, 4, 16, 12)
 
 
 def test_compulsory_bytes_are_those_of_the_tensors() -> None:
@@ -166,9 +165,7 @@ def test_compulsory_bytes_are_those_of_the_tensors() -> None:
     assert flops.gumbel_topk_bytes(B, 50, 4) == bytes_of(logits, *gumbel_topk(logits, 4, seed=1))
     weights = torch.rand(B, 1, 20, 16)
     drawn = sample_patches(weights, 3, 4, seed=1)
-    assert flops.sample_patches_bytes(B, 320, 3) == bytes_of(
-        weights, drawn.coords, drawn.scores, drawn.indices
-    )
+    assert flops.sample_patches_bytes(B, 320, 3) == bytes_of(weights, drawn.coords, drawn.scores, drawn.indices)
 
 
 class Attention(torch.nn.Module):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from icseg_kernels import BackendError, flops, gather_patches, library, use_backend
-from icseg_kernels.patches import NO_PATCH
+from icseg_kernels.patches import NO_PATCH, native
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 RESAMPLED = [("reference", {"out_size": 3}), ("reference", {"out_size": 6, "alignment": "published"})]
@@ -108,13 +110,69 @@ def test_copy_equals_a_loop_over_pixels(backend, dtype, patch_size):
     assert torch.equal(patches, copied_by_loop(source, coords, patch_size))
 
 
-def test_complex_source_is_served_by_the_reference():
-    source = torch.complex(random_image(2, 5, 5), random_image(2, 5, 5, seed=2)).requires_grad_()
-    patches = gather_patches(source, torch.tensor([[1, 1]]), 3)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_source_is_served_by_the_reference(dtype):
+    parts = random_image(2, 2, 5, 5, dtype=dtype.to_real())
+    source = torch.complex(*parts).requires_grad_()
+    patches = gather_patches(source, torch.tensor([[1, 1], [1, 2]]), 3)
     assert torch.equal(patches[0], source[:, 1:4, 1:4])
+    (found,) = torch.autograd.grad(patches, source, torch.full_like(patches, 1 + 2j))
+    counts = F.pad(torch.tensor([[1, 2, 2, 1]]).expand(3, 4), (1, 0, 1, 1))
+    assert torch.equal(found, (counts * (1 + 2j)).to(dtype).expand(2, 5, 5))
+    conjugate = gather_patches(source.conj(), torch.tensor([[1, 1]]), 3)
+    assert torch.equal(conjugate[0], source.conj()[:, 1:4, 1:4])
     if "native" in BACKENDS:
-        with pytest.raises(BackendError, match="must be a dense real tensor, got"):
+        with pytest.raises(BackendError, match="source must be real, got"):
             gather_patches(source, torch.tensor([[1, 1]]), 3, backend="native")
+
+
+def test_lazily_negated_source(backend):
+    source = torch.complex(random_image(2, 5, 5), random_image(2, 5, 5, seed=2)).conj().imag
+    assert source.is_neg()
+    assert torch.equal(gather_patches(source, torch.tensor([[1, 1]]), 3, backend=backend)[0], source[:, 1:4, 1:4])
+
+
+NARROW = [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_copy_of_dtypes_that_torch_cannot_index(backend, dtype):
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    image, coords = random_image(3, 7, 9, dtype=bits), torch.tensor(HOSTILE)
+    patches = gather_patches(image.view(dtype), coords, 4, backend=backend)
+    assert patches.dtype == dtype
+    assert torch.equal(patches.view(bits), copied_by_loop(image, coords, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_copied_and_nothing_else(backend, dtype):
+    source, coords = random_image(3, 64, 64).to(dtype).requires_grad_(), torch.tensor([[1, 1]])
+    patches = gather_patches(source, coords, 16, backend=backend)
+    with pytest.raises(TypeError, match=r"the gradient of gather_patches must be .*float.* got torch.float8"):
+        patches.float().sum().backward()
+    with pytest.raises(TypeError, match=r"source with out_size must be .*float.* got torch.float8"):
+        gather_patches(source, coords, 16, out_size=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, *NARROW])
+def test_the_backward_op_takes_floats_only(backend, dtype):
+    grad = torch.zeros(1, 3, 16, 16, dtype=dtype)
+    with pytest.raises(TypeError, match=f"must be .*float.* got {dtype}"):
+        torch.ops.icseg.gather_patches_backward(grad, torch.zeros(1, 2, dtype=torch.int64), 64, 64, backend)
+    if "native" in BACKENDS:
+        with pytest.raises(TypeError, match=r"must be a floating-point tensor, got torch.int8"):
+            native.gather_backward(grad.to(torch.int8), torch.zeros(1, 2, dtype=torch.int64), 64, 64)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native library was not built")
+def test_native_ops_never_read_beyond_their_tensors():
+    ops, coords = torch.ops.icseg, torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"coords must have shape \[2, 1, 2\], got \[1, 2\]"):
+        ops.gather_patches(torch.zeros(2, 1, 5, 5), coords, 3, "native")
+    with pytest.raises(ValueError, match=r"coords must have shape \[4, 2\], got \[1, 2\]"):
+        ops.gather_patches_backward(torch.zeros(4, 1, 3, 3), coords, 5, 5, "native")
+    with pytest.raises(ValueError, match=r"grad must have shape \[..., K, C, p, p\], got \[1, 1, 3, 2\]"):
+        ops.gather_patches_backward(torch.zeros(1, 1, 3, 2), coords, 5, 5, "native")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
@@ -193,6 +251,7 @@ def test_offsets_beyond_32_bits(backend):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"out_size": 4}])
 @pytest.mark.parametrize(
     ("source", "coords"),
     [
@@ -203,22 +262,18 @@ def test_offsets_beyond_32_bits(backend):
         ((2, 3, 7, 0), (2, 5, 2)),
     ],
 )
-def test_empty_inputs(backend, source, coords):
+def test_empty_inputs_give_empty_or_zero_patches_and_zero_gradients(backend, source, coords, options):
     source, coords = torch.ones(source, requires_grad=True), torch.zeros(coords, dtype=torch.int64)
-    for name, options in ((backend, {}), ("reference", {"out_size": 4})):
-        patches = gather_patches(source, coords, 4, backend=name, **options)
-        assert patches.shape == (*coords.shape[:-1], source.shape[1], 4, 4)
-        assert not patches.any() or source.numel()
-        patches.sum().backward()
-        assert source.grad.shape == source.shape
+    patches = gather_patches(source, coords, 4, backend="reference" if options else backend, **options)
+    assert torch.equal(patches, torch.zeros(*coords.shape[:-1], source.shape[1], 4, 4))
+    patches.sum().backward()
+    assert torch.equal(source.grad, torch.zeros_like(source))
 
 
 def test_every_element_of_the_output_is_written(backend, monkeypatch):
     """Fresh memory is NaN here, so whatever an implementation forgets to write shows."""
     new_empty = Tensor.new_empty
-    monkeypatch.setattr(
-        Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(float("nan"))
-    )
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(float("nan")))
     source, coords = random_image(3, 7, 9), torch.tensor(HOSTILE)
     assert not gather_patches(source, coords, 4, backend=backend).isnan().any()
     upstream = torch.ones(len(coords), 3, 4, 4)
@@ -228,9 +283,7 @@ def test_every_element_of_the_output_is_written(backend, monkeypatch):
 def test_what_lies_outside_a_patch_never_leaks(backend):
     source = torch.full((1, 9, 9), float("nan"))
     source[:, 2:5, 2:5] = 1
-    assert torch.equal(
-        gather_patches(source, torch.tensor([[2, 2]]), 3, backend=backend), torch.ones(1, 1, 3, 3)
-    )
+    assert torch.equal(gather_patches(source, torch.tensor([[2, 2]]), 3, backend=backend), torch.ones(1, 1, 3, 3))
     outside = torch.tensor([[NO_PATCH, NO_PATCH], [9, 0]])
     assert not gather_patches(source, outside, 3, backend=backend).any()
 
@@ -283,9 +336,7 @@ def test_a_coordinate_ramp_comes_back_exact(n):
     assert torch.equal(patches[:, 1], (coords[:, 1:] + cell)[:, None, :].expand(3, n, n))
 
 
-@pytest.mark.parametrize(
-    ("level", "grid", "patch_size"), [(24, 32, 8), (24, 128, 8), (64, 32, 8), (32, 32, 8)]
-)
+@pytest.mark.parametrize(("level", "grid", "patch_size"), [(24, 32, 8), (24, 128, 8), (64, 32, 8), (32, 32, 8)])
 def test_published_alignment_is_grid_sample_from_edge_to_edge(level, grid, patch_size):
     """Patches of a level on a feature grid of another resolution, their extent in whole pixels."""
     features, coords = random_image(2, 5, grid, grid), random_coords(2, 6, low=-2, high=level - 5)
@@ -326,9 +377,7 @@ def test_resampling_of_16_bit_types_is_computed_in_float32(dtype):
     patches = gather_patches(source, coords, 4, out_size=3)
     assert torch.equal(patches, gather_patches(source.float(), coords, 4, out_size=3).to(dtype))
     found = gradient(source, coords, 4, upstream=upstream, out_size=3)
-    assert torch.equal(
-        found, gradient(source.float(), coords, 4, upstream=upstream.float(), out_size=3).to(dtype)
-    )
+    assert torch.equal(found, gradient(source.float(), coords, 4, upstream=upstream.float(), out_size=3).to(dtype))
 
 
 @pytest.mark.parametrize(("backend", "options"), FORMS)
@@ -423,20 +472,59 @@ def test_compiles_into_one_graph(backend, options):
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("alignment", ["pixel", "published"])
+def test_new_values_of_patch_size_do_not_recompile(alignment):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    source, coords = random_image(2, 3, 7, 9).requires_grad_(), random_coords(2, 5) * 0.5
+
+    def cut(source: Tensor, patch_size: float) -> Tensor:
+        return gather_patches(source, coords, patch_size, out_size=3, alignment=alignment)
+
+    compiled = torch.compile(cut, fullgraph=True, backend=counter)
+    for patch_size in (2.5 + 0.37 * i for i in range(10)):
+        (expected,) = torch.autograd.grad(cut(source, patch_size).square().sum(), source)
+        found = compiled(source, patch_size)
+        torch.testing.assert_close(found, cut(source, patch_size), rtol=0, atol=2e-6)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), source)[0], expected, rtol=0, atol=2e-5)
+    assert counter.frame_count <= 2
+
+
+def test_new_values_of_integer_sizes_do_not_recompile(backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    source, coords = random_image(2, 3, 7, 9), random_coords(2, 5)
+
+    def cut(patch_size: int, out_size: int) -> tuple[Tensor, Tensor]:
+        copied = gather_patches(source, coords, patch_size, backend=backend)
+        return copied, gather_patches(source, coords, patch_size, out_size=out_size)
+
+    compiled = torch.compile(cut, fullgraph=True, backend=counter)
+    for size in range(3, 13):
+        copied, resampled = compiled(size, size + 4)
+        assert torch.equal(copied, cut(size, size + 4)[0])
+        torch.testing.assert_close(resampled, cut(size, size + 4)[1], rtol=0, atol=2e-6)
+    assert counter.frame_count <= 2
+
+
+def test_coords_get_no_gradient():
+    source, coords = random_image(1, 5, 5), torch.tensor([[1.0, 1.5]], requires_grad=True)
+    assert not gather_patches(source, coords, 3, out_size=3).requires_grad
+    patches = gather_patches(source.requires_grad_(), coords, 3, out_size=3)
+    patches.sum().backward()
+    assert coords.grad is None
+    assert source.grad.any()
+
+
 def test_ops_are_registered_as_torch_expects(backend):
     source, coords = random_image(2, 3, 7, 9), random_coords(2, 5)
     ops = torch.ops.icseg
     torch.library.opcheck(ops.gather_patches.default, (source, coords, 4, backend))
-    torch.library.opcheck(
-        ops.gather_patches_backward.default, (random_image(2, 5, 3, 4, 4), coords, 7, 9, backend)
-    )
-    torch.library.opcheck(
-        ops.gather_patches_bilinear.default, (source, coords * 0.5, 4.5, 4.0, 3, True, "reference")
-    )
-    torch.library.opcheck(
-        ops.gather_patches_bilinear_backward.default,
-        (random_image(2, 5, 3, 3, 3), coords * 0.5, 4.5, 4.0, False, 7, 9, "reference"),
-    )
+    torch.library.opcheck(ops.gather_patches_backward.default, (random_image(2, 5, 3, 4, 4), coords, 7, 9, backend))
+    positions = random_image(2, 5, 2, 6) * 5
+    positions[0, 1, 0] = torch.nan
+    torch.library.opcheck(ops.gather_patches_bilinear.default, (source, positions))
+    torch.library.opcheck(ops.gather_patches_bilinear_backward.default, (random_image(2, 5, 3, 6, 6), positions, 7, 9))
 
 
 def test_autocast_changes_nothing(backend):
@@ -474,88 +562,71 @@ def test_backend_is_chosen_and_refused_with_reasons(monkeypatch):
         gather_patches(source, coords, 3, backend="native")
     with use_backend("native"), pytest.raises(BackendError, match="it was not built"):
         gather_patches(source, coords, 3)
-    assert torch.equal(
-        gather_patches(source, coords, 3)[0], source[:, 1:4, 1:4]
-    )  # unnamed: the reference serves
+    assert torch.equal(gather_patches(source, coords, 3)[0], source[:, 1:4, 1:4])  # unnamed: the reference serves
     monkeypatch.setattr(library, "_reasons", [])
     with pytest.raises(BackendError, match="does not resample"):
         gather_patches(source, coords, 3, out_size=3, backend="native")
 
 
+IMAGE, CORNERS = torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.int64)
+RESAMPLE = {"out_size": 3}
+BAD_COORDS = r"coords must have shape \[..., K, 2\] with the leading dimensions of source = "
+NUMBER = "must be a finite number greater than 0, got"
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments", "options"),
     [
+        (TypeError, "source must be a torch.Tensor, got list", ([[1.0]], CORNERS, 3), {}),
+        (TypeError, "source must be a dense tensor, got layout", (IMAGE.to_sparse(), CORNERS, 3), {}),
+        (ValueError, r"source must have shape \[..., C, H, W\], got \[5, 5\]", (IMAGE[0], CORNERS, 3), {}),
+        (TypeError, "source with out_size must be .*float", (IMAGE.byte(), CORNERS, 3), RESAMPLE),
+        (TypeError, "coords must be a torch.Tensor, got tuple", (IMAGE, (0, 0), 3), {}),
+        (TypeError, "coords must be a dense tensor, got layout", (IMAGE, CORNERS.to_sparse(), 3), {}),
         (
             ValueError,
-            r"coords must have shape \[..., K, 2\] with the leading dimensions of source = \[4, 9, 2\], "
-            r"got \[3, 9, 2\]",
-            (torch.zeros(4, 1, 5, 5), torch.zeros(3, 9, 2, dtype=torch.int64), 3),
+            BAD_COORDS + r"\[4, 9, 2\], got \[3, 9, 2\]",
+            (torch.zeros(4, 1, 5, 5), CORNERS.expand(3, 9, 2), 3),
             {},
         ),
-        (ValueError, r"got \[4\]", (torch.zeros(1, 5, 5), torch.zeros(4, dtype=torch.int64), 3), {}),
-        (
-            ValueError,
-            "source must have shape",
-            (torch.zeros(5, 5), torch.zeros(1, 2, dtype=torch.int64), 3),
-            {},
-        ),
-        (TypeError, "floating-point coords need out_size", (torch.zeros(1, 5, 5), torch.zeros(1, 2), 3), {}),
+        (ValueError, BAD_COORDS + r"\[0, 2\], got \[2\]", (IMAGE, CORNERS[0], 3), {}),
+        (TypeError, "floating-point coords need out_size.*, got torch.float32", (IMAGE, CORNERS.float(), 3), {}),
+        (TypeError, "coords must be a tensor of int64, .*, got torch.bool", (IMAGE, CORNERS.bool(), 3), {}),
+        (TypeError, "coords must be a tensor of int64, .*, got torch.uint16", (IMAGE, CORNERS.to(torch.uint16), 3), {}),
+        (TypeError, "coords .* got torch.uint64", (IMAGE, CORNERS.to(torch.uint64), 3), RESAMPLE),
+        (TypeError, "coords .* got torch.complex64", (IMAGE, CORNERS.to(torch.complex64), 3), RESAMPLE),
+        (ValueError, "coords must be on cpu, .* got meta", (IMAGE, CORNERS.to("meta"), 3), {}),
         (
             TypeError,
-            "must be an integer or floating-point tensor, got torch.bool",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.bool), 3),
+            r"patch_size must be an integer .* \(a fraction or a pair needs out_size\), got 2.5",
+            (IMAGE, CORNERS, 2.5),
             {},
         ),
-        (
-            ValueError,
-            "on the device of the images, cpu, got meta",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.int64, device="meta"), 3),
-            {},
-        ),
-        (
-            TypeError,
-            r"an integer .* got 2.5",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.int64), 2.5),
-            {},
-        ),
-        (
-            ValueError,
-            "at least 1, got 0",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.int64), 0),
-            {},
-        ),
-        (
-            ValueError,
-            "must be positive, got -1",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2), -1),
-            {"out_size": 3},
-        ),
-        (
-            ValueError,
-            "out_size must be at least 1",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2), 3),
-            {"out_size": 0},
-        ),
-        (
-            TypeError,
-            "source must be a floating-point tensor",
-            (torch.zeros(1, 5, 5, dtype=torch.uint8), torch.zeros(1, 2), 3),
-            {"out_size": 3},
-        ),
-        (
-            ValueError,
-            "alignment must be one of",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2), 3),
-            {"alignment": "corner"},
-        ),
-        (
-            ValueError,
-            "needs out_size",
-            (torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.int64), 3),
-            {"alignment": "published"},
-        ),
+        (TypeError, r"patch_size must be an integer .* got \(2, 2\)", (IMAGE, CORNERS, (2, 2)), {}),
+        (TypeError, "patch_size .* got True", (IMAGE, CORNERS, True), {}),
+        (TypeError, "patch_size .* got None", (IMAGE, CORNERS, None), {}),
+        (ValueError, r"patch_size must be an integer of at least 1 .*, got 0", (IMAGE, CORNERS, 0), {}),
+        (ValueError, f"patch_size {NUMBER} -1", (IMAGE, CORNERS, -1), RESAMPLE),
+        (ValueError, f"patch_size {NUMBER} inf", (IMAGE, CORNERS, float("inf")), RESAMPLE),
+        (ValueError, f"patch_size {NUMBER} nan", (IMAGE, CORNERS, float("nan")), RESAMPLE),
+        (TypeError, f"patch_size {NUMBER} '3'", (IMAGE, CORNERS, "3"), RESAMPLE),
+        (TypeError, f"patch_size {NUMBER} None", (IMAGE, CORNERS, None), RESAMPLE),
+        (TypeError, rf"patch_size\[1\] {NUMBER} True", (IMAGE, CORNERS, (3, True)), RESAMPLE),
+        (ValueError, r"a pair \(height, width\), got \(3, 3, 3\)", (IMAGE, CORNERS, (3, 3, 3)), RESAMPLE),
+        (ValueError, "out_size must be an integer of at least 1, got 0", (IMAGE, CORNERS, 3), {"out_size": 0}),
+        (TypeError, "out_size must be an integer .* got 3.0", (IMAGE, CORNERS, 3), {"out_size": 3.0}),
+        (TypeError, "out_size must be an integer .* got True", (IMAGE, CORNERS, 3), {"out_size": True}),
+        (ValueError, "alignment must be one of", (IMAGE, CORNERS, 3), {"alignment": "corner"}),
+        (ValueError, "needs out_size", (IMAGE, CORNERS, 3), {"alignment": "published"}),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments, options):
     with pytest.raises(error, match=message):
         gather_patches(*arguments, **options)
+
+
+def test_numpy_numbers_are_numbers():
+    source, coords = random_image(1, 5, 5), torch.tensor([[1, 1]])
+    assert torch.equal(gather_patches(source, coords, np.int64(3)), gather_patches(source, coords, 3))
+    found = gather_patches(source, coords, (np.float32(2.5), np.int64(3)), out_size=np.int32(2))
+    assert torch.equal(found, gather_patches(source, coords, (2.5, 3), out_size=2))

@@ -107,9 +107,7 @@ def test_words_equal_numpy() -> None:
         (9, 4, 250_000, 0, 0),
     ],
 )
-def test_noise_equals_numpy_bit_for_bit(
-    seed: int, rows: int, elements: int, stream: int, offset: int
-) -> None:
+def test_noise_equals_numpy_bit_for_bit(seed: int, rows: int, elements: int, stream: int, offset: int) -> None:
     ours = gumbel_noise(seed, rows, elements, stream=stream, offset=offset)
     assert ours.dtype == torch.float32
     assert ours.shape == (rows, elements)
@@ -209,25 +207,16 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.icseg.gumbel_noise.default, (torch.tensor(3), 2, 5, 0, 0))
 
 
-def test_flops_are_counted() -> None:
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        gumbel_noise(0, 3, 10)
-        once = counter.get_total_flops()
-        gumbel_noise(0, 6, 10)
-    assert once > 0
-    assert counter.get_total_flops() == 3 * once
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ((2**64, 1, 1), ValueError, r"seed must lie in \[-2\^63, 2\^64\), got 18446744073709551616"),
         ((-(2**63) - 1, 1, 1), ValueError, "seed must lie"),
-        ((1.5, 1, 1), TypeError, "seed must be an int, a 0-dim int64 tensor or None, got float"),
-        ((True, 1, 1), TypeError, "got bool"),
+        ((1.5, 1, 1), TypeError, "seed must be an integer, a 0-dim int64 tensor or None, got 1.5"),
+        ((True, 1, 1), TypeError, "got True"),
         ((torch.tensor([1]), 1, 1), ValueError, r"0-dim int64 tensor on cpu, got shape \[1\]"),
         ((torch.tensor(1.0), 1, 1), ValueError, "torch.float32 on cpu"),
-        ((0, -1, 1), ValueError, "rows and elements must not be negative, got -1 and 1"),
+        ((0, -1, 1), ValueError, "rows must be an integer of at least 0, got -1"),
     ],
 )
 def test_errors(arguments: tuple, error: type[Exception], message: str) -> None:
@@ -236,5 +225,5 @@ def test_errors(arguments: tuple, error: type[Exception], message: str) -> None:
 
 
 def test_stream_outside_32_bits_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"stream and offset must lie in \[0, 2\^32\), got 4294967296 and 0"):
+    with pytest.raises(ValueError, match="stream must be an integer from 0 to 4294967295, got 4294967296"):
         gumbel_noise(0, 1, 1, stream=2**32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from icseg_kernels import gumbel_topk, sample_patches
 from icseg_kernels.patches import NO_PATCH
@@ -43,9 +44,7 @@ def naive_logits(
     padded = F.pad(weights.double(), (before, after, before, after))
     rows, columns = (size - patch_size + 1 for size in padded.shape[2:])
     maxima = [
-        padded[:, 0, y : y + patch_size, x : x + patch_size].amax((1, 2))
-        for y in range(rows)
-        for x in range(columns)
+        padded[:, 0, y : y + patch_size, x : x + patch_size].amax((1, 2)) for y in range(rows) for x in range(columns)
     ]
     pooled = torch.stack(maxima, 1).view(-1, 1, rows, columns)
     low, high = pooled.amin((1, 2, 3), keepdim=True), pooled.amax((1, 2, 3), keepdim=True)
@@ -74,9 +73,7 @@ def test_equals_the_naive_chain(settings: dict, size: tuple[int, int], different
     corner = torch.stack([row, column], -1) * settings.get("stride", 1) - before
     assert torch.equal(drawn.coords, corner.int())
     assert drawn.coords.dtype == torch.int32
-    grid = candidate_grid(
-        *size, settings["patch_size"], settings.get("stride", 1), settings.get("padding", (0, 0))
-    )
+    grid = candidate_grid(*size, settings["patch_size"], settings.get("stride", 1), settings.get("padding", (0, 0)))
     assert grid == tuple(logits.shape[1:])
 
 
@@ -159,9 +156,7 @@ def test_k_zero_and_empty_batch() -> None:
     for differentiable in (False, True):
         none = sample_patches(random_map(2, 8, 8), 0, 4, seed=0, differentiable=differentiable)
         assert none.coords.shape == (2, 0, 2)
-        empty = sample_patches(
-            random_map(0, 8, 8), 3, 4, blur_sigma=1.0, seed=0, differentiable=differentiable
-        )
+        empty = sample_patches(random_map(0, 8, 8), 3, 4, blur_sigma=1.0, seed=0, differentiable=differentiable)
         assert empty.coords.shape == (0, 3, 2)
 
 
@@ -207,9 +202,7 @@ def test_only_a_differentiable_draw_has_gradients() -> None:
 )
 def test_gradients(settings: dict) -> None:
     weights = (random_map(2, 9, 11, torch.float64) + 0.1).requires_grad_()
-    grid = candidate_grid(
-        9, 11, settings["patch_size"], settings.get("stride", 1), settings.get("padding", (0, 0))
-    )
+    grid = candidate_grid(9, 11, settings["patch_size"], settings.get("stride", 1), settings.get("padding", (0, 0)))
     noise = gumbel_noise(0, 2, grid[0] * grid[1]).double().requires_grad_()
     k = 4
 
@@ -251,11 +244,11 @@ def test_compiles_whole(differentiable: bool) -> None:
 
 
 def test_opcheck() -> None:
-    op = torch.ops.icseg.sample_patches.default
+    op, half = torch.ops.icseg.sample_patches.default, torch.tensor(0.5, dtype=torch.float64)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         weights = random_map(2, 12, 14, dtype)
-        torch.library.opcheck(op, (weights, 3, 4, 2, 1, 2, 0.5, 1.0, torch.tensor(1), None, "reference"))
-        torch.library.opcheck(op, (weights, 3, 4, 2, 0, 0, 0.5, 0.0, None, None, "reference"))
+        torch.library.opcheck(op, (weights, 3, 4, 2, 1, 2, half, 1.0, torch.tensor(1), None, "reference"))
+        torch.library.opcheck(op, (weights, 3, 4, 2, 0, 0, half, 0.0, None, None, "reference"))
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
@@ -275,20 +268,57 @@ def test_autocast_changes_nothing(differentiable: bool) -> None:
     assert torch.equal(plain.coords, mixed.coords)
 
 
-def test_flops_grow_with_the_blur() -> None:
+def test_flops_of_the_blur_fall_with_the_stride() -> None:
+    """By hand: 13 x 13 windows, 5 taps; stride 3 keeps 5 x 5, after a first pass that makes 5 rows of 13."""
+
     def count(**options: float) -> int:
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             sample_patches(torch.zeros(2, 1, 16, 16), 3, 4, seed=0, **options)
         return counter.get_total_flops()
 
-    assert 0 < count() < count(blur_sigma=1.0) < count(blur_sigma=4.0)
+    assert count(blur_sigma=1.0) - count() == 2 * (2 * 5) * (13 * 13 + 13 * 13)
+    assert count(blur_sigma=1.0, stride=3) - count(stride=3) == 2 * (2 * 5) * (5 * 13 + 5 * 5)
+
+
+def test_a_narrow_blur_is_none() -> None:
+    weights = random_map(2, 16, 16)
+    expected = sample_patches(weights, 5, 4, seed=0)
+    for sigma in (1e-200, 0.1, 0.24):
+        assert torch.equal(sample_patches(weights, 5, 4, seed=0, blur_sigma=sigma).scores, expected.scores)
+
+
+def test_the_least_temperature_gives_finite_logits() -> None:
+    drawn = sample_patches(random_map(2, 16, 16), 5, 4, temperature=1e-30, noise=0)
+    assert bool(drawn.scores.isfinite().all())
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_compile_serves_new_temperatures_noises_and_counts(differentiable: bool) -> None:
+    """Three graphs: for the first value of each, for new numbers, and for new counts."""
+
+    def draw(weights: Tensor, k: int, temperature: float, noise: float) -> Tensor:
+        drawn = sample_patches(
+            weights, k, 4, stride=2, temperature=temperature, noise=noise, differentiable=differentiable
+        )
+        return drawn.scores
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(draw, fullgraph=True, backend=counter)
+    weights = random_map(2, 16, 16).requires_grad_(differentiable)
+    for i in range(10):
+        torch.testing.assert_close(compiled(weights, 3, 0.1 + i, 0.5), draw(weights, 3, 0.1 + i, 0.5))
+    assert counter.frame_count <= 2
+    for i in range(10):
+        torch.testing.assert_close(compiled(weights, 3 + i, 0.1 + i, 0.5 + i), draw(weights, 3 + i, 0.1 + i, 0.5 + i))
+    assert counter.frame_count <= 4
 
 
 @pytest.mark.parametrize(
     ("weights", "k", "patch_size", "options", "error", "message"),
     [
         (torch.zeros(1, 1, 8, 8), 5, 4, {"stride": 4}, ValueError, r"k must lie in \[0, 4\], .* got 5"),
-        (torch.zeros(1, 1, 8, 8), -1, 4, {}, ValueError, "got -1"),
+        (torch.zeros(1, 1, 8, 8), -1, 4, {}, ValueError, "k must be an integer of at least 0, got -1"),
         (
             torch.zeros(1, 1, 8, 8),
             1,
@@ -303,16 +333,16 @@ def test_flops_grow_with_the_blur() -> None:
             0,
             {},
             ValueError,
-            "patch_size and stride must be at least 1, got 0 and 1",
+            "patch_size must be an integer of at least 1, got 0",
         ),
-        (torch.zeros(1, 1, 8, 8), 1, 4, {"stride": 0}, ValueError, "got 4 and 0"),
+        (torch.zeros(1, 1, 8, 8), 1, 4, {"stride": 0}, ValueError, "stride must be an integer of at least 1, got 0"),
         (
             torch.zeros(1, 1, 8, 8),
             1,
             4,
             {"temperature": 0.0},
             ValueError,
-            "temperature must be greater than 0, got 0",
+            "temperature must be a finite number of at least 1e-30, got 0",
         ),
         (
             torch.zeros(1, 1, 8, 8),
@@ -320,7 +350,7 @@ def test_flops_grow_with_the_blur() -> None:
             4,
             {"temperature": NAN},
             ValueError,
-            "temperature must be greater than 0, got n",
+            "temperature must be a finite number of at least 1e-30, got n",
         ),
         (
             torch.zeros(1, 1, 8, 8),
@@ -328,9 +358,17 @@ def test_flops_grow_with_the_blur() -> None:
             4,
             {"blur_sigma": -1.0},
             ValueError,
-            "blur_sigma must be at least 0, got -1",
+            "blur_sigma must be a finite number of at least 0, got -1",
         ),
-        (torch.zeros(1, 1, 8, 8), 1, 4, {"padding": (-1, 0)}, ValueError, r"neither negative, got \(-1, 0\)"),
+        (torch.zeros(1, 1, 8, 8), 1, 4, {"blur_sigma": INF}, ValueError, "blur_sigma must be a finite number .*inf"),
+        (
+            torch.zeros(1, 1, 8, 8),
+            1,
+            4,
+            {"padding": (-1, 0)},
+            ValueError,
+            r"padding\[0\] must be an integer of at least 0, got -1",
+        ),
         (
             torch.zeros(1, 2, 8, 8),
             1,
@@ -346,7 +384,7 @@ def test_flops_grow_with_the_blur() -> None:
             4,
             {},
             TypeError,
-            "weights must be a floating-point tensor, got torch.int",
+            "weights must be a floating-point tensor .*, got torch.int32",
         ),
         (
             torch.zeros(1, 1, 8, 8),
@@ -367,8 +405,6 @@ def test_flops_grow_with_the_blur() -> None:
         (torch.zeros(1, 1, 8, 8), 1, 4, {"backend": "cuda"}, NotImplementedError, "has no cuda backend"),
     ],
 )
-def test_errors(
-    weights: Tensor, k: int, patch_size: int, options: dict, error: type[Exception], message: str
-) -> None:
+def test_errors(weights: Tensor, k: int, patch_size: int, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sample_patches(weights, k, patch_size, **options)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from icseg_kernels import BackendError, flops, gather_patches, scatter_patches
+from icseg_kernels import BackendError, flops, gather_patches, numerics, scatter_patches
 from icseg_kernels.patches import NO_PATCH, gaussian_weight
 
 INT64 = torch.iinfo(torch.int64)
@@ -139,19 +141,48 @@ def test_gaussian_weight():
     assert torch.equal(weight, weight.flip(0))
     assert weight.min().item() == pytest.approx(1e-3)
     assert weight[7, 7].item() == pytest.approx(torch.exp(torch.tensor(-2 * 0.5**2 / (2 * 2.0**2))).item())
-    assert weight[3, 7].item() == pytest.approx(
-        torch.exp(torch.tensor(-(4.5**2 + 0.5**2) / (2 * 2.0**2))).item()
-    )
+    assert weight[3, 7].item() == pytest.approx(torch.exp(torch.tensor(-(4.5**2 + 0.5**2) / (2 * 2.0**2))).item())
     assert gaussian_weight(1).item() == 1.0
 
 
 def test_a_pixel_of_weight_zero_is_not_covered():
     weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    found = scatter_patches(
-        torch.ones(1, 1, 1, 2, 2), torch.zeros(1, 1, 2, dtype=torch.int64), (2, 2), weight=weight
-    )
+    found = scatter_patches(torch.ones(1, 1, 1, 2, 2), torch.zeros(1, 1, 2, dtype=torch.int64), (2, 2), weight=weight)
     assert found.mean.tolist() == [[[[1, -10], [1, 1]]]]
     assert found.coverage.tolist() == [[[[True, False], [True, True]]]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("nothing", [0.0, -1.0, float("nan")])
+def test_what_has_no_weight_never_leaks(nothing, value):
+    """Two patches over the same pixels: where the weight is not positive, neither counts nor gets a gradient."""
+    weight = torch.tensor([[1.0, nothing], [1.0, 1.0]])
+    patches = torch.ones(1, 2, 1, 2, 2)
+    patches[0, :, 0, 0, 1] = value
+    patches.requires_grad_()
+    coords = torch.tensor([[[0, 0], [0, 1]]])  # the second covers pixel (0, 1) of the first
+    found = scatter_patches(patches, coords, (2, 3), weight=weight)
+    assert found.mean.tolist() == [[[[1, 1, -10], [1, 1, 1]]]]
+    assert found.coverage.tolist() == [[[[True, True, False], [True, True, True]]]]
+    found.mean.backward(torch.tensor([[[[1.0, 1.0, value], [1.0, 2.0, 1.0]]]]))
+    assert patches.grad.tolist() == [[[[[1, 0], [1, 1]]], [[[1, 0], [1, 1]]]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool])
+def test_weight_is_cast_to_the_dtype_of_the_sums(dtype):
+    patches, coords = random_patches(2, 5, 3, 2, 2, dtype=torch.bfloat16), random_coords(2, 5)
+    weight = torch.tensor([[1, 0], [1, 1]])
+    found = scatter_patches(patches, coords, (7, 9), weight=weight.to(dtype))
+    expected = scatter_patches(patches, coords, (7, 9), weight=weight.float())
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.coverage, expected.coverage)
+
+
+def test_fill_is_rounded_to_the_dtype_of_the_patches():
+    coords = torch.full((1, 1, 2), NO_PATCH)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        found = scatter_patches(random_patches(1, 1, 1, 2, 2, dtype=dtype), coords, (2, 2), fill=0.1).mean
+        assert torch.equal(found, torch.full((1, 1, 2, 2), 0.1, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -161,17 +192,18 @@ def test_a_pixel_of_weight_zero_is_not_covered():
         ((0, 5, 3, 4, 4), (7, 9)),
         ((2, 5, 0, 4, 4), (7, 9)),
         ((2, 5, 3, 4, 4), (0, 9)),
+        ((2, 5, 3, 4, 4), (7, 0)),
     ],
 )
-def test_empty_inputs(shape, size):
+def test_empty_inputs_give_empty_or_filled_images_and_zero_gradients(shape, size):
     patches = torch.ones(shape, requires_grad=True)
     found = scatter_patches(patches, torch.zeros(*shape[:2], 2, dtype=torch.int64), size)
-    assert found.mean.shape == (shape[0], shape[2], *size)
-    if shape[1] == 0:
-        assert (found.mean == -10).all()
-        assert not found.coverage.any()
+    assert torch.equal(found.mean, torch.full((shape[0], shape[2], *size), -10.0))
+    covered = torch.zeros(shape[0], 1, *size, dtype=torch.bool)
+    covered[..., :4, :4] = shape[1] > 0  # by patches without channels too
+    assert torch.equal(found.coverage, covered)
     found.mean.sum().backward()
-    assert patches.grad.shape == shape
+    assert torch.equal(patches.grad, torch.zeros(shape))
 
 
 def test_what_lies_outside_never_leaks():
@@ -238,9 +270,7 @@ def test_same_bits_with_any_number_of_threads():
 def test_a_gpu_gives_the_same_and_the_same_bits_twice():
     patches, coords = random_patches(2, 64, 3, 16, 16), random_coords(2, 64, low=-8, high=100)
     expected = scatter_patches(patches, coords, (100, 90), weight="gaussian")
-    first, second = (
-        scatter_patches(patches.cuda(), coords.cuda(), (100, 90), weight="gaussian") for _ in range(2)
-    )
+    first, second = (scatter_patches(patches.cuda(), coords.cuda(), (100, 90), weight="gaussian") for _ in range(2))
     assert torch.equal(first.mean, second.mean)
     assert torch.equal(first.coverage.cpu(), expected.coverage)
     torch.testing.assert_close(first.mean.cpu(), expected.mean, rtol=1e-5, atol=1e-5)
@@ -265,18 +295,33 @@ def test_compiles_into_one_graph():
             assert torch.equal(found, expected)
 
 
+def test_new_values_of_fill_and_size_do_not_recompile():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    patches, coords = random_patches(2, 5, 3, 4, 4).requires_grad_(), random_coords(2, 5)
+
+    def write(patches: Tensor, fill: float, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return scatter_patches(patches, coords, size, weight="gaussian", fill=fill)
+
+    compiled = torch.compile(write, fullgraph=True, backend=counter)
+    for i in range(10):
+        arguments = (patches, -3.1 + 0.73 * i, (7 + i, 9 + i))
+        found, expected = compiled(*arguments), write(*arguments)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        gradients = [torch.autograd.grad(mean.square().sum(), patches)[0] for mean, _ in (found, expected)]
+        assert torch.equal(*gradients)
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_are_registered_as_torch_expects(dtype):
-    patches, coords, weight = (
-        random_patches(2, 5, 3, 4, 4, dtype=dtype),
-        random_coords(2, 5),
-        gaussian_weight(4),
-    )
-    ops = torch.ops.icseg
-    torch.library.opcheck(ops.scatter_patches.default, (patches, coords, weight, 7, 9, -10.0, "reference"))
-    _, total = ops.scatter_patches(patches, coords, weight, 7, 9, -10.0, "reference")
+    patches, coords, weight = random_patches(2, 5, 3, 4, 4, dtype=dtype), random_coords(2, 5), gaussian_weight(4)
+    ops, arguments = torch.ops.icseg, (patches, coords, weight, numerics.scalar(-10.0, patches.device), 7, 9)
+    torch.library.opcheck(ops.scatter_patches.default, arguments)
+    _, total = ops.scatter_patches(*arguments)
     grad = random_patches(2, 3, 7, 9, dtype=dtype)
-    torch.library.opcheck(ops.scatter_patches_backward.default, (grad, total, coords, weight, "reference"))
+    torch.library.opcheck(ops.scatter_patches_backward.default, (grad, total, coords, weight))
 
 
 def test_autocast_changes_nothing():
@@ -300,59 +345,68 @@ def test_flops():
 COORDS = torch.zeros(1, 2, 2, dtype=torch.int64)
 
 
+PATCHES = torch.zeros(1, 2, 1, 3, 3)
+BAD_PATCHES = r"patches must have shape \[B, K, C, p, p\] with p at least 1, got "
+
+
 @pytest.mark.parametrize(
-    ("error", "message", "patches", "coords", "size", "options"),
+    ("error", "message", "arguments", "options"),
     [
+        (TypeError, "patches must be a torch.Tensor, got float", (1.0, COORDS, (4, 4)), {}),
+        (TypeError, "patches must be a dense tensor, got layout", (PATCHES.to_sparse(), COORDS, (4, 4)), {}),
+        (TypeError, "patches must be .*float.* got torch.uint8", (PATCHES.byte(), COORDS, (4, 4)), {}),
+        (TypeError, "patches .* got torch.float8", (PATCHES.to(torch.float8_e5m2), COORDS, (4, 4)), {}),
+        (ValueError, BAD_PATCHES + r"\[1, 2, 1, 3, 2\]", (PATCHES[..., :2], COORDS, (4, 4)), {}),
+        (ValueError, BAD_PATCHES + r"\[2, 1, 3, 3\]", (PATCHES[0], COORDS, (4, 4)), {}),
+        (ValueError, BAD_PATCHES + r"\[1, 2, 1, 0, 0\]", (PATCHES[..., :0, :0], COORDS, (4, 4)), {}),
+        (TypeError, "coords must be a torch.Tensor, got list", (PATCHES, [[0, 0]], (4, 4)), {}),
         (
             ValueError,
-            r"\[B, K, 2\] = \[1, 2, 2\], got \[1, 3, 2\]",
-            (1, 2, 1, 3, 3),
-            COORDS.new_zeros(1, 3, 2),
-            4,
+            r"coords must have shape \[B, K, 2\] = \[1, 2, 2\], got \[1, 3, 2\]",
+            (PATCHES, COORDS.new_zeros(1, 3, 2), (4, 4)),
             {},
         ),
-        (
-            ValueError,
-            r"must have shape \[B, K, C, p, p\], got \[1, 2, 1, 3, 4\]",
-            (1, 2, 1, 3, 4),
-            COORDS,
-            4,
-            {},
-        ),
-        (ValueError, r"must have shape \[B, K, C, p, p\], got \[2, 1, 3, 3\]", (2, 1, 3, 3), COORDS, 4, {}),
+        (TypeError, "coords must be an integer tensor, got torch.float32", (PATCHES, COORDS.float(), (4, 4)), {}),
+        (TypeError, "coords must be .* got torch.uint16", (PATCHES, COORDS.to(torch.uint16), (4, 4)), {}),
+        (ValueError, "coords must be on cpu, .* got meta", (PATCHES, COORDS.to("meta"), (4, 4)), {}),
+        (ValueError, r"size\[0\] must be an integer of at least 0, got -1", (PATCHES, COORDS, (-1, 4)), {}),
+        (TypeError, r"size\[1\] must be an integer of at least 0, got 4.0", (PATCHES, COORDS, (4, 4.0)), {}),
+        (TypeError, r"size\[1\] .* got True", (PATCHES, COORDS, (4, True)), {}),
+        (ValueError, "size must be a pair of integers, got 3 of them", (PATCHES, COORDS, (4, 4, 4)), {}),
+        (TypeError, "size must be a pair of integers, got 4", (PATCHES, COORDS, 4), {}),
+        (TypeError, "size must be a pair of integers, got None", (PATCHES, COORDS, None), {}),
+        (TypeError, "fill must be a finite number, got None", (PATCHES, COORDS, (4, 4)), {"fill": None}),
+        (ValueError, "fill must be a finite number, got inf", (PATCHES, COORDS, (4, 4)), {"fill": float("inf")}),
+        (ValueError, "weight must be None", (PATCHES, COORDS, (4, 4)), {"weight": "uniform"}),
+        (TypeError, "weight must be a torch.Tensor, got float", (PATCHES, COORDS, (4, 4)), {"weight": 1.0}),
         (
             TypeError,
-            "coords must be an integer tensor, got torch.float32",
-            (1, 2, 1, 3, 3),
-            COORDS.float(),
-            4,
-            {},
+            "weight must be real, got torch.complex64",
+            (PATCHES, COORDS, (4, 4)),
+            {"weight": torch.ones(3, 3, dtype=torch.complex64)},
         ),
-        (ValueError, r"neither negative, got \(-1, -1\)", (1, 2, 1, 3, 3), COORDS, -1, {}),
-        (ValueError, "weight must be None", (1, 2, 1, 3, 3), COORDS, 4, {"weight": "uniform"}),
+        (ValueError, r"p = 3, got \[2, 2\]", (PATCHES, COORDS, (4, 4)), {"weight": torch.ones(2, 2)}),
         (
             ValueError,
-            r"\[p, p\] with p = 3, got \[2, 2\]",
-            (1, 2, 1, 3, 3),
-            COORDS,
-            4,
-            {"weight": torch.ones(2, 2)},
+            "weight must be on cpu, .* got meta",
+            (PATCHES, COORDS, (4, 4)),
+            {"weight": torch.ones(3, 3, device="meta")},
         ),
-        (
-            BackendError,
-            "scatter_patches has no native backend",
-            (1, 2, 1, 3, 3),
-            COORDS,
-            4,
-            {"backend": "native"},
-        ),
+        (BackendError, "scatter_patches has no native", (PATCHES, COORDS, (4, 4)), {"backend": "native"}),
     ],
 )
-def test_bad_arguments_are_named(error, message, patches, coords, size, options):
+def test_bad_arguments_are_named(error, message, arguments, options):
     with pytest.raises(error, match=message):
-        scatter_patches(torch.zeros(patches), coords, (size, size), **options)
+        scatter_patches(*arguments, **options)
 
 
-def test_integer_patches_are_refused():
-    with pytest.raises(TypeError, match="patches must be a floating-point tensor, got"):
-        scatter_patches(torch.zeros(1, 2, 1, 3, 3, dtype=torch.uint8), COORDS, (4, 4))
+def test_numpy_numbers_are_numbers():
+    patches, coords = random_patches(1, 2, 1, 3, 3), random_coords(1, 2)
+    found = scatter_patches(patches, coords, (np.int64(7), np.int32(9)), fill=np.float32(2.5))
+    assert torch.equal(found.mean, scatter_patches(patches, coords, (7, 9), fill=2.5).mean)
+
+
+@pytest.mark.parametrize("patch_size", [0, 2.0, True, None])
+def test_gaussian_weight_of_a_bad_size(patch_size):
+    with pytest.raises((TypeError, ValueError), match="patch_size must be an integer of at least 1"):
+        gaussian_weight(patch_size)

@@ -37,7 +37,8 @@ const char* icseg_error(int code) {
         case ICSEG_OK: return "no error";
         case ICSEG_NEGATIVE_SIZE: return "sizes must not be negative";
         case ICSEG_PATCH_SIZE: return "patch must be at least 1";
-        case ICSEG_ELEMENT_BYTES: return "element_bytes must be 1, 2, 4, 8 or 16";
+        case ICSEG_ELEMENT_BYTES: return "element_bytes must be 1, 2, 4 or 8";
+        case ICSEG_TOO_LARGE: return "sizes must not multiply beyond 63 bits of bytes";
         default: return "unknown error code";
     }
 }

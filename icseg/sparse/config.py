@@ -28,7 +28,7 @@ class SparseConfig(PatchICLConfig):
     architecture: ClassVar[str] = "sparse"
 
     levels: tuple[int, ...] = (32, 64, 128, 256)
-    target_patches: tuple[int, ...] = (16, 24, 32, 48)
+    target_patches: tuple[int, ...] = (16, 48, 96, 160)
     support_patches: tuple[int, ...] = (16, 16, 24, 24)
     foreground_share: float = 0.6
     dim: int = 128

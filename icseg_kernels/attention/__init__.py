@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import flops
+from icseg_kernels import checks, flops, numerics
 from icseg_kernels.attention import reference
 
 __all__ = ["KeyBounds", "selected_attention"]
@@ -73,15 +73,17 @@ def selected_attention(
                 add up to Nq; with G > 1 lists, a run must cover whole groups. Plain ints, so never a mask.
     sink:       a query may also attend to a key of zeros with a value of zeros (torch.nn.MultiheadAttention's
                 add_zero_attn), wherever kv_end lies.
-    scale:      factor of q k^T; None is D ** -0.5.
+    scale:      factor of q k^T, finite; None is D ** -0.5. New values do not compile anew.
     return_lse: also return log(sum(exp(scores))) [B, h, Nq], sink included; float32, or float64 for float64.
                 Two results over disjoint keys, without sinks, merge exactly with it.
     backend:    None or "reference".
 
-    Returns [B, h, Nq, Dv] in the dtype of q. A query with no key gives 0, and logsumexp -inf (0 with a sink).
-    Once differentiable in q, k and v, also through logsumexp. Without index and logsumexp the half types are
-    computed as SDPA does, otherwise in float32; autocast acts as on SDPA.
-    Raises TypeError, ValueError or BackendError.
+    Returns [B, h, Nq, Dv] in the dtype of q, always a new tensor (there is no `out=`). A query with no key gives
+    0, and logsumexp -inf (0 with a sink). Once differentiable in q, k and v, also through logsumexp; not in forward
+    mode. Without index and logsumexp the half types are computed as SDPA does (under torch.compile, q times a given
+    scale is rounded to its dtype first), otherwise in float32; autocast acts as on SDPA.
+    Raises TypeError or ValueError for an argument of another type, dtype, shape, device or range, BackendError if
+    the named backend cannot serve.
 
     Asymmetric attention without a mask. With 3 support tokens, 1 register and 2 target tokens laid out
     [support | register | target], support tokens see support and register, all others see everything:
@@ -90,31 +92,29 @@ def selected_attention(
     selected_attention(q, k, v, kv_end=[(3, 4), (3, 6)])     # q, k, v [B, h, 6, D]
     ```
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (_autocast(t) for t in (q, k, v))
-    _check_tokens(q, k, v)
+    q, k, v = _checked_tokens(q, k, v)
     if index is not None:
         index = _checked_index(index, q)
     queries: list[int] = []  # no runs: all queries, all listed keys
     keys: list[int] = []
-    if isinstance(kv_end, int):
-        k, v, index = _first_keys(k, v, index, kv_end)
-    elif kv_end is not None:
+    if isinstance(kv_end, Sequence):
         queries, keys = _checked_runs(kv_end, q, k, index)
+    elif kv_end is not None:
+        k, v, index = _first_keys(k, v, index, kv_end)
+    scale = None if scale is None else checks.number("scale", scale)
     backends.select("selected_attention", backend, q, k, v, index)
-    if index is None and not return_lse:
+    # SDPA of no key would be NaN where q is, and of no feature NaN everywhere.
+    served_by_sdpa = index is None and q.shape[3] > 0 and (sink or 0 not in (keys or [k.shape[2]]))
+    if served_by_sdpa and not return_lse:
         return reference.dense(q, k, v, queries, keys, sink, scale)
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    attend = _SelectedAttention.apply if graph else _forward_op
-    out, lse = attend(q, k, v, index, queries, keys, sink, factor)
+    factor = None if scale is None else numerics.scalar(scale, q.device)
+    out, lse = backends.call(_SelectedAttention, _forward_op, q, k, v, index, queries, keys, sink, factor)
     return (out, lse) if return_lse else out
 
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -122,19 +122,27 @@ class _SelectedAttention(torch.autograd.Function):
         queries: list[int],
         keys: list[int],
         sink: bool,
-        scale: float,
+        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, v, index)
-        ctx.settings = queries, keys, sink, scale
         return _forward_op(q, k, v, index, queries, keys, sink, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, index, *ctx.settings, scale = inputs
+        ctx.save_for_backward(q, k, v, index, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
+        *tensors, scale = ctx.saved_tensors
+        return *_backward_op(grad_out, grad_lse, *tensors, *ctx.settings, scale), *(None,) * 5
 
 
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _checked_tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as autocast has them."""
+    q, k, v = (numerics.autocast(checks.floating(name, t)) for name, t in (("q", q), ("k", k), ("v", v)))
+    checks.device("k", k, q.device)
+    checks.device("v", v, q.device)
     if q.ndim != 4:
         raise ValueError(f"q must have shape [B, h, Nq, D], got {list(q.shape)}")
     b, h, _, d = q.shape
@@ -144,13 +152,15 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k.shape[2]}, got {list(v.shape)}"
         )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+    if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    return q, k, v
 
 
 def _checked_index(index: Tensor, q: Tensor) -> Tensor:
     """index as [B, G, M]."""
     b, nq = q.shape[0], q.shape[2]
+    checks.device("index", checks.tensor("index", index), q.device)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"index must be int32 or int64, got {index.dtype}")
     if index.ndim not in (2, 3) or index.shape[0] != b:
@@ -164,8 +174,7 @@ def _checked_index(index: Tensor, q: Tensor) -> Tensor:
 
 def _first_keys(k: Tensor, v: Tensor, index: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
     listed = k.shape[2] if index is None else index.shape[2]
-    if not 0 <= n <= listed:
-        raise ValueError(f"kv_end must be a number of keys from 0 to {listed}, got {n}")
+    n = checks.integer("kv_end", n, 0, listed, otherwise=" or a sequence of (queries, keys) pairs of integers")
     return (k[:, :, :n], v[:, :, :n], None) if index is None else (k, v, index[:, :, :n])
 
 
@@ -176,14 +185,9 @@ def _checked_runs(
     nq, groups, listed = q.shape[2], 1, k.shape[2]
     if index is not None:
         groups, listed = index.shape[1:]
-    if not isinstance(kv_end, Sequence) or any(
-        not isinstance(run, Sequence) or len(run) != 2 for run in kv_end
-    ):
-        raise TypeError(
-            f"kv_end must be an int or a sequence of (queries, keys) pairs of ints, got {kv_end!r}"
-        )
-    runs = [run for run in kv_end if run[0] != 0]
-    queries, keys = [run[0] for run in runs], [run[1] for run in runs]
+    pairs = [checks.pair(f"kv_end[{i}]", run) for i, run in enumerate(kv_end)]
+    queries = [count for count, _ in pairs if count != 0]
+    keys = [n for count, n in pairs if count != 0]
     if sum(queries) != nq or any(count < 0 for count in queries):
         raise ValueError(f"kv_end must hold runs whose queries add up to Nq = {nq}, got {queries}")
     if any(not 0 <= n <= listed for n in keys):
@@ -191,13 +195,6 @@ def _checked_runs(
     if groups > 1 and any(count % (nq // groups) for count in queries):
         raise ValueError(f"kv_end must hold runs of whole groups of {nq // groups} queries, got {queries}")
     return queries, keys
-
-
-def _autocast(tokens: Tensor) -> Tensor:
-    """What autocast does to the arguments of SDPA."""
-    if tokens.dtype == torch.float64:
-        return tokens
-    return tokens.to(torch.get_autocast_dtype(tokens.device.type))
 
 
 def _fake_forward(
@@ -208,10 +205,10 @@ def _fake_forward(
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: float,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     b, h, nq, _ = q.shape
-    lse = q.new_empty(b, h, nq, dtype=reference.lse_dtype(q.dtype))
+    lse = q.new_empty(b, h, nq, dtype=numerics.accumulation_dtype(q.dtype))
     return q.new_empty(b, h, nq, v.shape[3]), lse
 
 
@@ -225,20 +222,20 @@ def _fake_backward(
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: float,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _forward_op = backends.register(
     "selected_attention(Tensor q, Tensor k, Tensor v, Tensor? index, SymInt[] queries, SymInt[] keys, "
-    "bool sink, float scale) -> (Tensor, Tensor)",
+    "bool sink, Tensor? scale) -> (Tensor, Tensor)",
     reference.forward,
     _fake_forward,
 )
 _backward_op = backends.register(
     "selected_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
-    "Tensor? index, SymInt[] queries, SymInt[] keys, bool sink, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? index, SymInt[] queries, SymInt[] keys, bool sink, Tensor? scale) -> (Tensor, Tensor, Tensor)",
     reference.backward,
     _fake_backward,
 )
@@ -252,7 +249,7 @@ def _count_forward(
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: float,
+    scale: Any,
     *,
     out_shape: Any,
 ) -> int:
@@ -269,7 +266,7 @@ def _count_backward(
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: float,
+    scale: Any,
     *,
     out_shape: Any,
 ) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg_kernels.numerics import accumulation_dtype, deterministic_add
+
 
 def dense(
     q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], sink: bool, scale: float | None
@@ -17,6 +19,8 @@ def dense(
 
     Returns [B, h, Nq, Dv].
     """
+    if scale is not None and torch.compiler.is_compiling():
+        q, scale = q * scale, 1.0  # as an argument of SDPA, every new scale would compile anew
     if sink:  # in front, so that it lies within every bound
         k, v, keys = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), [n + 1 for n in keys]
     if not queries:
@@ -36,19 +40,19 @@ def forward(
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: float,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, h, Nq, Dv] in the dtype of q, and logsumexp [B, h, Nq] in `lse_dtype`.
+    """Output [B, h, Nq, Dv] in the dtype of q, and logsumexp [B, h, Nq] in the dtype of the sums.
 
     index: [B, G, M] rows of k and v, one list for each of G equal groups of queries; None lists them all.
     Run i is `queries[i]` queries (whole groups, if G > 1) over the first `keys[i]` entries of their lists;
-    no runs: all queries, whole lists.
+    no runs: all queries, whole lists. scale: 0-dim; None is D ** -0.5.
     """
-    dtype = lse_dtype(q.dtype)
+    dtype, factor = accumulation_dtype(q.dtype), _factor(q, scale)
     outs, lses = [], []
     with torch.autocast(q.device.type, enabled=False):
         for run in _runs(q, k, index, queries, keys):
-            scores = _scores(run.grouped(q, dtype), run.selected(k, dtype), run.valid, sink, scale)
+            scores = _scores(run.grouped(q, dtype), run.selected(k, dtype), run.valid, sink, factor)
             out = _probabilities(scores, sink) @ run.selected(v, dtype)
             outs.append(out.flatten(2, 3))
             lses.append(scores.logsumexp(dim=-1).flatten(2, 3))
@@ -65,29 +69,29 @@ def backward(
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: float,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the probabilities are computed again."""
-    dtype = lse_dtype(q.dtype)
+    dtype, factor = accumulation_dtype(q.dtype), _factor(q, scale)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
     grad_q = []
     with torch.autocast(q.device.type, enabled=False):
         for run in _runs(q, k, index, queries, keys):
             q_run, k_run, v_run = run.grouped(q, dtype), run.selected(k, dtype), run.selected(v, dtype)
-            p = _probabilities(_scores(q_run, k_run, run.valid, sink, scale), sink)
+            p = _probabilities(_scores(q_run, k_run, run.valid, sink, factor), sink)
             grad = run.grouped(grad_out, dtype)
             grad_p = grad @ v_run.mT
             mean = (p * grad_p).sum(dim=-1, keepdim=True)
-            grad_scores = p * (grad_p - mean + run.grouped(grad_lse[..., None], dtype)) * scale
+            grad_scores = p * (grad_p - mean + run.grouped(grad_lse[..., None], dtype)) * factor
             grad_q.append((grad_scores @ k_run).flatten(2, 3))
-            _add_rows(grad_k, run.rows, grad_scores.mT @ q_run)
-            _add_rows(grad_v, run.rows, p.mT @ grad)
+            rows = run.rows.flatten(1)
+            deterministic_add(grad_k, rows, (grad_scores.mT @ q_run).flatten(2, 3), dim=2)
+            deterministic_add(grad_v, rows, (p.mT @ grad).flatten(2, 3), dim=2)
     return torch.cat(grad_q, dim=2).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the computation and of logsumexp: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+def _factor(q: Tensor, scale: Tensor | None) -> Tensor | float:
+    return max(q.shape[3], 1) ** -0.5 if scale is None else scale
 
 
 class _Run(NamedTuple):
@@ -128,9 +132,9 @@ def _runs(q: Tensor, k: Tensor, index: Tensor | None, queries: list[int], keys: 
         start = stop
 
 
-def _scores(q: Tensor, k: Tensor, valid: Tensor, sink: bool, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, valid: Tensor, sink: bool, factor: Tensor | float) -> Tensor:
     """[B, h, G, Nq / G, M], -inf where not valid; a sink is one more column, of zeros."""
-    scores = (q @ k.mT * scale).masked_fill(~valid[:, None, :, None, :], float("-inf"))
+    scores = (q @ k.mT * factor).masked_fill(~valid[:, None, :, None, :], float("-inf"))
     return F.pad(scores, (0, 1)) if sink else scores
 
 
@@ -139,17 +143,3 @@ def _probabilities(scores: Tensor, sink: bool) -> Tensor:
     if sink:
         return scores.softmax(dim=-1)[..., :-1]
     return scores.softmax(dim=-1).masked_fill((scores == float("-inf")).all(dim=-1, keepdim=True), 0)
-
-
-def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
-    """total[b, :, rows[b, g, m]] += values[b, :, g, m], in an order that does not depend on the run."""
-    b, h, n, d = total.shape
-    values = values.flatten(2, 3)  # [B, h, G * M, D]
-    if total.is_cuda:  # scatter_add would add atomically; this sorts
-        flat = (rows.flatten(1) + n * torch.arange(b, device=rows.device)[:, None]).flatten()
-        added = values.new_zeros(b * n, h, d).index_put_(
-            (flat,), values.transpose(1, 2).flatten(0, 1), accumulate=True
-        )
-        total += added.unflatten(0, (b, n)).transpose(1, 2)
-    else:
-        total.scatter_add_(2, rows.flatten(1)[:, None, :, None].expand_as(values), values)

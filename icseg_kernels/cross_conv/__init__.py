@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from icseg_kernels import backend as backends
+from icseg_kernels import checks
 from icseg_kernels.cross_conv import reference
+from icseg_kernels.cross_conv.reference import Geometry
+from icseg_kernels.numerics import autocast
 
 __all__ = ["cross_conv2d", "cross_conv2d_mean"]
 
@@ -33,22 +36,25 @@ def cross_conv2d(
     UniverSeg's CrossConv2d (arXiv 2304.06131, section 3.2) as conv_x(x[b, i]) + conv_y(y[b, j]): exact,
     Sx + Sy convolutions instead of Sx * Sy, and the concatenation never exists.
 
-    x:            [B, Sx, Cx, H, W] floating point.
-    y:            [B, Sy, Cy, H, W], same dtype.
-    weight:       [Co, Cx + Cy, kh, kw], the channels of x first, as for torch.nn.Conv2d.
-    bias:         [Co] or None.
+    x:            [B, Sx, Cx, H, W] float16, bfloat16, float32 or float64; H, W > 0. Cx may be 0, or else Cy.
+    y:            [B, Sy, Cy, H, W].
+    weight:       [Co, Cx + Cy, kh, kw], none of them 0, the channels of x first, as for torch.nn.Conv2d.
+    bias:         [Co] or None. All of one dtype, unless autocast is enabled, which acts as on torch.nn.Conv2d.
     stride, dilation, padding, padding_mode: as torch.nn.Conv2d; padding="same", the default, needs stride 1.
     backend:      None or "reference".
-    Returns [B, Sx, Sy, Co, Ho, Wo]. Differentiable, any number of times. Raises TypeError or ValueError.
+    Returns [B, Sx, Sy, Co, Ho, Wo]. Differentiable, any number of times, also in forward mode. Raises TypeError or
+    ValueError for an argument of another type, dtype, shape, device or range, BackendError if the named backend
+    cannot serve.
 
     ```
     x, y = torch.randn(2, 1, 64, 32, 32), torch.randn(2, 8, 64, 32, 32)     # one target, eight supports
     z = cross_conv2d(x, y, torch.randn(64, 128, 3, 3))                      # [2, 1, 8, 64, 32, 32]
     ```
     """
-    settings = _checked(x, y, weight, bias, stride, padding, dilation, padding_mode)
+    x, y, weight, bias = _checked_tensors(x, y, weight, bias)
+    geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
     backends.select("cross_conv2d", backend, x, y, weight)
-    return reference.cross_conv2d(x, y, weight, bias, *settings)
+    return reference.cross_conv2d(x, y, weight, bias, geometry)
 
 
 def cross_conv2d_mean(
@@ -66,68 +72,85 @@ def cross_conv2d_mean(
     """The mean over y of `cross_conv2d`, [B, Sx, Co, Ho, Wo], by convolving the mean of y.
 
     Arguments as for `cross_conv2d`. Exact because the convolution is linear; it is not the mean of anything
-    applied after a nonlinearity. Sy must be at least 1.
+    applied after a nonlinearity. Sy must be at least 1. Raises as `cross_conv2d` does.
     """
-    settings = _checked(x, y, weight, bias, stride, padding, dilation, padding_mode)
+    x, y, weight, bias = _checked_tensors(x, y, weight, bias)
     if y.shape[1] == 0:
         raise ValueError("y must hold at least one image to take the mean of, got Sy = 0")
+    geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
     backends.select("cross_conv2d_mean", backend, x, y, weight)
-    return reference.cross_conv2d_mean(x, y, weight, bias, *settings)
+    return reference.cross_conv2d_mean(x, y, weight, bias, geometry)
 
 
-def _checked(
+def _checked_tensors(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors as autocast has them."""
+    named = {"x": x, "y": y, "weight": weight} | ({} if bias is None else {"bias": bias})
+    named = {name: autocast(checks.floating(name, value)) for name, value in named.items()}
+    x, y, weight, bias = named["x"], named["y"], named["weight"], named.get("bias")
+    for name, value in named.items():
+        checks.device(name, value, x.device)
+        if value.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
+    if x.ndim != 5 or 0 in x.shape[3:]:
+        raise ValueError(f"x must have shape [B, Sx, Cx, H, W] with H, W > 0, got {list(x.shape)}")
+    b, _, cx, h, w = x.shape
+    if y.ndim != 5 or y.shape[0] != b or y.shape[3:] != x.shape[3:]:
+        raise ValueError(f"y must have shape [B, Sy, Cy, H, W] with B, H, W = {b}, {h}, {w}, got {list(y.shape)}")
+    channels = cx + y.shape[2]
+    if channels == 0:
+        raise ValueError("x and y must have at least one channel between them, got Cx = Cy = 0")
+    if weight.ndim != 4 or weight.shape[1] != channels or 0 in weight.shape:
+        raise ValueError(
+            f"weight must have shape [Co, {channels}, kh, kw] (Cx + Cy), none of them 0, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    return x, y, weight, bias
+
+
+def _checked_geometry(
     x: Tensor,
-    y: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     stride: int | tuple[int, int],
     padding: str | int | tuple[int, int],
     dilation: int | tuple[int, int],
     padding_mode: str,
-) -> tuple[tuple[int, int], reference.Pads, tuple[int, int], str]:
-    """Check shapes; return stride, pads (left, right, top, bottom), dilation and the mode of F.pad."""
-    if x.ndim != 5:
-        raise ValueError(f"x must have shape [B, Sx, Cx, H, W], got {list(x.shape)}")
-    b, _, cx, h, w = x.shape
-    if y.ndim != 5 or y.shape[0] != b or y.shape[3:] != x.shape[3:]:
-        raise ValueError(
-            f"y must have shape [B, Sy, Cy, H, W] with B, H, W = {b}, {h}, {w}, got {list(y.shape)}"
-        )
-    channels = cx + y.shape[2]
-    if weight.ndim != 4 or weight.shape[1] != channels:
-        raise ValueError(
-            f"weight must have shape [Co, {channels}, kh, kw] (Cx + Cy), got {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+) -> Geometry:
     if padding_mode not in _PAD_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(_PAD_MODES)}, got {padding_mode!r}")
-    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    pads = _pads(padding, strides, dilations, (weight.shape[2], weight.shape[3]))
-    return strides, pads, dilations, _PAD_MODES[padding_mode]
+    strides = checks.one_or_pair("stride", stride, 1)
+    dilations = checks.one_or_pair("dilation", dilation, 1)
+    (h, w), (kh, kw) = x.shape[3:], weight.shape[2:]
+    reach = dilations[0] * (kh - 1), dilations[1] * (kw - 1)
+    left, right, top, bottom = _pads(padding, strides, reach)
+    if reach[0] >= h + top + bottom or reach[1] >= w + left + right:
+        padded = f"{h + top + bottom} x {w + left + right}"
+        raise ValueError(
+            f"weight must fit the padded images of {padded} pixels, got {reach[0] + 1} x {reach[1] + 1} (dilated)"
+        )
+    spare = {"reflect": 1, "circular": 0}.get(padding_mode)
+    if spare is not None and (max(left, right) > w - spare or max(top, bottom) > h - spare):
+        raise ValueError(
+            f'padding must be at most {h - spare} x {w - spare} pixels for padding_mode="{padding_mode}" '
+            f"of {h} x {w}, got {max(top, bottom)} x {max(left, right)}"
+        )
+    return Geometry(strides, dilations, (left, right, top, bottom), _PAD_MODES[padding_mode])
 
 
 def _pads(
-    padding: str | int | tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    kernel: tuple[int, int],
-) -> reference.Pads:
+    padding: str | int | tuple[int, int], stride: tuple[int, int], reach: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """left, right, top, bottom; reach: from the first to the last row and column that an output pixel sees."""
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "same":
         if stride != (1, 1):
             raise ValueError(f'padding="same" needs stride 1, got {stride}')
-        height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        height, width = reach
         return width // 2, width - width // 2, height // 2, height - height // 2
     if isinstance(padding, str):
-        raise ValueError(f'padding must be "same", "valid", an int or two ints, got {padding!r}')
-    top, left = _pair("padding", padding, 0)
+        raise ValueError(f'padding must be "same", "valid", an integer or a pair of them, got {padding!r}')
+    top, left = checks.one_or_pair("padding", padding, 0)
     return left, left, top, top
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name} must be one or two ints of at least {least}, got {value!r}")
-    return pair

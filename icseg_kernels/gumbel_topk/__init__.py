@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import flops
+from icseg_kernels import checks, flops
 from icseg_kernels.gumbel_topk import reference
-from icseg_kernels.gumbel_topk.reference import nan_as_minus_infinity
+from icseg_kernels.numerics import accumulation_dtype, nan_as_minus_infinity, scalar
 from icseg_kernels.philox import seed_tensor
 
 _IMPLEMENTATIONS = {"reference": reference.gumbel_topk}
@@ -34,15 +35,23 @@ class TopK(NamedTuple):
     kappa: Tensor
 
     def log_prob(self, logits: Tensor) -> Tensor:
-        """[B] log-probability of this ordered draw under the Plackett-Luce model of `logits` [B, N].
+        """[B] log-probability of this ordered draw under the Plackett-Luce model of `logits`.
 
         sum_i (l_i - log D_i) over the draws i, where D_i sums exp(l) over what was left before draw i. D is
         summed from the last draw backwards, so that nearly equal sums are never subtracted. An index of -1
-        adds nothing; drawing an element of logit -inf has log-probability -inf. Gradients reach logits, once.
+        adds nothing. A draw of an element of logit -inf or NaN is impossible: the row's log-probability is -inf
+        and its gradient 0.
+
+        logits: [B, N] float16, bfloat16, float32 or float64, of the N candidates drawn from, on the device of the
+                draw; they may be others than those drawn with. Gradients reach them, once.
+
+        Returns float32, or float64 for float64 logits. Raises TypeError or ValueError; an N smaller than that of
+        the draw is only noticed if it is below k, or by torch when an index does not exist.
         """
         self._check(logits)
-        value: Tensor = _PlackettLuce.apply(nan_as_minus_infinity(logits), self.indices)
-        return value
+        value, _ = _PlackettLuce.apply(nan_as_minus_infinity(logits), self.indices)
+        found: Tensor = value
+        return found
 
     def inclusion_log_prob(self, logits: Tensor) -> Tensor:
         """[B, k] log-probability that each drawn element exceeds kappa: log(1 - exp(-exp(l - kappa))).
@@ -50,20 +59,24 @@ class TopK(NamedTuple):
         With q = exp of it, the sum over the draws of exp(l_i - logsumexp) / q_i * f_i is an unbiased estimate
         of the expectation of f under softmax(l) (Kool, van Hoof and Welling 2019). 0 where the index is -1
         and where kappa is -inf: then all were drawn. Gradients reach logits; kappa counts as a constant.
+
+        logits, dtypes and errors as for `log_prob`.
         """
         self._check(logits)
-        undrawn = self.indices < 0
+        certain = (self.indices < 0) | (self.kappa == -torch.inf).unsqueeze(1)
         drawn = nan_as_minus_infinity(logits).gather(1, self.indices.clamp(min=0))
         # exp(-exp(7)) is 0 in float64 too, so the clamp changes no value.
-        excess = (drawn - self.kappa.detach().unsqueeze(1)).masked_fill(undrawn, 7.0).clamp(max=7.0)
+        excess = (drawn - self.kappa.detach().unsqueeze(1)).masked_fill(certain, 7.0).clamp(max=7.0)
         rate = excess.clamp(min=-10.0).exp()
         series = excess - excess.exp() / 2 + (2 * excess).exp() / 24
         return torch.where(excess < -10.0, series, (-torch.expm1(-rate)).log())
 
     def _check(self, logits: Tensor) -> None:
-        if logits.ndim != 2 or logits.shape[0] != self.indices.shape[0]:
+        checks.device("logits", checks.floating("logits", logits), self.indices.device)
+        batch, k = self.indices.shape
+        if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < k:
             raise ValueError(
-                f"logits must have shape [B, N] with B = {self.indices.shape[0]}, got {list(logits.shape)}"
+                f"logits must have shape [B, N] with B = {batch} and N of at least {k}, got {list(logits.shape)}"
             )
 
 
@@ -93,7 +106,9 @@ def gumbel_topk(
 
     Returns TopK, with scores, logsumexp and kappa in float32 (float64 for float64 logits). Of equal scores,
     the lower index comes first. Gradients reach logits, once, through scores and kappa (1 at the element) and
-    logsumexp. Raises TypeError or ValueError for other types, shapes or values, or for both seed and noise.
+    logsumexp, in reverse mode. New values of k, seed and noise do not compile anew. Raises TypeError or ValueError
+    for other types, shapes, devices or values, or for both seed and noise; BackendError if the named backend cannot
+    serve.
 
     ```
     logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
@@ -102,10 +117,15 @@ def gumbel_topk(
     draw.log_prob(logits).exp()     # tensor([0.2333]) = 0.7 * 0.1 / (1 - 0.7)
     ```
     """
-    _check_logits(logits, k)
+    if checks.floating("logits", logits).ndim != 2:
+        raise ValueError(f"logits must have shape [B, N], got {list(logits.shape)}")
+    k = checks.integer("k", k)
+    if not 0 <= k <= logits.shape[1]:
+        raise ValueError(f"k must lie in [0, N] with N = {logits.shape[1]}, got {k}")
     seeded, noise = noise_source(seed, noise, logits.shape, logits.device)
-    indices, scores, logsumexp = _GumbelTopK.apply(logits, k, seeded, noise, backend)
-    return TopK(indices[:, :k].contiguous(), scores[:, :k].contiguous(), logsumexp, scores[:, k])
+    chosen = backends.select("gumbel_topk", backend, logits)
+    indices, scores, logsumexp = backends.call(_GumbelTopK, _op, logits, k, seeded, noise, chosen)
+    return TopK(indices[:, :k].contiguous(), scores[:, :k].contiguous(), logsumexp, scores[:, -1])
 
 
 def noise_source(
@@ -117,25 +137,16 @@ def noise_source(
     if seed is not None:
         raise ValueError("seed and noise must not both be given")
     if not isinstance(noise, Tensor):
+        if isinstance(noise, bool) or not isinstance(noise, float | int | numbers.Real):
+            raise TypeError(f"noise must be a number or a floating-point tensor, got {noise!r}")
         if noise == 0:
             return None, None
-        noise = torch.full((1, 1), noise, dtype=torch.float32, device=device)
-    if not noise.is_floating_point() or noise.device != device:
-        given = f"{noise.dtype} on {noise.device}"
-        raise TypeError(f"noise must be a number or a floating-point tensor on {device}, got {given}")
+        noise = scalar(noise, device)
+    checks.device("noise", checks.floating("noise", noise), device)
     try:
         return None, noise.expand(shape)
     except RuntimeError as error:
         raise ValueError(f"noise must broadcast to shape {list(shape)}, got {list(noise.shape)}") from error
-
-
-def _check_logits(logits: Tensor, k: int) -> None:
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be a floating-point tensor, got {logits.dtype}")
-    if logits.ndim != 2:
-        raise ValueError(f"logits must have shape [B, N], got {list(logits.shape)}")
-    if not 0 <= k <= logits.shape[1]:
-        raise ValueError(f"k must lie in [0, N] with N = {logits.shape[1]}, got {k}")
 
 
 class _GumbelTopK(torch.autograd.Function):
@@ -143,14 +154,17 @@ class _GumbelTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str | None
+        logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = backends.select("gumbel_topk", backend, logits)
-        indices, scores, logsumexp = _op(logits, k, seed, noise, chosen)
+        return _op(logits, k, seed, noise, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, _, _, noise, _ = inputs
+        indices, _, logsumexp = output
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(logits, indices, logsumexp)
         ctx.noise_dtype = None if noise is None else noise.dtype
-        return indices, scores, logsumexp
 
     @staticmethod
     @once_differentiable
@@ -171,10 +185,10 @@ class _GumbelTopK(torch.autograd.Function):
 
 
 class _PlackettLuce(torch.autograd.Function):
-    """Ordered log-probability [B] of `indices` [B, k], with its gradient in closed form."""
+    """Ordered log-probability [B] of `indices` [B, k], and -log D [B, k], for its gradient in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, indices: Tensor) -> Tensor:
+    def forward(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         drawn = indices >= 0
         chosen = logits.gather(1, indices.clamp(min=0)).masked_fill(~drawn, -torch.inf)
         left_over = logits.masked_fill(scattered(drawn, indices, logits.shape[1]), -torch.inf)
@@ -182,20 +196,26 @@ class _PlackettLuce(torch.autograd.Function):
         tail = torch.cat([left_over.logsumexp(1, keepdim=True), chosen.flip(1)], dim=1).logcumsumexp(1)[:, 1:]
         log_total = tail.flip(1)
         possible = chosen > -torch.inf
-        ctx.save_for_backward(logits, indices, torch.where(possible, -log_total, -torch.inf))
         terms = torch.where(possible, chosen - log_total, -torch.inf)
-        return terms.masked_fill(~drawn, 0.0).sum(1)
+        return terms.masked_fill(~drawn, 0.0).sum(1), torch.where(possible, -log_total, -torch.inf)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        value, negative_log_total = output
+        ctx.mark_non_differentiable(negative_log_total)
+        ctx.save_for_backward(*inputs, value, negative_log_total)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         """d / d l_i = [i drawn] - exp(l_i) * (sum of 1 / D over the draws until i is gone)."""
-        logits, indices, negative_log_total = ctx.saved_tensors
+        logits, indices, value, negative_log_total = ctx.saved_tensors
         drawn = scattered(indices >= 0, indices, logits.shape[1])
         until_drawn = scattered(negative_log_total.logcumsumexp(1), indices, logits.shape[1])
         until_the_end = negative_log_total.logsumexp(1, keepdim=True)
         expected = (logits + torch.where(drawn, until_drawn, until_the_end)).exp()
-        return grad.unsqueeze(1) * (drawn.to(grad.dtype) - expected), None
+        slope = grad.unsqueeze(1) * (drawn.to(grad.dtype) - expected)
+        return slope.masked_fill((value == -torch.inf).unsqueeze(1), 0.0), None
 
 
 def scattered(values: Tensor, indices: Tensor, size: int) -> Tensor:
@@ -214,7 +234,7 @@ def _fake(
     logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = logits.shape[0]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = accumulation_dtype(logits.dtype)
     return (
         logits.new_empty((batch, k + 1), dtype=torch.int64),
         logits.new_empty((batch, k + 1), dtype=dtype),
@@ -223,7 +243,7 @@ def _fake(
 
 
 _op = backends.register(
-    "gumbel_topk(Tensor logits, int k, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor, Tensor)",
+    "gumbel_topk(Tensor logits, SymInt k, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
 )

@@ -6,18 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg_kernels.numerics import nan_as_minus_infinity
 from icseg_kernels.philox import noise_reference
 
 
-def nan_as_minus_infinity(x: Tensor) -> Tensor:
-    """`x` in float64 if it is float64, else in float32, with NaN replaced by -inf."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.masked_fill(x.isnan(), -torch.inf)
-
-
-def gumbel_topk(
-    logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def gumbel_topk(logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The k + 1 largest of logits + noise, descending, ties to the lower index.
 
     logits [B, N]; the noise is the contract's under `seed` (0-dim int64), or `noise` [B, N], or none.

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import flops, library
+from icseg_kernels import checks, flops, library
+from icseg_kernels.numerics import accumulation_dtype
 from icseg_kernels.patches import native, reference
-from icseg_kernels.patches.coords import check_coords, check_integer
+from icseg_kernels.patches.coords import check_coords, check_integer, sample_positions
 
 ALIGNMENTS = ("pixel", "published")
 _IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
@@ -45,10 +46,11 @@ def gather_patches(
       published PatchICL samples its features (arXiv 2604.12752).
 
     Args:
-        source: [..., C, H, W], any dtype (floating-point with `out_size`), any strides.
+        source: [..., C, H, W], any strides, any dtype; float16, bfloat16, float32 or float64 with `out_size`.
         coords: [..., K, 2] (y, x) of each patch's top-left corner in pixels of `source`, with the leading
-            dimensions of `source`. Integers; with `out_size` also floats. They may be negative or outside: a
-            patch wholly outside the image is all zeros. The same patch may come more than once.
+            dimensions of `source`, on its device. Integers (uint8 or signed); with `out_size` also floats. They
+            may be negative or outside: a patch wholly outside the image is all zeros, as is one at NaN. The same
+            patch may come more than once. They get no gradient, floats neither.
         patch_size: p, in pixels. With `out_size` it may be a fraction, or a pair (height, width).
         out_size: n, samples a side; None copies.
         alignment: "pixel" or "published"; only with `out_size`.
@@ -56,59 +58,52 @@ def gather_patches(
 
     Returns:
         [..., K, C, p, p], or [..., K, C, n, n]; the dtype of `source`. Resampling is computed in float32 for
-        the 16-bit types, and in the dtype of `source` otherwise. Autocast changes nothing.
+        the 16-bit types, and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
+        there is no out= yet.
 
-    Once differentiable with respect to `source`; the gradient is bitwise reproducible.
+    Once differentiable with respect to `source`, if that is complex or of a dtype that can be resampled; the
+    gradient is bitwise reproducible.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the named backend cannot serve the call.
     """
+    checks.tensor("source", source)
     if source.ndim < 3:
         raise ValueError(f"source must have shape [..., C, H, W], got {list(source.shape)}")
-    k = coords.shape[-2] if coords.ndim > 1 else 0
-    check_coords(
-        coords, (*source.shape[:-3], k, 2), "[..., K, 2] with the leading dimensions of source", source.device
-    )
+    k = coords.shape[-2] if isinstance(coords, Tensor) and coords.ndim > 1 else 0
+    layout = "[..., K, 2] with the leading dimensions of source"
+    check_coords(coords, (*source.shape[:-3], k, 2), layout, source.device)
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
     name = backends.select("gather_patches", backend, source, out_size is not None)
     if out_size is None:
         check_integer(coords, " (floating-point coords need out_size)")
-        _check_copied(patch_size, alignment)
-        return _GatherPatches.apply(source, coords, patch_size, name)
-    _check_resampled(source, out_size)
-    height, width = _extent(patch_size)
-    return _GatherPatchesBilinear.apply(
-        source, coords, height, width, out_size, alignment == "published", name
+        side = checks.integer("patch_size", patch_size, 1, otherwise=" (a fraction or a pair needs out_size)")
+        if alignment != "pixel":
+            raise ValueError(f"alignment={alignment!r} needs out_size: a copied patch has nothing to align")
+        return _GatherPatches.apply(source, coords, side, name)
+    checks.floating("source with out_size", source)
+    positions = sample_positions(
+        coords.detach(),
+        _extent(patch_size),
+        checks.integer("out_size", out_size, 1),
+        alignment == "published",
+        (source.shape[-2], source.shape[-1]),
+        accumulation_dtype(source.dtype),
     )
+    return _GatherPatchesBilinear.apply(source, positions)
 
 
-def _check_copied(patch_size: object, alignment: str) -> None:
-    if not isinstance(patch_size, int | torch.SymInt):
-        raise TypeError(
-            f"patch_size must be an integer (a fraction or a pair needs out_size), got {patch_size!r}"
-        )
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-    if alignment != "pixel":
-        raise ValueError(f"alignment={alignment!r} needs out_size: a copied patch has nothing to align")
-
-
-def _check_resampled(source: Tensor, out_size: int) -> None:
-    if not source.dtype.is_floating_point:
-        raise TypeError(
-            f"source must be a floating-point tensor to be resampled to out_size, got {source.dtype}"
-        )
-    if out_size < 1:
-        raise ValueError(f"out_size must be at least 1, got {out_size}")
-
-
-def _extent(patch_size: float | tuple[float, float]) -> tuple[float, float]:
-    height, width = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
-    if not (height > 0 and width > 0):
-        raise ValueError(f"patch_size must be positive, got {patch_size}")
-    return float(height), float(width)
+def _extent(patch_size: Any) -> tuple[float, float]:
+    """(height, width) of a patch in pixels."""
+    if not isinstance(patch_size, tuple | list):
+        side = checks.number("patch_size", patch_size, above=0)
+        return side, side
+    if len(patch_size) != 2:
+        raise ValueError(f"patch_size must be a number or a pair (height, width), got {patch_size!r}")
+    height, width = patch_size
+    return checks.number("patch_size[0]", height, above=0), checks.number("patch_size[1]", width, above=0)
 
 
 class _GatherPatches(torch.autograd.Function):
@@ -131,29 +126,20 @@ class _GatherPatches(torch.autograd.Function):
 
 class _GatherPatchesBilinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        source: Tensor,
-        coords: Tensor,
-        height: float,
-        width: float,
-        out_size: int,
-        edge_to_edge: bool,
-        backend: str,
-    ) -> Tensor:
-        return _bilinear(source, coords, height, width, out_size, edge_to_edge, backend)
+    def forward(source: Tensor, positions: Tensor) -> Tensor:
+        return _bilinear(source, positions)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        source, coords, height, width, _, edge_to_edge, ctx.backend = inputs
-        ctx.patch = (height, width, edge_to_edge)
+        source, positions = inputs
         ctx.size = source.shape[-2:]
-        ctx.save_for_backward(coords)
+        ctx.save_for_backward(positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (coords,) = ctx.saved_tensors
-        return _bilinear_backward(grad, coords, *ctx.patch, *ctx.size, ctx.backend), *(None,) * 6
+        (positions,) = ctx.saved_tensors
+        return _bilinear_backward(grad, positions, *ctx.size), None
 
 
 def _gather_implementation(source: Tensor, coords: Tensor, patch_size: int, backend: str) -> Tensor:
@@ -164,66 +150,19 @@ def _gather_fake(source: Tensor, coords: Tensor, patch_size: int, backend: str) 
     return source.new_empty(*coords.shape[:-1], source.shape[-3], patch_size, patch_size)
 
 
-def _gather_backward_implementation(
-    grad: Tensor, coords: Tensor, height: int, width: int, backend: str
-) -> Tensor:
+def _gather_backward_implementation(grad: Tensor, coords: Tensor, height: int, width: int, backend: str) -> Tensor:
+    if not grad.dtype.is_complex:
+        checks.floating("the gradient of gather_patches", grad)
     return _IMPLEMENTATIONS[backend].gather_backward(grad, coords, height, width)
 
 
-def _gather_backward_fake(grad: Tensor, coords: Tensor, height: int, width: int, backend: str) -> Tensor:
-    return grad.new_empty(*coords.shape[:-2], grad.shape[-3], height, width)
+def _bilinear_fake(source: Tensor, positions: Tensor) -> Tensor:
+    n = positions.shape[-1]
+    return source.new_empty(*positions.shape[:-2], source.shape[-3], n, n)
 
 
-def _bilinear_implementation(
-    source: Tensor,
-    coords: Tensor,
-    height: float,
-    width: float,
-    out_size: int,
-    edge_to_edge: bool,
-    backend: str,
-) -> Tensor:
-    return reference.gather_bilinear(source, coords, (height, width), out_size, edge_to_edge)
-
-
-def _bilinear_fake(
-    source: Tensor,
-    coords: Tensor,
-    height: float,
-    width: float,
-    out_size: int,
-    edge_to_edge: bool,
-    backend: str,
-) -> Tensor:
-    return source.new_empty(*coords.shape[:-1], source.shape[-3], out_size, out_size)
-
-
-def _bilinear_backward_implementation(
-    grad: Tensor,
-    coords: Tensor,
-    height: float,
-    width: float,
-    edge_to_edge: bool,
-    image_height: int,
-    image_width: int,
-    backend: str,
-) -> Tensor:
-    return reference.gather_bilinear_backward(
-        grad, coords, (height, width), edge_to_edge, image_height, image_width
-    )
-
-
-def _bilinear_backward_fake(
-    grad: Tensor,
-    coords: Tensor,
-    height: float,
-    width: float,
-    edge_to_edge: bool,
-    image_height: int,
-    image_width: int,
-    backend: str,
-) -> Tensor:
-    return grad.new_empty(*coords.shape[:-2], grad.shape[-3], image_height, image_width)
+def _backward_fake(grad: Tensor, where: Tensor, height: int, width: int, backend: str = "") -> Tensor:
+    return grad.new_empty(*grad.shape[:-4], grad.shape[-3], height, width)
 
 
 _gather = backends.register(
@@ -234,19 +173,17 @@ _gather = backends.register(
 _gather_backward = backends.register(
     "gather_patches_backward(Tensor grad, Tensor coords, SymInt height, SymInt width, str backend) -> Tensor",
     _gather_backward_implementation,
-    _gather_backward_fake,
+    _backward_fake,
 )
 _bilinear = backends.register(
-    "gather_patches_bilinear(Tensor source, Tensor coords, float height, float width, SymInt out_size, "
-    "bool edge_to_edge, str backend) -> Tensor",
-    _bilinear_implementation,
+    "gather_patches_bilinear(Tensor source, Tensor positions) -> Tensor",
+    reference.gather_bilinear,
     _bilinear_fake,
 )
 _bilinear_backward = backends.register(
-    "gather_patches_bilinear_backward(Tensor grad, Tensor coords, float height, float width, "
-    "bool edge_to_edge, SymInt image_height, SymInt image_width, str backend) -> Tensor",
-    _bilinear_backward_implementation,
-    _bilinear_backward_fake,
+    "gather_patches_bilinear_backward(Tensor grad, Tensor positions, SymInt height, SymInt width) -> Tensor",
+    reference.gather_bilinear_backward,
+    _backward_fake,
 )
 backends.declare(
     "gather_patches",

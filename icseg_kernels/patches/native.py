@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import library
-from icseg_kernels.patches.reference import accumulation_dtype
+from icseg_kernels.numerics import accumulation_dtype
+
+_BACKWARD = {torch.float32: "icseg_gather_patches_backward_f32", torch.float64: "icseg_gather_patches_backward_f64"}
 
 
 def unsupported(source: Tensor, resampled: bool) -> list[str]:
@@ -14,8 +16,8 @@ def unsupported(source: Tensor, resampled: bool) -> list[str]:
     reasons = []
     if source.device.type != "cpu":
         reasons.append(f"it runs on the CPU, and source is on {source.device}")
-    if source.dtype.is_complex or source.is_quantized or source.layout != torch.strided:
-        reasons.append(f"source must be a dense real tensor, got {source.dtype}, {source.layout}")
+    if source.dtype.is_complex:
+        reasons.append(f"source must be real, got {source.dtype}")
     if resampled:
         reasons.append("it copies patches and does not resample them (out_size)")
     return reasons
@@ -23,6 +25,7 @@ def unsupported(source: Tensor, resampled: bool) -> list[str]:
 
 def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
     """[..., C, H, W], integer [..., K, 2] -> [..., K, C, p, p]; zero outside the image."""
+    _guard(source, coords, (*source.shape[:-3], coords.shape[-2], 2))
     images, corners = _two_leading(source, 3), coords.to(torch.int64).contiguous()
     patches = source.new_empty(*coords.shape[:-1], source.shape[-3], patch_size, patch_size)
     code = library.get().icseg_gather_patches(
@@ -41,27 +44,34 @@ def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
 
 def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Tensor:
     """Adjoint of `gather`: [..., K, C, p, p] added up into [..., C, H, W]."""
+    *lead, channels, patch_height, patch_width = grad.shape
+    _guard(grad, coords, (*lead, 2))
+    if patch_height != patch_width:
+        raise ValueError(f"grad must have shape [..., K, C, p, p], got {list(grad.shape)}")
     values, corners = grad.to(accumulation_dtype(grad.dtype)), coords.to(torch.int64).contiguous()
-    images = values.new_empty(*coords.shape[:-2], grad.shape[-3], height, width)
+    if values.dtype not in _BACKWARD:
+        raise TypeError(f"grad must be a floating-point tensor, got {grad.dtype}")
+    images = values.new_empty(*lead[:-1], channels, height, width)
     patches = _two_leading(values, 4)
-    native = library.get()
-    add = (
-        native.icseg_gather_patches_backward_f64
-        if values.dtype == torch.float64
-        else native.icseg_gather_patches_backward_f32
+    code = getattr(library.get(), _BACKWARD[values.dtype])(
+        patches.data_ptr(),
+        corners.data_ptr(),
+        images.data_ptr(),
+        *patches.shape[:-1],
+        height,
+        width,
+        *patches.stride(),
     )
-    library.check(
-        add(
-            patches.data_ptr(),
-            corners.data_ptr(),
-            images.data_ptr(),
-            *patches.shape[:-1],
-            height,
-            width,
-            *patches.stride(),
-        )
-    )
+    library.check(code)
     return images.to(grad.dtype)
+
+
+def _guard(values: Tensor, coords: Tensor, shape: tuple[int, ...]) -> None:
+    """The last check before raw pointers: the library reads as much memory as the shapes promise."""
+    if not (values.is_cpu and coords.is_cpu):
+        raise ValueError(f"native patch ops need tensors on the CPU, got {values.device} and {coords.device}")
+    if coords.shape != shape:
+        raise ValueError(f"coords must have shape {list(shape)}, got {list(coords.shape)}")
 
 
 def _two_leading(tensor: Tensor, trailing: int) -> Tensor:

@@ -6,16 +6,23 @@ Deterministic on every device: equal inputs give equal bits, whatever the number
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from icseg_kernels.numerics import accumulation_dtype, deterministic_add
+
+# A copy moves bits; torch indexes these dtypes, but not every other of their size.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
 
 def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
     """[..., C, H, W], integer [..., K, 2] -> [..., K, C, p, p]; zero outside the image."""
     rows, cols, inside = _pixels(coords, patch_size, *source.shape[-2:])
-    return _take(source, rows, cols).masked_fill_(~inside, 0)
+    bits = source.view(_BITS[source.dtype.itemsize])
+    return _take(bits, rows, cols).masked_fill_(~inside, 0).view(source.dtype)
 
 
 def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Tensor:
@@ -25,38 +32,37 @@ def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Te
     return _add(values, rows, cols, height, width).to(grad.dtype)
 
 
-def gather_bilinear(
-    source: Tensor, coords: Tensor, extent: tuple[float, float], out_size: int, edge_to_edge: bool
-) -> Tensor:
-    """[..., C, H, W], [..., K, 2] -> [..., K, C, n, n]: n x n samples over `extent` pixels."""
+def gather_bilinear(source: Tensor, positions: Tensor) -> Tensor:
+    """[..., C, H, W], [..., K, 2, n] -> [..., K, C, n, n]: samples at rows x columns, borders replicated.
+
+    Zero where a position is NaN.
+    """
     image = source.to(accumulation_dtype(source.dtype))
-    taps, inside = _taps(coords, extent, out_size, edge_to_edge, image)
-    total = image.new_zeros(*coords.shape[:-1], image.shape[-3], out_size, out_size)
+    taps, inside = _taps(positions, *source.shape[-2:])
+    total = image.new_zeros(*positions.shape[:-2], image.shape[-3], *inside.shape[-2:])
     for rows, cols, weight in taps:
         total += weight * _take(image, rows, cols)
     return total.masked_fill_(~inside, 0).to(source.dtype)
 
 
-def gather_bilinear_backward(
-    grad: Tensor, coords: Tensor, extent: tuple[float, float], edge_to_edge: bool, height: int, width: int
-) -> Tensor:
+def gather_bilinear_backward(grad: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
     """Adjoint of `gather_bilinear` with respect to its source: [..., K, C, n, n] -> [..., C, H, W]."""
-    lead, channels, out_size = coords.shape[:-2], grad.shape[-3], grad.shape[-1]
-    total = grad.new_zeros(*lead, channels, height, width, dtype=accumulation_dtype(grad.dtype))
-    taps, inside = _taps(coords, extent, out_size, edge_to_edge, total)
-    values = grad.to(total.dtype).masked_fill(~inside, 0)
+    taps, inside = _taps(positions, height, width)
+    values = grad.to(accumulation_dtype(grad.dtype)).masked_fill(~inside, 0)
+    total = values.new_zeros(*grad.shape[:-4], grad.shape[-3], height, width)
     for rows, cols, weight in taps:
         total += _add(weight * values, rows, cols, height, width)
     return total.to(grad.dtype)
 
 
 def scatter(
-    patches: Tensor, coords: Tensor, weight: Tensor, height: int, width: int, fill: float
+    patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """[B, K, C, p, p], [B, K, 2], [p, p] -> weighted mean [B, C, H, W], total weight [B, 1, H, W]."""
+    """[B, K, C, p, p], [B, K, 2], [p, p], [] -> weighted mean [B, C, H, W], total weight [B, 1, H, W]."""
     rows, cols, inside = _pixels(coords, patches.shape[-1], height, width)
-    weights = weight.expand_as(inside).masked_fill(~inside, 0)  # [B, K, 1, p, p]
-    weighted = (patches.to(weight.dtype) * weight).masked_fill_(~inside, 0)
+    counted = inside & (weight > 0)  # [B, K, 1, p, p]
+    weights = weight.expand_as(counted).masked_fill(~counted, 0)
+    weighted = (patches.to(weight.dtype) * weight).masked_fill_(~counted, 0)
     sums = _add(torch.cat([weighted, weights], dim=-3), rows, cols, height, width)
     total = sums[:, -1:].contiguous()
     return torch.where(total > 0, sums[:, :-1] / total, fill).to(patches.dtype), total
@@ -65,12 +71,8 @@ def scatter(
 def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor) -> Tensor:
     """Adjoint of `scatter` with respect to its patches: [B, C, H, W] -> [B, K, C, p, p]."""
     share = torch.where(total > 0, grad.to(total.dtype) / total, 0)
-    return (gather(share, coords, weight.shape[-1]) * weight).to(grad.dtype)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums and interpolations of the 16-bit types are taken in float32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    shares = gather(share, coords, weight.shape[-1])
+    return torch.where(weight > 0, shares * weight, 0).to(grad.dtype)
 
 
 def _pixels(coords: Tensor, patch_size: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,45 +89,25 @@ def _pixels_along(corner: Tensor, patch_size: int, length: int) -> tuple[Tensor,
     return positions.clamp(0, length - 1), (positions >= 0) & (positions < length)
 
 
-def _taps(
-    coords: Tensor, extent: tuple[float, float], out_size: int, edge_to_edge: bool, image: Tensor
-) -> tuple[Iterator[tuple[Tensor, Tensor, Tensor]], Tensor]:
+def _taps(positions: Tensor, height: int, width: int) -> tuple[Iterator[tuple[Tensor, Tensor, Tensor]], Tensor]:
     """The four neighbours of each sample: rows, cols [..., K, n] and weights [..., K, 1, n, n];
-    and inside [..., K, 1, 1, 1], False for a patch wholly outside the image."""
-    y_taps, y_inside = _taps_along(
-        coords[..., 0], extent[0], out_size, edge_to_edge, image.shape[-2], image.dtype
-    )
-    x_taps, x_inside = _taps_along(
-        coords[..., 1], extent[1], out_size, edge_to_edge, image.shape[-1], image.dtype
-    )
+    and inside [..., K, 1, n, n], False where a position is NaN."""
+    y_taps, y_inside = _taps_along(positions[..., 0, :], height)
+    x_taps, x_inside = _taps_along(positions[..., 1, :], width)
     taps = (
         (rows, cols, (wy[..., :, None] * wx[..., None, :]).unsqueeze(-3))
         for (rows, wy), (cols, wx) in itertools.product(y_taps, x_taps)
     )
-    return taps, (y_inside & x_inside)[..., None, None, None]
+    return taps, (y_inside[..., :, None] & x_inside[..., None, :]).unsqueeze(-3)
 
 
-def _taps_along(
-    corner: Tensor, extent: float, out_size: int, edge_to_edge: bool, length: int, dtype: torch.dtype
-) -> tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]:
-    inside = (corner > -extent) & (corner < length)
-    offsets = sample_offsets(extent, out_size, edge_to_edge, dtype, corner.device)
-    positions = torch.where(inside, corner, 0).to(dtype)[..., None] + offsets
-    positions = positions.clamp(0, max(length - 1, 0))
+def _taps_along(positions: Tensor, length: int) -> tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]:
+    inside = ~positions.isnan()
+    last = max(length - 1, 0)
+    positions = positions.masked_fill(~inside, 0).clamp(0, last)
     low = positions.long()
-    high = (low + 1).clamp(max=max(length - 1, 0))
     fraction = positions - low
-    return ((low, 1 - fraction), (high, fraction)), inside
-
-
-def sample_offsets(
-    extent: float, out_size: int, edge_to_edge: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[n] positions of a patch's samples, in pixels from the centre of its first pixel."""
-    if edge_to_edge:
-        half = extent / 2
-        return torch.linspace(-half, half, out_size, dtype=dtype, device=device) + (half - 0.5)
-    return (torch.arange(out_size, dtype=dtype, device=device) + 0.5) * (extent / out_size) - 0.5
+    return ((low, 1 - fraction), ((low + 1).clamp(max=last), fraction)), inside
 
 
 def _take(source: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -141,23 +123,10 @@ def _take(source: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 def _add(values: Tensor, rows: Tensor, cols: Tensor, height: int, width: int) -> Tensor:
     """values [..., K, C, m, n] added up at rows x cols -> [..., C, H, W], in the order of K."""
-    lead, channels = values.shape[:-4], values.shape[-3]
-    total = values.new_zeros(*lead, channels, height * width)
-    if total.numel() == 0:
-        return total.view(*lead, channels, height, width)
-    flat = (
-        (rows[..., :, None] * width + cols[..., None, :])
-        .flatten(-3)
-        .unsqueeze(-2)
-        .expand(*lead, channels, -1)
-    )
     values = values.movedim(-4, -3).flatten(-3)  # [..., C, K * m * n]
-    if values.is_cuda:
-        # scatter_add_ adds in any order there; index_put_ sorts first.
-        planes = torch.arange(total.numel() // total.shape[-1], device=total.device)[:, None]
-        total.view(-1, height * width).index_put_(
-            (planes, flat.flatten(0, -2)), values.flatten(0, -2), accumulate=True
-        )
-    else:
-        total.scatter_add_(-1, flat, values)
+    index = (rows[..., :, None] * width + cols[..., None, :]).flatten(-3)
+    *lead, channels, count = values.shape
+    batch = math.prod(lead)
+    total = values.new_zeros(batch, channels, height * width)
+    deterministic_add(total, index.reshape(batch, count), values.reshape(batch, channels, count))
     return total.view(*lead, channels, height, width)

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import backend as backends
-from icseg_kernels import flops
+from icseg_kernels import checks, flops
 from icseg_kernels.gumbel_topk import gumbel_topk, noise_source
+from icseg_kernels.numerics import accumulation_dtype, scalar
 from icseg_kernels.patches import sample_reference
 from icseg_kernels.patches.coords import NO_PATCH
+from icseg_kernels.patches.sample_reference import Windows
 
 _IMPLEMENTATIONS = {"reference": sample_reference.sample_patches}
+
+_LEAST_TEMPERATURE = 1e-30  # far below any use; below 1e-38 the logits would not be finite in float32
 
 backends.declare("sample_patches", {"reference": backends.Backend()})
 
@@ -34,9 +38,7 @@ class PatchSample(NamedTuple):
     weights: Tensor | None
 
 
-def candidate_grid(
-    height: int, width: int, patch_size: int, stride: int, padding: tuple[int, int]
-) -> tuple[int, int]:
+def candidate_grid(height: int, width: int, patch_size: int, stride: int, padding: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of the grid of windows that `sample_patches` draws from; 0 where no window fits."""
     slack = sum(padding) - patch_size
     return max(0, (height + slack) // stride + 1), max(0, (width + slack) // stride + 1)
@@ -69,68 +71,61 @@ def sample_patches(
     patch_size:     p, in pixels.
     stride:         pixels between candidate windows.
     padding:        zeros (before, after) on both axes, in pixels.
-    temperature:    > 0; the logits lie in [0, 1 / temperature].
-    blur_sigma:     standard deviation in pixels; 0 for no blur.
+    temperature:    at least 1e-30; the logits lie in [0, 1 / temperature]. New values do not compile anew.
+    blur_sigma:     standard deviation in pixels, at least 0; below 1/4 there is no blur. New values compile anew.
     seed, noise:    as in `gumbel_topk`; noise is [B, candidates] (or broadcastable), or 0 for the best k.
     differentiable: also return weights: the softmax of the perturbed scores over all windows, taken at the
                     drawn ones and renormalised to sum 1, which is the softmax over the drawn ones. scores and
                     weights then carry gradients to the map and to noise; otherwise nothing does.
     backend:        "reference", or None for the best.
 
-    Raises TypeError or ValueError for arguments of other types, shapes or ranges.
+    Raises TypeError or ValueError for arguments of other types, shapes, devices or ranges, BackendError if the
+    named backend cannot serve.
     """
-    _check(weights, patch_size, stride, padding, temperature, blur_sigma)
-    batch, _, height, width = weights.shape
-    grid = candidate_grid(height, width, patch_size, stride, padding)
-    if min(grid) == 0:
-        padded = f"{height + sum(padding)} x {width + sum(padding)}"
-        raise ValueError(f"patch_size must fit the padded map of {padded} pixels, got {patch_size}")
-    if not 0 <= k <= grid[0] * grid[1]:
-        raise ValueError(f"k must lie in [0, {grid[0] * grid[1]}], the number of candidate windows, got {k}")
+    _check_map(weights)
+    k = checks.integer("k", k, 0)
+    windows = _checked_windows(weights, patch_size, stride, padding, temperature, blur_sigma)
+    rows, columns = _grid(weights.shape, windows)
+    if k > rows * columns:
+        raise ValueError(f"k must lie in [0, {rows * columns}], the number of candidate windows, got {k}")
     chosen = backends.select("sample_patches", backend, weights)
     if differentiable:
-        logits = sample_reference.window_logits(weights, patch_size, stride, padding, temperature, blur_sigma)
+        logits = sample_reference.window_logits(weights, windows)
         indices, scores, _, _ = gumbel_topk(logits, k, seed=seed, noise=noise, backend=backend)
         drawn_weights = _softmax_over_drawn(scores, indices)
     else:
-        seeded, noise = noise_source(seed, noise, (batch, grid[0] * grid[1]), weights.device)
-        map_, noise = weights.detach(), None if noise is None else noise.detach()
-        indices, scores = _op(
-            map_,
-            k,
-            patch_size,
-            stride,
-            *padding,
-            float(temperature),
-            float(blur_sigma),
-            seeded,
-            noise,
-            chosen,
-        )
+        seeded, noise = noise_source(seed, noise, (weights.shape[0], rows * columns), weights.device)
+        noise = None if noise is None else noise.detach()
+        indices, scores = _op(weights.detach(), k, *windows, seeded, noise, chosen)
         drawn_weights = None
-    return PatchSample(_coords(indices, grid[1], stride, padding[0]), scores, indices, drawn_weights)
+    return PatchSample(_coords(indices, columns, windows), scores, indices, drawn_weights)
 
 
-def _check(
-    weights: Tensor,
-    patch_size: int,
-    stride: int,
-    padding: tuple[int, int],
-    temperature: float,
-    blur_sigma: float,
-) -> None:
-    if not weights.is_floating_point():
-        raise TypeError(f"weights must be a floating-point tensor, got {weights.dtype}")
+def _check_map(weights: Tensor) -> None:
+    checks.floating("weights", weights)
     if weights.ndim != 4 or weights.shape[1] != 1 or 0 in weights.shape[2:]:
         raise ValueError(f"weights must have shape [B, 1, H, W] with H, W > 0, got {list(weights.shape)}")
-    if patch_size < 1 or stride < 1:
-        raise ValueError(f"patch_size and stride must be at least 1, got {patch_size} and {stride}")
-    if len(padding) != 2 or min(padding) < 0:
-        raise ValueError(f"padding must be (before, after), neither negative, got {padding}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
-    if not 0 <= blur_sigma < float("inf"):
-        raise ValueError(f"blur_sigma must be at least 0, got {blur_sigma}")
+
+
+def _checked_windows(
+    weights: Tensor, patch_size: int, stride: int, padding: tuple[int, int], temperature: float, blur_sigma: float
+) -> Windows:
+    windows = Windows(
+        checks.integer("patch_size", patch_size, 1),
+        checks.integer("stride", stride, 1),
+        *checks.pair("padding", padding, 0),
+        scalar(checks.number("temperature", temperature, least=_LEAST_TEMPERATURE), weights.device),
+        checks.number("blur_sigma", blur_sigma, least=0),
+    )
+    if min(_grid(weights.shape, windows)) == 0:
+        height, width = (size + windows.before + windows.after for size in weights.shape[2:])
+        raise ValueError(f"patch_size must fit the padded map of {height} x {width} pixels, got {patch_size}")
+    return windows
+
+
+def _grid(shape: tuple[int, ...], windows: Windows) -> tuple[int, int]:
+    _, _, height, width = shape
+    return candidate_grid(height, width, windows.patch_size, windows.stride, (windows.before, windows.after))
 
 
 def _softmax_over_drawn(scores: Tensor, indices: Tensor) -> Tensor:
@@ -139,62 +134,36 @@ def _softmax_over_drawn(scores: Tensor, indices: Tensor) -> Tensor:
     return scores.masked_fill(~drawn, torch.finfo(scores.dtype).min).softmax(1).masked_fill(~drawn, 0.0)
 
 
-def _coords(indices: Tensor, columns: int, stride: int, before: int) -> Tensor:
+def _coords(indices: Tensor, columns: int, windows: Windows) -> Tensor:
     row, column = indices // columns, indices % columns
-    coords = torch.stack([row, column], dim=-1) * stride - before
+    coords = torch.stack([row, column], dim=-1) * windows.stride - windows.before
     return coords.masked_fill(indices.unsqueeze(-1) < 0, NO_PATCH).to(torch.int32)
 
 
-def _implementation(
-    weights: Tensor,
-    k: int,
-    patch_size: int,
-    stride: int,
-    before: int,
-    after: int,
-    temperature: float,
-    blur_sigma: float,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    implementation = _IMPLEMENTATIONS[backend]
-    return implementation(
-        weights, k, patch_size, stride, (before, after), temperature, blur_sigma, seed, noise
-    )
+def _implementation(weights: Tensor, k: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *windows, seed, noise, backend = arguments
+    return _IMPLEMENTATIONS[backend](weights, k, Windows(*windows), seed, noise)
 
 
 def _fake(weights: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
     shape = (weights.shape[0], k)
-    dtype = torch.promote_types(weights.dtype, torch.float32)
+    dtype = accumulation_dtype(weights.dtype)
     return weights.new_empty(shape, dtype=torch.int64), weights.new_empty(shape, dtype=dtype)
 
 
 _op = backends.register(
-    "sample_patches(Tensor weights, int k, int patch_size, int stride, int before, int after, "
-    "float temperature, float blur_sigma, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor)",
+    "sample_patches(Tensor weights, SymInt k, SymInt patch_size, SymInt stride, SymInt before, SymInt after, "
+    "Tensor temperature, float blur_sigma, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor)",
     _implementation,
     _fake,
 )
 
 
-def _count(
-    weights: Any,
-    k: int,
-    patch_size: int,
-    stride: int,
-    before: int,
-    after: int,
-    temperature: float,
-    blur_sigma: float,
-    *_: Any,
-    out_shape: Any = None,
-) -> int:
-    batch, _, height, width = weights
-    windows = candidate_grid(height, width, patch_size, 1, (before, after))
-    kept = candidate_grid(height, width, patch_size, stride, (before, after))
-    taps = len(sample_reference.blur_kernel(blur_sigma)) if blur_sigma > 0 else 0
-    return flops.sample_patches_flops(batch, windows[0] * windows[1], kept[0] * kept[1], taps)
+def _count(weights: Any, k: int, *arguments: Any, out_shape: Any = None) -> int:
+    windows = Windows(*arguments[: len(Windows._fields)])
+    every, kept = _grid(weights, windows._replace(stride=1)), _grid(weights, windows)
+    taps = sample_reference.blur_taps(windows.blur_sigma)
+    return flops.sample_patches_flops(weights[0], every, kept, taps if taps > 1 else 0)
 
 
 flops.register(_op, _count)

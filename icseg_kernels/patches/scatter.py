@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import flops
+from icseg_kernels import checks, flops
+from icseg_kernels.numerics import accumulation_dtype, scalar
 from icseg_kernels.patches import reference
 from icseg_kernels.patches.coords import check_coords, check_integer
 
@@ -40,38 +41,38 @@ def scatter_patches(
     ```
 
     Args:
-        patches: [B, K, C, p, p] floating-point, any strides.
-        coords: [B, K, 2] integer (y, x) of each patch's top-left corner. What lies outside the image is
-            dropped; a patch wholly outside contributes nothing. A patch given twice counts twice.
+        patches: [B, K, C, p, p] float16, bfloat16, float32 or float64, p at least 1, any strides.
+        coords: [B, K, 2] integer (y, x) of each patch's top-left corner, on the device of `patches`. What lies
+            outside the image is dropped; a patch wholly outside contributes nothing. A patch given twice counts
+            twice.
         size: (H, W) of the images.
         weight: of a pixel by its place in the patch. None: all equal. "gaussian": `gaussian_weight(p)`.
-            A tensor [p, p], not negative; where it is 0 the patch covers nothing. It gets no gradient.
-        fill: the value where no patch lies.
+            A tensor [p, p] of any real dtype, cast to that of the sums, on the device of `patches`. Where it is
+            not positive the patch covers nothing, whatever its values, and gets no gradient. It gets none itself.
+        fill: the value where no patch lies, a finite number; rounded to the dtype of `patches`.
         backend: see `icseg_kernels.backend`.
 
     Returns:
         Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in
         the order of K, with any number of threads, in float32 for the 16-bit types. Autocast changes nothing.
+        Always new tensors; there is no out= yet.
 
     Once differentiable with respect to `patches`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the named backend cannot serve the call.
     """
-    if patches.ndim != 5 or patches.shape[-1] != patches.shape[-2]:
-        raise ValueError(f"patches must have shape [B, K, C, p, p], got {list(patches.shape)}")
-    if not patches.dtype.is_floating_point:
-        raise TypeError(f"patches must be a floating-point tensor, got {patches.dtype}")
+    checks.floating("patches", patches)
+    if patches.ndim != 5 or patches.shape[-1] != patches.shape[-2] or patches.shape[-1] < 1:
+        raise ValueError(f"patches must have shape [B, K, C, p, p] with p at least 1, got {list(patches.shape)}")
     check_coords(coords, (*patches.shape[:2], 2), "[B, K, 2]", patches.device)
     check_integer(coords, "")
-    height, width = size
-    if height < 0 or width < 0:
-        raise ValueError(f"size must be (height, width), neither negative, got {tuple(size)}")
-    name = backends.select("scatter_patches", backend, patches)
-    mean, total = _ScatterPatches.apply(
-        patches, coords, _weight(weight, patches), height, width, float(fill), name
-    )
+    height, width = checks.pair("size", size, 0)
+    table = _weight(weight, patches)
+    value = scalar(checks.number("fill", fill), patches.device)
+    backends.select("scatter_patches", backend, patches)
+    mean, total = _ScatterPatches.apply(patches, coords, table, value, height, width)
     return Scatter(mean, total > 0)
 
 
@@ -83,35 +84,40 @@ def gaussian_weight(
     The importance map of sliding-window inference (nnU-Net, Isensee et al. 2021). The floor keeps the mean
     well defined in the corners.
     """
-    offset = torch.arange(patch_size, dtype=dtype, device=device) - (patch_size - 1) / 2
-    line = torch.exp(-0.5 * (offset / (patch_size / 8)) ** 2)
+    side = checks.integer("patch_size", patch_size, 1)
+    offset = torch.arange(side, dtype=dtype, device=device) - (side - 1) / 2
+    line = torch.exp(-0.5 * (offset / (side / 8)) ** 2)
     return (line[:, None] * line).clamp(min=1e-3)
 
 
-def _weight(weight: str | Tensor | None, patches: Tensor) -> Tensor:
+def _weight(weight: Any, patches: Tensor) -> Tensor:
     """The weight as a tensor [p, p] in the dtype of the sums."""
-    patch_size, dtype = patches.shape[-1], reference.accumulation_dtype(patches.dtype)
+    patch_size, dtype = patches.shape[-1], accumulation_dtype(patches.dtype)
     if weight is None:
         return torch.ones(patch_size, patch_size, dtype=dtype, device=patches.device)
     if isinstance(weight, str):
         if weight != "gaussian":
             raise ValueError(f'weight must be None, "gaussian" or a tensor, got {weight!r}')
         return gaussian_weight(patch_size, dtype=dtype, device=patches.device)
+    checks.tensor("weight", weight)
+    if weight.dtype.is_complex:
+        raise TypeError(f"weight must be real, got {weight.dtype}")
     if tuple(weight.shape) != (patch_size, patch_size):
         raise ValueError(f"weight must have shape [p, p] with p = {patch_size}, got {list(weight.shape)}")
-    return weight.detach().to(device=patches.device, dtype=dtype)
+    checks.device("weight", weight, patches.device)
+    return weight.detach().to(dtype)
 
 
 class _ScatterPatches(torch.autograd.Function):
     @staticmethod
     def forward(
-        patches: Tensor, coords: Tensor, weight: Tensor, height: int, width: int, fill: float, backend: str
+        patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        return _scatter(patches, coords, weight, height, width, fill, backend)
+        return _scatter(patches, coords, weight, fill, height, width)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, coords, weight, *_, ctx.backend = inputs
+        _, coords, weight, *_ = inputs
         _mean, total = output
         ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
@@ -121,52 +127,36 @@ class _ScatterPatches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         coords, weight, total = ctx.saved_tensors
-        found = None if grad is None else _scatter_backward(grad, total, coords, weight, ctx.backend)
-        return found, *(None,) * 6
-
-
-def _scatter_implementation(
-    patches: Tensor, coords: Tensor, weight: Tensor, height: int, width: int, fill: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return reference.scatter(patches, coords, weight, height, width, fill)
+        return None if grad is None else _scatter_backward(grad, total, coords, weight), *(None,) * 5
 
 
 def _scatter_fake(
-    patches: Tensor, coords: Tensor, weight: Tensor, height: int, width: int, fill: float, backend: str
+    patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     batch, channels = patches.shape[0], patches.shape[2]
     return patches.new_empty(batch, channels, height, width), weight.new_empty(batch, 1, height, width)
 
 
-def _scatter_backward_implementation(
-    grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor, backend: str
-) -> Tensor:
-    return reference.scatter_backward(grad, total, coords, weight)
-
-
-def _scatter_backward_fake(
-    grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor, backend: str
-) -> Tensor:
+def _scatter_backward_fake(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor) -> Tensor:
     return grad.new_empty(*coords.shape[:-1], grad.shape[1], *weight.shape)
 
 
 _scatter = backends.register(
-    "scatter_patches(Tensor patches, Tensor coords, Tensor weight, SymInt height, SymInt width, float fill, "
-    "str backend) -> (Tensor, Tensor)",
-    _scatter_implementation,
+    "scatter_patches(Tensor patches, Tensor coords, Tensor weight, Tensor fill, SymInt height, SymInt width) "
+    "-> (Tensor, Tensor)",
+    reference.scatter,
     _scatter_fake,
 )
 _scatter_backward = backends.register(
-    "scatter_patches_backward(Tensor grad, Tensor total, Tensor coords, Tensor weight, str backend) "
-    "-> Tensor",
-    _scatter_backward_implementation,
+    "scatter_patches_backward(Tensor grad, Tensor total, Tensor coords, Tensor weight) -> Tensor",
+    reference.scatter_backward,
     _scatter_backward_fake,
 )
 backends.declare("scatter_patches", {"reference": backends.Backend()})
 
 
 def _scatter_flops(
-    patches: Any, coords: Any, weight: Any, height: int, width: int, *_: Any, out_shape: Any = None
+    patches: Any, coords: Any, weight: Any, fill: Any, height: int, width: int, out_shape: Any = None
 ) -> int:
     batch, count, channels, patch_size, _patch_size = patches
     return flops.scatter_patches_flops(batch, count, channels, patch_size, height, width)
