@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Row:
-    """One case: median seconds of each rival, and how far each rival's output lies from the first one's."""
+    """One case: median seconds of each rival, and how far its output lies from that of the rival that it must equal."""
 
     subject: str
     case: str
@@ -30,10 +30,6 @@ class Row:
     versions: dict[str, str]
     commit: str
 
-    def ratio(self, rival: str, ours: str) -> float:
-        """How many times longer `rival` takes than `ours`."""
-        return self.seconds[rival] / self.seconds[ours]
-
 
 def compare(
     subject: str,
@@ -41,21 +37,23 @@ def compare(
     rivals: dict[str, Callable[[], Tensor]],
     *,
     rounds: int,
-    tolerance: float | None,
+    tolerance: float,
+    same: dict[str, str] | None = None,
     flops: dict[str, float] | None = None,
 ) -> Row:
-    """Time the rivals round by round, after checking their outputs against the first one's.
+    """Time the rivals round by round, after checking their outputs.
 
-    tolerance: largest absolute difference allowed; None for rivals that compute different things (other models).
+    tolerance: largest absolute difference allowed between rivals that compute the same thing.
+    same:      which rival each rival's output must equal; None: all of them the first one's.
     """
     outputs = {name: run() for name, run in rivals.items()}
-    expected = next(iter(outputs.values()))
-    difference: dict[str, float] = {}
-    if tolerance is not None:
-        difference = {name: (output - expected).abs().max().item() for name, output in outputs.items()}
-        wrong = {name: d for name, d in difference.items() if not d <= tolerance}
-        if wrong:
-            raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
+    if same is None:
+        first, *others = rivals
+        same = dict.fromkeys(others, first)
+    difference = {name: (outputs[name] - outputs[other]).abs().max().item() for name, other in same.items()}
+    wrong = {name: d for name, d in difference.items() if not d <= tolerance}
+    if wrong:
+        raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, run in rivals.items():

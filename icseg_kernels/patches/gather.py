@@ -82,7 +82,7 @@ def gather_patches(
         side = checks.integer("patch_size", patch_size, 1, otherwise=" (a fraction or a pair needs out_size)")
         if alignment != "pixel":
             raise ValueError(f"alignment={alignment!r} needs out_size: a copied patch has nothing to align")
-        return _GatherPatches.apply(source, coords, side, name)
+        return backends.call(_GatherPatches, _gather, source, coords, side, name)
     checks.floating("source with out_size", source)
     positions = sample_positions(
         coords.detach(),
@@ -92,7 +92,7 @@ def gather_patches(
         (source.shape[-2], source.shape[-1]),
         accumulation_dtype(source.dtype),
     )
-    return _GatherPatchesBilinear.apply(source, positions)
+    return backends.call(_GatherPatchesBilinear, _bilinear, source, positions)
 
 
 def _extent(patch_size: Any) -> tuple[float, float]:

@@ -72,7 +72,7 @@ def scatter_patches(
     table = _weight(weight, patches)
     value = scalar(checks.number("fill", fill), patches.device)
     backends.select("scatter_patches", backend, patches)
-    mean, total = _ScatterPatches.apply(patches, coords, table, value, height, width)
+    mean, total = backends.call(_ScatterPatches, _scatter, patches, coords, table, value, height, width)
     return Scatter(mean, total > 0)
 
 
