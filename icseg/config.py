@@ -44,7 +44,8 @@ def check_numbers(
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not least <= value <= most or not value > above:
-            bounds = f"above {above}" if above > -math.inf else f"in [{least}, {most}]"
+            bounds = f"above {above}" if above > -math.inf else f"of at least {least}"
+            bounds = f"in [{least}, {most}]" if most < math.inf else bounds
             raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
 
 

@@ -554,8 +554,11 @@ def test_a_published_model_by_its_image_size() -> None:
         ),
         ({"optimiser": {"ema": 1.0}}, r"\[optimiser\] ema must lie in \[0, 1\), got 1.0"),
         ({"optimiser": {"learning_rate": 0}}, r"\[optimiser\] learning_rate and clip must be above 0"),
-        ({"schedule": {"steps": 0}}, r"\[schedule\] steps must be at least 1, got 0"),
-        ({"schedule": {"max_minutes": math.inf}}, r"\[schedule\] max_minutes must be at least 0, got inf"),
+        ({"schedule": {"steps": 0}}, r"\[schedule\] steps must be an int of at least 1, got 0"),
+        (
+            {"schedule": {"max_minutes": math.inf}},
+            r"\[schedule\] max_minutes must be a finite number of at least 0, got inf",
+        ),
         (
             {"run": {"precision": "half"}},
             r"\[run\] precision must be one of auto, float32, bfloat16, got 'half'",

@@ -9,19 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from icseg.config import PatchICLConfig, check_keys
+from icseg.config import PatchICLConfig, check_ints, check_keys, check_numbers
 from icseg.data.synthetic import TRAINING_SEEDS
 from icseg.losses import LossConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-def at_least(config: Any, least: float, *names: str) -> None:
-    """Raise ValueError naming the first field of `names` that is not a finite number of at least `least`."""
-    for name in names:
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +52,9 @@ class DataConfig:
     contrast: float = 0.1
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size")
-        at_least(self, 0, "validation_tasks", "gamma", "contrast")
+        check_ints(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size")
+        check_ints(self, 0, "validation_tasks")
+        check_numbers(self, "gamma", "contrast", least=0)
         if self.seed not in TRAINING_SEEDS:
             raise ValueError(
                 f"seed must lie in [0, {TRAINING_SEEDS.stop}), apart from the seeds of held-out tasks, got {self.seed}"
@@ -96,7 +89,7 @@ class OptimiserConfig:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0 or not self.clip > 0:
             raise ValueError(f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}")
-        at_least(self, 0, "weight_decay")
+        check_numbers(self, "weight_decay", least=0)
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -119,8 +112,9 @@ class ScheduleConfig:
     floor: float = 0.01
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps")
-        at_least(self, 0, "max_minutes", "warmup")
+        check_ints(self, 1, "steps")
+        check_ints(self, 0, "warmup")
+        check_numbers(self, "max_minutes", least=0)
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
 
@@ -157,8 +151,9 @@ class RunConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "seed", "checkpoint_minutes", "checkpoint_steps", "workers")
-        at_least(self, 1, "validate_steps", "log_steps")
+        check_ints(self, 0, "seed", "checkpoint_steps", "workers")
+        check_numbers(self, "checkpoint_minutes", least=0)
+        check_ints(self, 1, "validate_steps", "log_steps")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
