@@ -13,6 +13,7 @@ from icseg.config import PatchICLConfig
 from icseg.files import written_whole
 
 CONFIG_KEY = "icseg_config"
+STATE_KEY = "icseg_training"  # what `icseg train` goes on from
 
 
 def bundled_weights() -> Path:
@@ -43,6 +44,11 @@ def load_checkpoint(path: str | Path) -> tuple[PatchICLConfig, dict[str, Tensor]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint must be a readable safetensors file, got {path} ({error})") from error
+    if STATE_KEY in metadata:
+        raise ValueError(
+            f"checkpoint must hold a model, got {path}, the state of a training run; "
+            "its model.safetensors is written at the end"
+        )
     if CONFIG_KEY not in metadata:
         raise ValueError(f"checkpoint must carry an icseg configuration, got {path} without one")
     try:

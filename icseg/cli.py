@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -71,6 +72,32 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+@contextmanager
+def _orientation_warning_in_a_line() -> Iterator[None]:
+    """Show `icseg.inputs.OrientationWarning` as one line on the standard error, others as ever."""
+    from icseg.inputs import OrientationWarning
+
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, OrientationWarning):
+            typer.echo(f"icseg: warning: {message}", err=True)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OrientationWarning)
+        warnings.showwarning = show
+        yield
+
+
 def _fail(message: str, code: int, error: BaseException) -> NoReturn:
     typer.echo(f"icseg: error: {' '.join(message.split())}", err=True)
     raise typer.Exit(code) from error
@@ -102,13 +129,18 @@ def _root(
 def segment(
     targets: Annotated[list[Path], typer.Argument(metavar="TARGET", help="Images, volumes, or folders of them.")],
     support_images: Annotated[Path, typer.Option(help="Folder of annotated images.")],
-    support_masks: Annotated[Path, typer.Option(help="Folder of their masks, with the same names.")],
+    support_masks: Annotated[
+        Path, typer.Option(help="Folder of their masks, named as the images or with _mask added.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     size: Annotated[int, typer.Option(help="Pixels of the square the model sees, 128 to 1024.")] = 256,
     class_id: Annotated[list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")] = None,
     axis: Annotated[
         int | None,
-        typer.Option(help="Slice volumes along axis 0, 1 or 2 (NIfTI: sagittal, coronal, axial)."),
+        typer.Option(
+            help="Slice volumes along axis 0, 1 or 2 (NIfTI: sagittal, coronal, axial, turned as a radiologist's "
+            "viewer shows them; other files as they are)."
+        ),
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
@@ -144,17 +176,18 @@ def segment(
             seeds=tuple(seed or ()),
             uncertainty=uncertainty,
         )
-        report = segment_files(
-            targets,
-            support_images,
-            support_masks,
-            out,
-            options,
-            checkpoint=checkpoint,
-            overlay=overlay,
-            resume=resume,
-            device=device,
-        )
+        with _orientation_warning_in_a_line():
+            report = segment_files(
+                targets,
+                support_images,
+                support_masks,
+                out,
+                options,
+                checkpoint=checkpoint,
+                overlay=overlay,
+                resume=resume,
+                device=device,
+            )
     classes = ", ".join(f"{i} (in {_count(n, 'example')})" for i, n in report.classes.items())
     kept = f", {len(report.kept)} kept from an earlier run" if report.kept else ""
     typer.echo(f"{_count(len(report.written), 'target')} segmented into {out}{kept}; classes: {classes}")
@@ -207,7 +240,7 @@ def train(
     dice = "" if result.dice is None else f", validation Dice {result.dice:.3f}"
     typer.echo(f"{result.steps} steps in {result.minutes:.1f} minutes{dice}")
     if not result.finished:
-        typer.echo("icseg: interrupted; --resume goes on", err=True)
+        typer.echo(f"icseg: interrupted; --resume goes on in {out}", err=True)
         raise typer.Exit(INTERRUPTED)
     typer.echo(str(result.model))
 
@@ -229,7 +262,7 @@ def evaluate(
 ) -> None:
     """Score a model on labelled packs or synthetic tasks, beside two floors that need no model."""
     with _exit_codes():
-        from icseg.evaluation import evaluate_packs, markdown_table, write_json
+        from icseg.evaluation import LEGEND, evaluate_packs, markdown_table, write_json
         from icseg.files import check_file
         from icseg.inference import resolve_device
 
@@ -250,7 +283,7 @@ def evaluate(
         )
         if out is not None:
             write_json(rows, out)
-    typer.echo(markdown_table(rows), nl=False)
+    typer.echo(f"{markdown_table(rows)}\n{LEGEND}")
 
 
 def _use_threads(threads: int | None) -> None:

@@ -28,6 +28,7 @@ from icseg.model import PatchICL
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(target [B, 1, H, W], support images and masks [B, S, 1, H, W], all in [0, 1]) -> bool [B, 1, H, W]."""
 
+LEGEND = "copy: Dice of the mean of the support masks; Otsu: Dice of Otsu's threshold with the better polarity."
 _ARRAYS = ("images", "masks", "class_names", "patient")
 
 

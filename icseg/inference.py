@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from icseg.data.frame import SquareFrame
 from icseg.data.images import Image, as_image, write_like
 from icseg.data.normalise import normalise
-from icseg.inputs import SegmentOptions, SupportPair, SupportSet, prepare
+from icseg.inputs import OrientationWarning, SegmentOptions, SupportPair, SupportSet, prepare
 from icseg.posterior import Entropy, Winner
 
 
@@ -33,7 +34,13 @@ class InContextModel(Protocol):
     def __call__(self, target: Tensor, *, memory: Any, seed: int | None = None) -> Any: ...
 
 
-@dataclass(frozen=True)
+ORIENTATION = (
+    "NIfTI files are used with others: NIfTI slices are taken as a radiologist's viewer shows them (patient's right at "
+    "the left, front or head up), other files as they are; both must lie the same way"
+)
+
+
+@dataclass(frozen=True, repr=False)
 class SegmentationResult:
     """mask:        class ids, 0 for background, in the shape of the image (its file's own axis order).
     uncertainty: float32 in [0, 1] in the same shape, if asked for: the entropy of the classes and background,
@@ -45,6 +52,14 @@ class SegmentationResult:
     uncertainty: NDArray[np.float32] | None
     classes: tuple[int, ...]
     image: Image
+
+    def __repr__(self) -> str:
+        shape = list(self.mask.shape)
+        uncertainty = None if self.uncertainty is None else f"{self.uncertainty.dtype} {shape}"
+        return (
+            f"SegmentationResult(mask={self.mask.dtype} {shape}, uncertainty={uncertainty}, "
+            f"classes={self.classes}, image={self.image.name!r})"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the mask in the input's format and geometry (PNG for JPEG, .npy for an array)."""
@@ -177,7 +192,8 @@ def segment(
     Returns one SegmentationResult, or a list of them for a list. Raises TypeError for an argument of another type
     (True or 8.0 for an integer, a text for a list), and ValueError or FileNotFoundError for anything else that
     cannot be segmented, in one sentence that names the file or argument; all inputs are checked before the first is
-    segmented.
+    segmented. Warns (OrientationWarning) where NIfTI files, whose slices are turned to anatomical orientation, are
+    used with others, which are taken as they are.
     """
     options = SegmentOptions(
         size=size,
@@ -193,7 +209,7 @@ def segment(
     targets = list(images) if isinstance(images, list | tuple) else [images]
     names = [f"images[{i}]" if several else "images" for i in range(len(targets))]
     support = SupportSet(support_images, support_masks, options)
-    slices = [check_target(target, name, support, options) for target, name in zip(targets, names, strict=True)]
+    slices = check_targets(targets, names, support, options)
     model, place = _placed(model, device)
     segmenter = Segmenter(model, support, options, place)
     with tqdm(total=sum(slices), unit="slice", disable=not progress) as bar:
@@ -201,12 +217,20 @@ def segment(
     return results if several else results[0]
 
 
-def check_target(target: object, name: str, support: SupportSet, options: SegmentOptions) -> int:
-    """The number of slices of a target that can be segmented. Raises as `segment` for one that cannot."""
-    image = as_image(target, name, options.axis)
-    planes, _ = prepare(image, options)
-    image.mask_dtype(max(support.classes))
-    return len(planes)
+def check_targets(
+    targets: Sequence[object], names: Sequence[str], support: SupportSet, options: SegmentOptions
+) -> list[int]:
+    """The number of slices of each target. Raises and warns as `segment`, for its caller's caller."""
+    slices, anatomical = [], set(support.anatomical)
+    for target, name in zip(targets, names, strict=True):
+        image = as_image(target, name, options.axis)
+        planes, _ = prepare(image, options)
+        image.mask_dtype(max(support.classes))
+        slices.append(len(planes))
+        anatomical.add(image.geometry.anatomical)
+    if len(anatomical) > 1:
+        warnings.warn(ORIENTATION, OrientationWarning, stacklevel=3)
+    return slices
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:

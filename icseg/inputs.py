@@ -18,6 +18,10 @@ SIZES = (128, 1024)
 MOST_CLASSES = 64  # more distinct values than this are a grey image, not a mask of class ids
 
 
+class OrientationWarning(UserWarning):
+    """Images that are turned to anatomical orientation (NIfTI) are used with others, which are not."""
+
+
 @dataclass(frozen=True)
 class SegmentOptions:
     """How targets are segmented; every field is checked.
@@ -106,7 +110,11 @@ class SupportPair:
 
 
 class SupportSet:
-    """Annotated images, checked. `classes`: {class id: the pairs that hold it}, by ascending id."""
+    """Annotated images, checked.
+
+    classes:    {class id: the pairs that hold it}, by ascending id.
+    anatomical: whether images and masks are turned to anatomical orientation; both values where they differ.
+    """
 
     def __init__(
         self, images: Sequence[object], masks: Sequence[object], options: SegmentOptions | None = None
@@ -121,15 +129,14 @@ class SupportSet:
             raise ValueError(
                 f"support_masks must hold one mask for each of {len(images)} support images, got {len(masks)}"
             )
-        self.pairs = [
-            pair
-            for i, (image, mask) in enumerate(zip(images, masks, strict=True))
-            for pair in _support_pairs(
-                as_image(image, f"support_images[{i}]", options.axis),
-                as_mask(mask, f"support_masks[{i}]", options.axis),
-                options,
-            )
-        ]
+        self.pairs: list[SupportPair] = []
+        self.anatomical: set[bool] = set()
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            values = as_image(image, f"support_images[{i}]", options.axis)
+            labels = as_mask(mask, f"support_masks[{i}]", options.axis)
+            _check_ids(labels, options)
+            self.pairs += _support_pairs(values, labels, options)
+            self.anatomical |= {values.geometry.anatomical, labels.geometry.anatomical}
         present = sorted({int(i) for pair in self.pairs for i in np.unique(pair.mask)} - {0})
         self.classes = {i: [pair for pair in self.pairs if (pair.mask == i).any()] for i in _chosen(present, options)}
 
@@ -161,6 +168,14 @@ def _support_pairs(image: Image, mask: Image, options: SegmentOptions) -> Iterat
     for values, ids in zip(slices, labels, strict=True):
         if len(slices) == 1 or ids.any():
             yield SupportPair(normalise(values, window), ids)
+
+
+def _check_ids(mask: Image, options: SegmentOptions) -> None:
+    if options.classes is None and (count := len(np.setdiff1d(mask.array, 0))) > MOST_CLASSES:
+        raise ValueError(
+            f"{mask.name} must hold at most {MOST_CLASSES} class ids unless classes are given, got {count}; "
+            "are images and masks swapped?"
+        )
 
 
 def _size(planes: NDArray[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import icseg
 from icseg.checkpoint import bundled_weights
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
 from icseg.files import written_whole
-from icseg.inference import Segmenter, check_target, resolve_device
+from icseg.inference import Segmenter, check_targets, resolve_device
 from icseg.inputs import SegmentOptions, SupportSet
 from icseg.model import PatchICL
 from icseg.overlay import save_overlay
 
 RECORD = "icseg.json"
+MASK_ENDING = "_mask"  # of masks that are written, and of support masks that may have it
 WITHOUT_EFFECT = ("batch_size",)  # options that change a result by no more than rounding
 
 
@@ -65,11 +66,13 @@ def segment_files(
 ) -> JobReport:
     """Segment files, and all images of folders, into `out`: STEM_mask, STEM_uncertainty and STEM_overlay.
 
-    Supports are paired by file name without ending. `resume` keeps outputs that a run with the same settings,
-    which are recorded in `out`/icseg.json, made of the same inputs. Raises ValueError or OSError, in one
-    sentence, before anything is written, if any input is unfit; a file appears whole or not at all.
+    Supports are paired by file name without ending; a mask may be named STEM or STEM_mask. `resume` keeps outputs
+    that a run with the same settings, which are recorded in `out`/icseg.json, made of the same inputs; without it,
+    what is there is replaced. Raises ValueError or OSError, in one sentence, before anything is written, if any
+    input is unfit; a file appears whole or not at all. Warns as `icseg.inference.check_targets`.
     """
-    files = find_targets(targets, out)
+    _check_out_is_no_input_folder(out, [*targets, support_images, support_masks])
+    files = find_targets(targets)
     plan = {path: _outputs(path, out, options.uncertainty, overlay) for path in files}
     pairs = pair_supports(support_images, support_masks)
     inputs = [*files, *(path for pair in pairs for path in pair)]
@@ -83,8 +86,12 @@ def segment_files(
         record.read()
     kept = [path for path in files if record.holds(path, plan[path])]
     remaining = [path for path in files if path not in kept]
-    slices = [check_target(path, str(path), support, options) for path in remaining]
+    slices = check_targets(remaining, [str(path) for path in remaining], support, options)
     place = resolve_device(device)
+    counts = {i: len(holders) for i, holders in support.classes.items()}
+    report = JobReport([plan[path] for path in remaining], [plan[path] for path in kept], counts)
+    if not remaining:
+        return report
     segmenter = Segmenter(PatchICL.from_pretrained(weights, device=place), support, options, place)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -95,8 +102,7 @@ def segment_files(
             digest = _digest(path)
             _write(segmenter, path, plan[path], bar)
             record.add(path, digest)
-    counts = {i: len(holders) for i, holders in support.classes.items()}
-    return JobReport([plan[path] for path in remaining], [plan[path] for path in kept], counts)
+    return report
 
 
 class Record:
@@ -145,15 +151,13 @@ def check_folder(out: Path) -> None:
         raise ValueError(f"out must be a folder that can be written to, got {out}")
 
 
-def find_targets(targets: Sequence[Path], out: Path) -> list[Path]:
+def find_targets(targets: Sequence[Path]) -> list[Path]:
     """The files among `targets` and the images of the folders among them, whose names must differ."""
     files: list[Path] = []
     for target in targets:
         if not target.is_dir():
             files.append(target)
             continue
-        if target.resolve() == out.resolve():
-            raise ValueError(f"out must not be a folder of targets, got {out}")
         images = list_images(target)
         if not images:
             raise ValueError(f"{target} must hold at least one image to segment, got none of a known format")
@@ -167,21 +171,32 @@ def find_targets(targets: Sequence[Path], out: Path) -> list[Path]:
 
 
 def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """(image, mask) files of the two folders with the same name without ending; all must have a partner."""
-    image_files, mask_files = _by_stem(images), _by_stem(masks)
+    """(image, mask) files of the two folders, STEM with STEM or STEM_mask; all must have a partner."""
+    image_files = {stem_of(path): path for path in _distinct(list_images(images), stem_of)}
     if not image_files:
         raise ValueError(f"support images must be at least one file, got none of a known format in {images}")
-    for path in (path for stem, path in image_files.items() if stem not in mask_files):
-        raise ValueError(f"support image {path} must have a mask named {stem_of(path)} in {masks}, got none")
-    for path in (path for stem, path in mask_files.items() if stem not in image_files):
-        raise ValueError(f"support mask {path} must have an image named {stem_of(path)} in {images}, got none")
+
+    def image_stem(mask: Path) -> str:
+        stem = stem_of(mask)
+        return stem if stem in image_files else stem.removesuffix(MASK_ENDING)
+
+    mask_files = {image_stem(path): path for path in _distinct(list_images(masks), image_stem)}
+    for stem, path in image_files.items():
+        if stem not in mask_files:
+            there = next((f"only others, such as {mask.name}" for mask in mask_files.values()), "none")
+            raise ValueError(
+                f"support image {path} must have a mask named {stem} or {stem}{MASK_ENDING} in {masks}, got {there}"
+            )
+    for stem, path in mask_files.items():
+        if stem not in image_files:
+            raise ValueError(f"support mask {path} must have an image named {stem} in {images}, got none")
     return [(path, mask_files[stem]) for stem, path in image_files.items()]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for path in list_images(folder):
-        other = files.setdefault(stem_of(path), path)
+def _distinct(files: list[Path], stem: Callable[[Path], str]) -> list[Path]:
+    by_stem: dict[str, Path] = {}
+    for path in files:
+        other = by_stem.setdefault(stem(path), path)
         if other is not path:
             raise ValueError(f"support files must have different names without ending, got {other} and {path}")
     return files
@@ -192,7 +207,7 @@ def _outputs(path: Path, out: Path, uncertainty: bool, overlay: bool) -> Outputs
         raise ValueError(f"{path} must be of a known format (PNG, JPEG, TIFF, NIfTI, npy, npz)")
     base, suffix = stem_of(path), map_suffix(path)
     return Outputs(
-        out / f"{base}_mask{suffix}",
+        out / f"{base}{MASK_ENDING}{suffix}",
         out / f"{base}_uncertainty{suffix}" if uncertainty else None,
         out / f"{base}_overlay.png" if overlay else None,
     )
@@ -205,6 +220,11 @@ def _write(segmenter: Segmenter, path: Path, outputs: Outputs, bar: tqdm) -> Non
         write_like(result.image, outputs.uncertainty, result.uncertainty)
     if outputs.overlay is not None:
         save_overlay(result, segmenter.options, outputs.overlay)
+
+
+def _check_out_is_no_input_folder(out: Path, inputs: list[Path]) -> None:
+    if any(path.is_dir() and path.resolve() == out.resolve() for path in inputs):
+        raise ValueError(f"out must not be a folder of targets or supports, got {out}")
 
 
 def _check_no_input_is_output(inputs: list[Path], outputs: list[Path]) -> None:

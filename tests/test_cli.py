@@ -124,7 +124,7 @@ def test_every_format_comes_back_in_its_own(here, run):
     np.save("f/array.npy", grey.astype(np.float32))
     np.savez("f/archive.npz", image=grey[..., 0])
     code, _, err = run("--axis", "2", "--uncertainty", targets=["f"])
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"icseg: warning: {inference.ORIENTATION}\n")
     expected = ["archive.npz", "array.npy", "photo.png", "scan.nii.gz", "stack.tif"]
     endings = [(Path(name).name.partition(".")[0], name.partition(".")[2]) for name in expected]
     both = [f"{stem}_{kind}.{ending}" for stem, ending in endings for kind in ("mask", "uncertainty")]
@@ -208,7 +208,7 @@ BAD = {
     "image without mask": (
         lambda: Path("masks/1.png").unlink(),
         [],
-        r"support image images/1\.png must have a mask named 1 in masks, got none",
+        r"support image images/1\.png must have a mask named 1 or 1_mask in masks, got only others, such as 0\.png",
     ),
     "mask without image": (
         lambda: Path("images/1.png").unlink(),
@@ -298,7 +298,42 @@ BAD = {
     "output is an input": (
         lambda: picture(Path("t/b_mask.png")),
         ["--out", "t"],
-        "out must not be a folder of targets, got t",
+        "out must not be a folder of targets or supports, got t",
+    ),
+    "output among the supports": (
+        lambda: None,
+        ["--out", "t/../images"],
+        r"out must not be a folder of targets or supports, got t/\.\./images",
+    ),
+    "no masks": (
+        lambda: remove("masks/*"),
+        [],
+        "must have a mask named 0 or 0_mask in masks, got none",
+    ),
+    "two masks of one image": (
+        lambda: labels(Path("masks/1_mask.png")),
+        [],
+        r"support files must have different names without ending, got masks/1\.png and masks/1_mask\.png",
+    ),
+    "images and masks swapped": (
+        lambda: [Path("images").rename("x"), Path("masks").rename("images"), Path("x").rename("masks")],
+        [],
+        r"masks/0\.png must hold at most 64 class ids .* got 255; are images and masks swapped\?",
+    ),
+    "mask in colour": (
+        lambda: Picture.fromarray(np.eye(3, dtype=np.uint8)[np.zeros((40, 56), int)]).save("masks/0.png"),
+        [],
+        r"masks/0\.png cannot be read: it is in colour; a mask must have one channel of integer class ids",
+    ),
+    "support image for its folder": (
+        lambda: None,
+        ["--support-images", "images/0.png"],
+        r"images/0\.png is a file; give its folder",
+    ),
+    "state of a training run": (
+        lambda: save_file({"x": torch.zeros(3)}, "state.safetensors", {"icseg_training": "{}"}),
+        ["--checkpoint", "state.safetensors"],
+        r"got state\.safetensors, the state of a training run; its model\.safetensors is written at the end",
     ),
     "output is a file": (
         lambda: Path("file").write_text("kept"),
@@ -365,12 +400,10 @@ def test_output_folder_without_permission(here, run, monkeypatch):
 
 
 def test_an_output_must_not_replace_an_input(here, run):
-    picture(Path("t/c.png"))
-    Path("t/c.png").rename("images/a_mask.png")
-    labels(Path("masks/a_mask.png"))
-    code, _, err = run(out="images")
+    picture(Path("done/a_mask.png"))
+    code, _, err = run(targets=["t/a.png", "done/a_mask.png"], out="done")
     assert code == 2
-    assert "out must not make an output replace an input, got images/a_mask.png as both" in err
+    assert "out must not make an output replace an input, got done/a_mask.png as both" in err
 
 
 def test_misused_options_end_with_code_2(capsys, here):
@@ -445,7 +478,19 @@ def test_resume_makes_again_what_is_missing_or_of_another_input(here, run):
     assert out.startswith("2 targets segmented into out;")
     with Picture.open("out/b_mask.png") as mask:
         assert mask.size == (20, 20)
-    assert run("--overlay", "--resume")[1].startswith("0 targets segmented into out, 2 kept")
+
+
+def test_resume_with_nothing_left_loads_no_model(here, run, monkeypatch):
+    run()
+    before = listing("out")
+    monkeypatch.setattr(job, "Segmenter", None)
+    monkeypatch.setattr(icseg.PatchICL, "from_pretrained", None)
+    code, out, _ = run("--resume")
+    assert (code, out) == (
+        0,
+        "0 targets segmented into out, 2 kept from an earlier run; classes: 255 (in 2 examples)\n",
+    )
+    assert listing("out") == before
 
 
 @pytest.mark.parametrize(
@@ -498,7 +543,7 @@ def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, che
     assert code == 0
     assert out.splitlines() == ["3 steps in 0.1 minutes, validation Dice 0.250", "out/m.safetensors"]
     code, _, err = command(capsys, "train", "--config", "c.toml", "--out", "out", "--resume")
-    assert (code, err) == (130, "icseg: interrupted; --resume goes on\n")
+    assert (code, err) == (130, "icseg: interrupted; --resume goes on in out\n")
     assert [call[2]["resume"] for call in calls] == [False, True]
     assert calls[0][:2] == (Path("c.toml"), Path("out"))
 
@@ -533,6 +578,7 @@ def test_evaluate_on_synthetic_tasks_alone(here, capsys, checkpoint):
     code, out, _ = command(capsys, "evaluate", *arguments)
     assert code == 0
     assert "| synthetic |" in out
+    assert out.endswith(f"|\n\n{icseg.evaluation.LEGEND}\n")
 
 
 def test_a_pack_without_a_class_to_score_is_one_sentence(here, capsys, checkpoint):
@@ -591,9 +637,14 @@ def test_exit_codes_reach_the_shell(here, checkpoint):
 
 def test_supports_are_paired_by_name(here):
     picture(Path("images/scan.1.jpg"))
-    labels(Path("masks/scan.1.png"))
+    picture(Path("images/x.png"))
+    picture(Path("images/x_mask.png"))
+    for name in ("scan.1_mask", "x", "x_mask"):
+        labels(Path(f"masks/{name}.png"))
     assert [(a.name, b.name) for a, b in job.pair_supports(Path("images"), Path("masks"))] == [
         ("0.png", "0.png"),
         ("1.png", "1.png"),
-        ("scan.1.jpg", "scan.1.png"),
+        ("scan.1.jpg", "scan.1_mask.png"),
+        ("x.png", "x.png"),
+        ("x_mask.png", "x_mask.png"),
     ]

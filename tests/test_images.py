@@ -334,7 +334,7 @@ def test_other_values_are_refused(array, message):
 def test_colour_masks_must_agree_in_their_channels(tmp_path):
     save(tmp_path / "g.png", np.stack([IDS] * 3, -1))
     np.testing.assert_array_equal(read_mask(tmp_path / "g.png").array, IDS)
-    with pytest.raises(ValueError, match="a mask must have one channel of class ids"):
+    with pytest.raises(ValueError, match="a mask must have one channel of integer class ids"):
         read_mask(save(tmp_path / "c.png", RGB))
     with pytest.raises(ValueError, match="must hold exact class ids, got a JPEG"):
         read_mask(save(tmp_path / "m.jpg", IDS))
@@ -502,6 +502,9 @@ def test_names_of_files(tmp_path):
     assert [path.name for path in files] == ["a.PNG", "b.nii.gz", "c.d.tif"]
     assert [stem_of(path) for path in files] == ["a", "b", "c.d"]
     assert [suffix_of(path) for path in files] == [".png", ".nii.gz", ".tif"]
+    (tmp_path / "file.png").touch()
+    with pytest.raises(NotADirectoryError, match=r"file\.png is a file; give its folder"):
+        list_images(tmp_path / "file.png")
     with pytest.raises(FileNotFoundError, match="must be an existing folder"):
         list_images(tmp_path / "none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import nibabel
@@ -14,7 +15,7 @@ from torch import nn
 import icseg
 from icseg.data.frame import SquareFrame
 from icseg.inference import Segmenter, resolve_device, segment
-from icseg.inputs import SegmentOptions, SupportSet
+from icseg.inputs import OrientationWarning, SegmentOptions, SupportSet
 from icseg.overlay import PALETTE, draw_overlay, montage, overlay
 from icseg.posterior import Entropy, Winner
 
@@ -238,7 +239,8 @@ def test_files_in_files_out(tmp_path):
     flat.save(tmp_path / "out.png")
     with Picture.open(tmp_path / "out.png") as written:
         assert dice(np.asarray(written) == 255, truth > 0) > 0.95
-    result = segment(str(tmp_path / "v.nii.gz"), *pair, model=ByBrightness(), axis=2, size=128)
+    with pytest.warns(OrientationWarning):
+        result = segment(str(tmp_path / "v.nii.gz"), *pair, model=ByBrightness(), axis=2, size=128)
     result.save(tmp_path / "out.nii.gz")
     written = nibabel.load(tmp_path / "out.nii.gz")
     np.testing.assert_array_equal(written.affine, affine)
@@ -297,7 +299,7 @@ REFUSALS = {
     ),
     "grey image as mask": (
         {"support_masks": [np.arange(2400).reshape(40, 60)]},
-        "support_masks must hold at most 64 ids unless classes are given, got 2399",
+        r"support_masks\[0\] must hold at most 64 class ids unless .* got 2399; are images and masks swapped\?",
     ),
     "missing file": ({"images": "none.png"}, r"none\.png must be an existing file"),
     "device": ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
@@ -367,6 +369,37 @@ def test_half_precision_logits_are_accepted():
     result = segment(GOOD, [GOOD], [MASK], model=Half(1.0), uncertainty=True, size=128)
     assert (result.mask == 1).all()
     assert result.uncertainty.dtype == np.float32
+
+
+def test_a_result_is_shown_in_a_line():
+    image, mask = disc(40, 60)
+    shown = repr(segment(image, [image], [mask], model=ByBrightness(), size=128))
+    assert shown == "SegmentationResult(mask=uint8 [40, 60], uncertainty=None, classes=(1,), image='images')"
+    shown = repr(segment([image], [image], [mask], model=ByBrightness(), size=128, uncertainty=True)[0])
+    assert "uncertainty=float32 [40, 60], classes=(1,), image='images[0]'" in shown
+
+
+def nifti(path, array):
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+@pytest.mark.parametrize("other", ["images", "support_images", "support_masks"])
+def test_nifti_beside_other_files_is_warned_of(tmp_path, other):
+    files = {"images": GOOD, "support_images": GOOD, "support_masks": MASK}
+    volumes = {name: nifti(tmp_path / f"{name}.nii", array.T[..., None]) for name, array in files.items()}
+
+    def run(**inputs):
+        target, supports, masks = inputs.values()
+        segment(target, [supports], [masks], model=ByBrightness(), size=128, axis=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(**files)
+        run(**volumes)
+    with pytest.warns(OrientationWarning, match="NIfTI slices are taken as a radiologist's viewer shows them") as seen:
+        run(**volumes | {other: files[other]})
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 def test_segmenter_reports_its_slices():

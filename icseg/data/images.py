@@ -159,6 +159,8 @@ def stem_of(path: Path) -> str:
 
 def list_images(folder: Path) -> list[Path]:
     """The files of known formats in `folder`, sorted by name, without hidden ones."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; give its folder")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} must be an existing folder")
     return sorted(p for p in folder.iterdir() if p.is_file() and suffix_of(p) and not p.name.startswith("."))

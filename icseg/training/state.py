@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from icseg.checkpoint import STATE_KEY
 from icseg.files import written_whole
 from icseg.training.config import TrainingConfig
 
 STATE_FILE = "state.safetensors"
-STATE_KEY = "icseg_training"
 
 
 @dataclass

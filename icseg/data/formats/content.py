@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ class Geometry:
     """What a file says beside its pixels, and how maps are written so that they overlay it.
 
     suffix: ending of the files that are written; largest: the largest class id that they hold.
+    anatomical: slices are turned to the orientation of the body, however the file is stored.
     """
 
     suffix: str
     largest: int = 2**32 - 1
+    anatomical: ClassVar[bool] = False
 
     def planes(self, array: Array, axis: int) -> Array:
         """The slices [N, H, W], as displayed, of an image (N = 1) or of a volume along `axis`; a view."""
@@ -63,7 +65,10 @@ def single_channel(channels: Array) -> Array:
     """Class ids of a mask stored as [..., C]: its colour channels must agree."""
     colours = channels[..., : 1 if channels.shape[-1] <= 2 else 3]
     if (colours != colours[..., :1]).any():
-        raise ValueError("it is in colour; a mask must have one channel of class ids")
+        raise ValueError(
+            "it is in colour; a mask must have one channel of integer class ids (give each colour an id, 0 for the "
+            "background, and save these as a grey image)"
+        )
     return colours[..., 0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel
 import numpy as np
@@ -25,6 +25,7 @@ class NiftiGeometry(Geometry):
     affine: Array
     header: Any
     suffix: str = ".nii.gz"
+    anatomical: ClassVar[bool] = True
 
     def planes(self, array: Array, axis: int) -> Array:
         """Axis 0 gives sagittal, 1 coronal, 2 axial slices, however the file is stored."""
