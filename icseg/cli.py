@@ -37,7 +37,7 @@ TERMINATED = 143
 
 OUT_OF_MEMORY = "out of memory: a smaller --size or --batch-size, or for training smaller batches, needs less"
 
-PACK_HELP = "Files .npz with images [N, H, W], masks of class ids [N, H, W], and class_names."
+PACK_HELP = "Files .npz with images and masks (class ids) [N, H, W], both uint8, and class_names."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); the bundled ones if left out.")]

@@ -242,7 +242,7 @@ def _mean_row(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
         return []
     means = {name: float(np.mean([getattr(row, name) for row in rows])) for name in
              ("dice", "iou", "hausdorff95", "copy", "otsu")}  # fmt: skip
-    return [EvaluationRow("mean", "", sum(row.targets for row in rows), **means)]
+    return [EvaluationRow("mean of rows", "", sum(row.targets for row in rows), **means)]
 
 
 def _draws(pack: Pack, class_id: int, support: int, seed: int) -> list[tuple[int, NDArray[np.int64]]]:

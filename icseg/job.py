@@ -146,7 +146,7 @@ class Record:
 
 def check_folder(out: Path) -> None:
     """Raise ValueError unless `out` is a folder that can be written to, or can be made."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"out must be a folder that can be written to, got {out}")
 
@@ -172,6 +172,8 @@ def find_targets(targets: Sequence[Path]) -> list[Path]:
 
 def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """(image, mask) files of the two folders, STEM with STEM or STEM_mask; all must have a partner."""
+    if images.resolve() == masks.resolve():
+        raise ValueError(f"support images and masks must be in two folders, got {images} for both")
     image_files = {stem_of(path): path for path in _distinct(list_images(images), stem_of)}
     if not image_files:
         raise ValueError(f"support images must be at least one file, got none of a known format in {images}")

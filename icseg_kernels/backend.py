@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "native", "reference")
 ENVIRONMENT_VARIABLE = "ICSEG_BACKEND"
@@ -128,4 +129,5 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
     The Function also serves where no argument requires a gradient: it refuses forward-mode differentiation, which
     the op alone would take for zero.
     """
-    return function.apply(*arguments) if torch.is_grad_enabled() else overload(*arguments)
+    differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
+    return function.apply(*arguments) if differentiated else overload(*arguments)

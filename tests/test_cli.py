@@ -205,6 +205,11 @@ BAD = {
         [],
         r"t/c\.tif cannot be read: not a TIFF file",
     ),
+    "one folder for both": (
+        lambda: None,
+        ["--support-masks", "images"],
+        r"support images and masks must be in two folders, got images for both",
+    ),
     "image without mask": (
         lambda: Path("masks/1.png").unlink(),
         [],

@@ -149,7 +149,7 @@ def test_table_and_json(tmp_path: Path) -> None:
     lines = markdown_table(rows).splitlines()
     assert lines[0].startswith("| data set | class | targets | Dice |")
     assert lines[2] == "| a | x | 3 | 0.500 | 0.400 | 2.0 | 0.100 | 0.200 |"
-    assert lines[-1] == "| mean |  | 4 | 0.750 | 0.600 | 3.0 | 0.200 | 0.300 |"
+    assert lines[-1] == "| mean of rows |  | 4 | 0.750 | 0.600 | 3.0 | 0.200 | 0.300 |"
     assert all(line.count("|") == 9 for line in lines)
     assert len(markdown_table(rows[:1]).splitlines()) == 3
     write_json(rows, tmp_path / "rows.json")

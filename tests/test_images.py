@@ -565,3 +565,9 @@ def test_constant_and_non_finite_images_are_refused(values, message):
 def test_windows_are_checked(window):
     with pytest.raises(ValueError, match=r"window must be \(low, high\), finite, with low < high, got"):
         check_window(window)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_colour_arrays_in_either_byte_order(order):
+    colour = np.full((12, 10, 3), 300, f"{order}u2")
+    assert as_image(colour, "photo").array.shape == (12, 10)

@@ -204,9 +204,8 @@ def _is_colour(image: Image) -> bool:
     """Whether it is an array [H, W, 3 or 4] that cannot be a single slice; the other formats say what is colour."""
     array = image.array
     in_memory = isinstance(image.geometry, ArrayGeometry)
-    return (
-        in_memory and array.dtype in (np.uint8, np.uint16) and array.shape[2:] in ((3,), (4,)) and 1 not in array.shape
-    )
+    picture = array.dtype.newbyteorder("=") in (np.uint8, np.uint16)
+    return in_memory and picture and array.shape[2:] in ((3,), (4,)) and 1 not in array.shape
 
 
 def _one_channel(array: Array, name: str) -> Array:
