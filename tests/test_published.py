@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import icseg
+from icseg.checkpoint import load_checkpoint
 from icseg.losses import LossConfig, segmentation_loss
 from icseg.model import PatchICL
 from icseg.published import config as settings
@@ -30,9 +31,19 @@ from icseg.published.config import (
     PublishedConfig,
     SamplerConfig,
 )
+from icseg.published.convert import state_from_published
 from icseg.published.dictionary import loss_from_published
-from icseg.published.features import read_patches
-from icseg.published.sampling import Draws, binary_entropy, half_entropy, level_mask
+from icseg.published.features import FeatureExtractor, read_patches
+from icseg.published.level import Aggregation, ConfidenceMap, Level
+from icseg.published.sampling import (
+    MODEL_SCORES,
+    ORACLE_SCORES,
+    SUPPORT_SCORES,
+    Draws,
+    binary_entropy,
+    half_entropy,
+    level_mask,
+)
 from icseg.published.transformer import POSITIONS, Block, RotaryEmbedding, attend, rotated
 
 DATA = Path(__file__).parent / "data"
@@ -157,6 +168,34 @@ def test_foreign_weights_are_refused(recorded: Recorded) -> None:
     wrong = {**recorded.weights, "backbone.fusion_proj.bias": torch.zeros(1)}
     with pytest.raises(ValueError, match="weights must fit the configuration"):
         icseg.load_published(wrong, recorded.config)
+
+
+def test_weights_of_wrapped_models(recorded: Recorded) -> None:
+    """Compiled, distributed, or compiled in part."""
+    for wrapped in ("module._orig_mod.{}", "_orig_mod.module.{}", "module.{}"):
+        model = icseg.load_published({wrapped.format(k): v for k, v in recorded.weights.items()}, recorded.config)
+        assert all(torch.equal(t, model.state_dict()[n]) for n, t in recorded.model.state_dict().items())
+    compiled = {k.replace("backbone.", "backbone._orig_mod."): v for k, v in recorded.weights.items()}
+    model = icseg.load_published(compiled, recorded.config)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in recorded.model.state_dict().items())
+
+
+def test_files_of_other_values_are_refused(recorded: Recorded, tmp_path: Path) -> None:
+    torch.save({"model_state_dict": recorded.weights, "loss": np.float64(0.5)}, tmp_path / "numpy.pt")
+    with pytest.raises(ValueError, match=r"a torch file of tensors and plain values, got .*numpy\.pt") as caught:
+        icseg.load_published(tmp_path / "numpy.pt", recorded.config)
+    assert "weights_only" not in str(caught.value)
+    with pytest.raises(ValueError, match="weights must map names to tensors, got int at 'step'"):
+        icseg.load_published({"model_state_dict": {**recorded.weights, "step": 3}}, recorded.config)
+    with pytest.raises(ValueError, match="weights must be a state dict, got a list"):
+        icseg.load_published({"model_state_dict": []}, recorded.config)
+
+
+def test_gates_that_the_published_code_lacks(recorded: Recorded) -> None:
+    """Only with a prior and no support masks: without either there is no fusion."""
+    for prior, support, expected in (("none", False, False), ("logits", False, True), ("none", True, False)):
+        backbone = BackboneConfig(dim=16, heads=2, fusion="gated", mask_prior=prior, support_mask=support)
+        assert ("fusion.gates.support" in state_from_published({}, tiny(backbone=backbone))) == expected
 
 
 def test_a_loaded_model_saves_and_loads(recorded: Recorded, tmp_path: Path) -> None:
@@ -297,6 +336,9 @@ def test_target_and_support_draw_independently() -> None:
         Draws(2, False, 1, [])
     with pytest.raises(ValueError, match="noise must hold 4 tensors, two a level, got 1"):
         Draws(2, False, None, [torch.rand(1, 1)])
+    noise = [torch.rand(2, 1), torch.rand(4, 1), torch.rand(2, 3), torch.rand(4, 4)]
+    with pytest.raises(ValueError, match=r"noise must have shape .* = \[2, 4\] at resolution 16, got \[2, 3\]"):
+        make().eval()(**task(), noise=noise)
 
 
 def test_one_memory_serves_a_batch() -> None:
@@ -375,6 +417,38 @@ def test_half_precision_is_finite(dtype: torch.dtype) -> None:
     reduced = {k: v.to(dtype) for k, v in data.items()}
     with torch.no_grad():
         assert make().to(dtype).eval()(**reduced).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saturated_scores_are_finite_in_half_precision(dtype: torch.dtype) -> None:
+    """Also where 1 - 1e-6 rounds to 1, in values and in gradients."""
+    logits = torch.tensor([-30.0, 0.0, 30.0], dtype=dtype).view(1, 1, 1, 3).requires_grad_()
+    mask = torch.ones(1, 1, 1, 3, dtype=dtype, requires_grad=True)
+    scores = [MODEL_SCORES[name](logits, None) for name in ("entropy", "foreground_entropy")]
+    scores += [ORACLE_SCORES["error"](mask, logits), ORACLE_SCORES["foreground_entropy"](mask, logits)]
+    scores += [SUPPORT_SCORES["foreground_entropy"](mask), ConfidenceMap(1.0, True)(logits)]
+    total = torch.stack([score.float() for score in scores])
+    total.sum().backward()
+    assert total.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert mask.grad.isfinite().all()
+    noise = Draws(1, True, None, [torch.tensor([0.0, 1.0], dtype=dtype)] * 2).source(0)["noise"]
+    assert noise.isfinite().all()
+    assert binary_entropy(mask.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("confidence", ["none", "entropy"])
+def test_saturated_predictions_under_autocast(confidence: str) -> None:
+    config = tiny(
+        confidence=ConfidenceConfig(confidence),
+        sampler=SamplerConfig(model_score="entropy" if confidence == "none" else "confidence"),
+        aggregation=AggregationConfig(confidence_weighting=confidence != "none"),
+    )
+    model = make(config)
+    with torch.no_grad():
+        model.network.decoder.head[-1].bias.fill_(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        finite_both_ways(model, task())
 
 
 def test_no_graph_break_in_evaluation() -> None:
@@ -497,6 +571,45 @@ def test_a_custom_extractor() -> None:
     finite_both_ways(model, task())
 
 
+def test_a_custom_extractor_is_frozen_and_reloads(tmp_path: Path) -> None:
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(1)
+
+        def forward(self, images: Tensor, masks: Tensor | None) -> list[Tensor]:
+            return [self.norm(images)]
+
+    def extended(config: icseg.PatchICLConfig) -> PatchICL:
+        model = PatchICL(config).train()
+        model.network.features.extractor = Normed()
+        return model
+
+    for freeze in (True, False):
+        model = extended(tiny(features=FeatureConfig("custom", 1, input_size=16, grid=8, freeze=freeze)))
+        extractor = model.network.features.extractor
+        assert [p.requires_grad for p in extractor.parameters()] == [not freeze] * 2
+        assert not (freeze and extractor.training)
+    torch.nn.init.normal_(extractor.norm.weight)
+    model.save_pretrained(tmp_path / "model.safetensors")
+    config, state = load_checkpoint(tmp_path / "model.safetensors")
+    again = extended(config)
+    again.load_state_dict(state)
+    assert torch.equal(again.network.features.extractor.norm.weight, extractor.norm.weight)
+
+
+def test_chunks_change_no_batch_statistics() -> None:
+    images, means = torch.rand(5, 1, 16, 16), []
+    for chunk in (2, 5):
+        torch.manual_seed(0)
+        features = FeatureExtractor(FeatureConfig("convolutional", 4, (0,), 16, 16, freeze=False, chunk=chunk)).train()
+        features(images)
+        means.append(features.extractor.image_blocks[0][1].running_mean)
+        evaluated = features.eval()(images)
+        torch.testing.assert_close(evaluated[:2], features(images[:2]), rtol=0, atol=1e-5)
+    assert torch.equal(*means)
+
+
 # --- parts -----------------------------------------------------------------------------------------
 
 
@@ -584,14 +697,36 @@ def test_feature_patches_are_aligned() -> None:
 
 
 def test_positions_ignore_what_the_model_was_made_for() -> None:
-    """ "image" positions depend on the share of the image alone, on both axes; "published" ones clamp."""
+    """ "image" positions depend on the share of the image alone, to the bit; "published" ones clamp."""
     coords = torch.tensor([[0, 8], [8, 0]])
     network = make().network
-    assert network.levels[1].positions(coords, 16, 16).tolist() == [[0, 511], [511, 0]]
-    assert network.levels[1].positions(coords, 48, 32).tolist() == [[0, 511], [511, 0]]
+    assert network.levels[1].positions(coords, 16).tolist() == [[0, 511], [511, 0]]
+    for resolution in (24, 49, 93):
+        level = Level(LevelConfig(resolution, 1, 1), tiny())
+        grid = torch.arange(resolution + 1)[:, None].expand(-1, 2)
+        expected = torch.tensor([1023 * y // resolution for y in range(resolution + 1)])[:, None].expand(-1, 2)
+        for height in (7, 24, 49, 1023):
+            assert torch.equal(level.positions(grid, height), expected)
     published = make(tiny(backbone=BackboneConfig(dim=16, heads=2, positions="published"))).network
-    assert published.levels[1].positions(coords, 16, 16).tolist() == [[0, 511], [511, 0]]
-    assert published.levels[1].positions(coords, 48, 32).tolist() == [[0, 1023], [1023, 0]]
+    assert published.levels[1].positions(coords, 16).tolist() == [[0, 511], [511, 0]]
+    assert published.levels[1].positions(coords, 48).tolist() == [[0, 1023], [1023, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", settings.AGGREGATIONS)
+def test_tiny_weights_still_give_the_weighted_mean(kind: str, dtype: torch.dtype) -> None:
+    """Equal confidences of any size give the plain mean, and none of it overflows backwards."""
+    aggregation = Aggregation(AggregationConfig(kind, sigma_ratio=0.05, confidence_weighting=True), 8)
+    values = torch.tensor([4.0, -2.0], dtype=dtype).view(1, 2, 1, 1, 1).expand(1, 2, 1, 8, 8).clone().requires_grad_()
+    coords = torch.zeros(1, 2, 2, dtype=torch.int64)
+    for size in (1.0, 1e-5, 1e-9, 0.0):
+        confidence = torch.full_like(values, size).detach().requires_grad_()
+        map_, covered, _ = aggregation(values, coords, 16, confidence)
+        inside = map_[..., :8, :8]
+        torch.testing.assert_close(inside, torch.ones_like(inside))
+        assert covered.sum() == 64
+        gradients = torch.autograd.grad(map_.sum(), [values, confidence])
+        assert all(g.isfinite().all() for g in gradients)
 
 
 # --- configuration ---------------------------------------------------------------------------------

@@ -91,15 +91,20 @@ def test_foreign_files_are_refused(recorded: dict[str, torch.Tensor], tmp_path: 
         UniverSeg.from_file(tmp_path / "none.pt")
     for name, content in (
         ("text.pt", b"no weights"),
+        ("word.pt", b"hello"),
         ("empty.pt", b""),
         ("text.safetensors", b"no weights at all"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="readable weight file"):
+        with pytest.raises(ValueError, match="must be a safetensors file or a torch file of tensors"):
             UniverSeg.from_file(tmp_path / name)
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="UniverSeg state dict, got the keys other"):
         UniverSeg.from_file(tmp_path / "other.pt")
+    for state in ({"epoch": 3}, {3: torch.zeros(1)}):
+        torch.save(state, tmp_path / "mixed.pt")
+        with pytest.raises(ValueError, match=r"weights must map names to tensors, got (int|Tensor) at"):
+            UniverSeg.from_file(tmp_path / "mixed.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="with a list"):
         UniverSeg.from_file(tmp_path / "list.pt")
@@ -121,8 +126,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"enc_blocks": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="readable weight file"):
+    with pytest.raises(ValueError, match="must be a safetensors file or a torch file of tensors") as caught:
         UniverSeg.from_file(tmp_path / "evil.pt")
+    assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
 

@@ -7,15 +7,13 @@ reads, collapses to its mean.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -196,7 +194,15 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pt or .safetensors file, on the CPU. Nothing in the file is executed.
 
-    Raises FileNotFoundError, or ValueError for a file that is neither.
+    Raises FileNotFoundError, or ValueError for a file that is neither or holds anything else.
+    """
+    return tensors_of(read_mapping(path))
+
+
+def read_mapping(path: str | Path) -> Mapping[str, Any]:
+    """What a .pt or .safetensors file holds, tensors on the CPU. Nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError for a file that is neither or does not hold a mapping.
     """
     path = Path(path)
     if not path.is_file():
@@ -205,11 +211,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"path must be a readable weight file, got {path} ({reason})") from error
+    except Exception:  # unreadable bytes raise anything; torch's own words advise to load them unsafely
+        raise ValueError(
+            f"path must be a safetensors file or a torch file of tensors and plain values, got {path}"
+        ) from None
     if not isinstance(state, Mapping):
         raise ValueError(f"path must hold a state dict, got {path} with a {type(state).__name__}")
+    return state
+
+
+def tensors_of(state: object) -> dict[str, Tensor]:
+    """A state dict as a dict. Raises ValueError unless it maps names to tensors."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"weights must be a state dict, got a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"weights must map names to tensors, got {type(value).__name__} at {name!r}")
     return dict(state)
 
 

@@ -139,7 +139,8 @@ class FeatureConfig:
 
     extractor:  "universeg" (the encoder of UniverSeg), "convolutional" (image and mask streams, trained from
                 scratch) or "custom" (a module set as `network.features.extractor`).
-    channels:   of each scale, or of the whole for "custom". scales: which of them are read, from 0.
+    channels:   of each scale, or of the whole for "custom".
+    scales:     which scales are read, from 0. Not read with "custom".
     input_size: images are encoded at this square size. grid: side of the map that patches are read from.
     freeze:     no gradients, and evaluation mode throughout.
     rescale:    clip each image to its 0.5 and 99.5 percentiles and stretch it to [0, 1] first.
@@ -147,7 +148,7 @@ class FeatureConfig:
     alignment:  "published" reads a patch from edge to edge, half a pixel off, at points spaced p / (p - 1);
                 "pixel" at the centres of the level's own pixels.
     antialias:  average features to the level's resolution first where that is coarser ("pixel" only).
-    chunk:      images encoded at once.
+    chunk:      images encoded at once; an extractor in training encodes all, for the sake of its batch statistics.
     """
 
     extractor: str = "universeg"
@@ -229,7 +230,10 @@ class BackboneConfig:
 class ConfidenceConfig:
     """A confidence map in [0, 1] beside each prediction.
 
-    source: "none", "entropy" (1 - binary entropy of the logits over a temperature) or "learned" (a decoder head).
+    source:            "none", "entropy" (1 - binary entropy of the logits over a temperature) or "learned" (a
+                       decoder head).
+    temperature:       of "entropy", to begin with. Read only with source = "entropy".
+    learn_temperature: whether it is trained. Read only with source = "entropy".
     """
 
     source: str = "none"
@@ -247,7 +251,9 @@ class AggregationConfig:
     """How patches become a map: the weighted mean where they overlap.
 
     kind:                  "average", or "gaussian" with `sigma_ratio` times the patch size about its centre.
-    smallest_weight:       floor of a pixel's weight, so that every pixel of a patch counts as covered.
+                           `sigma_ratio` is read only with "gaussian".
+    smallest_weight:       floor of a Gaussian weight, whose peak is 1, and of a confidence that weighs, so that every
+                           pixel of a patch counts as covered. Read only with these two.
     uncovered_logit:       where no patch lies.
     confidence_weighting:  multiply weights by the confidence map.
     """
@@ -282,7 +288,8 @@ class PublishedConfig(PatchICLConfig):
     `for_image_size` gives the settings of the paper's final runs; `from_published_dict` reads a configuration
     of the published code and leaves its defects in (docs/published.md).
 
-    image_size:         side of the images that the model is made for; others are resized.
+    image_size:         side of the images that the model is made for; others are resized. Read only with
+                        backbone.positions = "published": the levels and features have sizes of their own.
     patch_size:         pixels of a patch side, the same at every level.
     touched_mask_value: a level's mask pixel is at least this times the largest mask value that it touches.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from icseg.baselines.universeg import read_weights, renamed
+from icseg.baselines.universeg import read_mapping, read_weights, renamed, tensors_of
 from icseg.published.config import PublishedConfig
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ def load_published(
 ) -> PatchICL:
     """The published model with its own weights, in evaluation mode.
 
-    weights:   a state dict of the published code, or a file that holds one, also as its "model_state_dict".
-               Read with nothing executed.
+    weights:   a state dict of the published code, or a file that holds one, also as its "model_state_dict",
+               and also of a compiled or a distributed model. Read with nothing executed.
     config:    the configuration it was made with (`PublishedConfig.from_published_dict`).
     universeg: a UniverSeg weight file, for state dicts saved without their frozen feature extractor.
     Raises FileNotFoundError, or ValueError for an unknown, missing or misshapen tensor or an invalid configuration.
     """
     from icseg.model import PatchICL
 
-    state: Mapping[str, Any] = read_weights(weights) if isinstance(weights, str | Path) else weights
-    state = state.get("model_state_dict", state)
+    held: Mapping[str, Any] = read_mapping(weights) if isinstance(weights, str | Path) else weights
+    state = {_unwrapped(k): v for k, v in tensors_of(held.get("model_state_dict", held)).items()}
     if universeg is not None:
         state = {**{f"feature_extractor.model.{k}": v for k, v in read_weights(universeg).items()}, **state}
     ours = PublishedConfig.from_published_dict(dict(config))
@@ -116,11 +116,16 @@ def state_from_published(state: Mapping[str, Tensor], config: PublishedConfig) -
         joined.pop("confidence.log_temperature", None)
     if config.backbone.registers == 0:
         joined.setdefault("transformer.registers", torch.zeros(0, config.backbone.dim))
-    if config.backbone.fusion == "gated":
+    if config.backbone.fusion == "gated" and config.backbone.mask_prior != "none" and not config.backbone.support_mask:
         joined.setdefault("fusion.gates.support", torch.tensor(0.1))
     unread = re.compile(r"features\.extractor\.(?:encoder\.|image_|mask_)blocks\.(\d)\.")
     deepest = config.features.scales[-1]
     return {k: v for k, v in joined.items() if not ((m := unread.match(k)) and int(m[1]) > deepest)}
+
+
+def _unwrapped(name: str) -> str:
+    """Without what torch.compile and DistributedDataParallel put into a parameter's name."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _our_name(name: str) -> tuple[str, int]:

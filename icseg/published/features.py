@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ class FeatureExtractor(nn.Module):
     """Images, for support also masks, to feature maps [N, D, grid, grid].
 
     `extractor` maps images [N, 1, s, s] and masks, the same shape or None, to a list of maps [N, C, h, w]
-    whose channels add up to D. With FeatureConfig.extractor = "custom", set the attribute before the first call.
+    whose channels add up to D. With FeatureConfig.extractor = "custom", set the attribute before the first call,
+    and before weights are loaded; with `freeze` it is frozen, and put in evaluation mode, as it is set.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
@@ -27,8 +30,11 @@ class FeatureExtractor(nn.Module):
             "custom": MissingFeatures,
         }
         self.extractor: nn.Module = kinds[config.extractor](config)
-        if config.freeze:
-            self.extractor.requires_grad_(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "extractor" and self.config.freeze:
+            self.extractor.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         super().train(mode)
@@ -44,6 +50,8 @@ class FeatureExtractor(nn.Module):
             return self._encode_chunks(images, masks)
 
     def _encode_chunks(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        if self.extractor.training:  # batch statistics are those of all images
+            return self._encode(images, masks)
         parts = images.split(self.config.chunk)
         mask_parts = [None] * len(parts) if masks is None else masks.split(self.config.chunk)
         return torch.cat([self._encode(*pair) for pair in zip(parts, mask_parts, strict=True)])

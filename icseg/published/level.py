@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from icseg.published.config import AggregationConfig, LevelConfig, PublishedConfig
-from icseg.published.sampling import binary_entropy
+from icseg.published.sampling import binary_entropy, precise
 from icseg.published.transformer import POSITIONS
 from icseg_kernels import PatchSample, sample_patches, scatter_patches
 from icseg_kernels.patches.sample import candidate_grid
@@ -53,6 +53,12 @@ class Level:
     ) -> PatchSample:
         padding = (self.config.pad_before, self.config.pad_after)
         rows, columns = candidate_grid(self.resolution, self.resolution, self._patch_size, stride, padding)
+        noise, shape = source.get("noise"), (len(score), rows * columns)
+        if isinstance(noise, Tensor) and noise.shape != shape:
+            raise ValueError(
+                f"noise must have shape [rows, candidates] = {list(shape)} at resolution {self.resolution}, "
+                f"got {list(noise.shape)}"
+            )
         return sample_patches(
             score,
             min(count, rows * columns),
@@ -65,14 +71,16 @@ class Level:
             **source,  # type: ignore[arg-type]
         )
 
-    def positions(self, coords: Tensor, height: int, width: int) -> Tensor:
-        """Rotary positions [..., K, 2] int64 in [0, 1024) of patches in an image of height x width pixels."""
-        y, x = coords.float().unbind(-1)
-        if self._per_image:
-            y, x = y * (height / self.resolution) / height, x * (width / self.resolution) / width
+    def positions(self, coords: Tensor, height: int) -> Tensor:
+        """Rotary positions [..., K, 2] int64 in [0, 1024) of patches in an image `height` pixels high.
+
+        The height is read only with positions = "published".
+        """
+        if self._per_image:  # in integers: a rounded share may fall below its own floor
+            positions = coords.long() * (POSITIONS - 1) // self.resolution
         else:
-            y, x = (c * (height / self.resolution) / self._image_size for c in (y, x))
-        return (torch.stack([y, x], dim=-1) * (POSITIONS - 1)).clamp(0, POSITIONS - 1).long()
+            positions = coords.float() * (height / self.resolution) / self._image_size * (POSITIONS - 1)
+        return positions.clamp(0, POSITIONS - 1).long()
 
 
 class ConfidenceMap(nn.Module):
@@ -87,7 +95,8 @@ class ConfidenceMap(nn.Module):
             self.register_buffer("log_temperature", log_temperature)
 
     def forward(self, logits: Tensor) -> Tensor:
-        return 1 - binary_entropy((logits / self.log_temperature.exp()).sigmoid())
+        probability = (precise(logits) / precise(self.log_temperature).exp()).sigmoid()
+        return (1 - binary_entropy(probability)).to(logits.dtype)
 
 
 class Aggregation(nn.Module):
@@ -106,6 +115,7 @@ class Aggregation(nn.Module):
         """Patches [B, K, 1, p, p] as a map [B, 1, r, r], where they lie (bool), and the map of their confidence.
 
         confidence: [B, K, 1, p, p] in [0, 1] or None; its map is 0 where no patch lies.
+        As a weight it is raised to `smallest_weight` first, and so is its map then.
         """
         size, fill = (resolution, resolution), self.config.uncovered_logit
         if confidence is None:
@@ -114,10 +124,12 @@ class Aggregation(nn.Module):
             both = torch.cat([patches, confidence], dim=2)
             mean, covered = scatter_patches(both, coords, size, weight=self.weight, fill=0.0)
             return mean[:, :1].masked_fill(~covered, fill), covered, mean[:, 1:]
-        both = torch.cat([patches * confidence, confidence], dim=2)
+        weight = precise(confidence).clamp_min(self.config.smallest_weight)
+        both = torch.cat([patches * weight, weight], dim=2)
         mean, covered = scatter_patches(both, coords, size, weight=self.weight, fill=0.0)
-        weighted = mean[:, :1] / mean[:, 1:].clamp_min(self.config.smallest_weight)
-        return weighted.masked_fill(~covered, fill), covered, mean[:, 1:]
+        weighted = mean[:, :1] / mean[:, 1:].masked_fill(~covered, 1.0)
+        weighted = weighted.masked_fill(~covered, fill).to(patches.dtype)
+        return weighted, covered, mean[:, 1:].to(confidence.dtype)
 
 
 def _pixel_weights(config: AggregationConfig, patch_size: int) -> Tensor:

@@ -113,7 +113,10 @@ class PublishedNetwork(nn.Module):
     ) -> SegmentationOutput:
         """As `icseg.PatchICL.forward`; noise has one tensor for each level's target, then support, sampler call.
 
-        Raises ValueError if a level's oracle is on and `target_mask` is missing or not of the target's shape.
+        Each is [rows, candidates]: of the B targets, or of the B * S support images. The share of a scheduled oracle
+        follows `seed`, and with `noise` torch's generator, which dropout always follows.
+        Raises ValueError if a level's oracle is on and `target_mask` is missing or not of the target's shape, or
+        for a noise of another shape.
         """
         if target_mask is not None and target_mask.shape != target.shape:
             raise ValueError(
@@ -126,9 +129,9 @@ class PublishedNetwork(nn.Module):
         outputs: list[LevelOutput] = []
         for i in range(len(self.levels)):
             support = self._support(memory, i, target.shape[0], draws)
-            support_size = (memory.tensors["masks"].shape[-2], memory.tensors["masks"].shape[-1])
+            support_height = memory.tensors["masks"].shape[-2]
             picked = self._pick_target(i, coarser, target, mask, draws)
-            output, coarser = self._forward_level(i, target, features, picked, support, support_size, coarser)
+            output, coarser = self._forward_level(i, target, features, picked, support, support_height, coarser)
             outputs.append(output)
             if self.config.cascade.detach:
                 coarser = coarser.detached()
@@ -156,7 +159,7 @@ class PublishedNetwork(nn.Module):
             own = _read_per_image(level_masks, coords, self._read_mask)
             tokens = self.fusion(tokens, self.mask_encoder(own.flatten(0, 2)), "support")
         tokens = tokens.unflatten(0, (batch, -1))
-        positions = level.positions(coords, masks.shape[-2], masks.shape[-1]).flatten(1, 2)
+        positions = level.positions(coords, masks.shape[-2]).flatten(1, 2)
         tokens, registers = self.transformer.context(tokens, positions)
         decoded = self.config.cascade.decode_support and backbone.skips
         skips = {size: m.unflatten(0, (batch, -1)) for size, m in maps.items()} if decoded else {}
@@ -197,7 +200,7 @@ class PublishedNetwork(nn.Module):
         features: Tensor,
         picked: PatchSample,
         support: SupportTokens,
-        support_size: tuple[int, int],
+        support_height: int,
         coarser: Coarser | None,
     ) -> tuple[LevelOutput, Coarser]:
         level, cascade = self.levels[index], self.config.cascade
@@ -208,15 +211,15 @@ class PublishedNetwork(nn.Module):
             tokens = self.fusion(tokens, self.mask_encoder(prior.flatten(0, 1)), "prior")
         support_tokens, registers, tokens = self.transformer(
             support.tokens,
-            level.positions(support.coords, *support_size).flatten(1, 2),
+            level.positions(support.coords, support_height).flatten(1, 2),
             support.registers,
             coarser.registers if coarser is not None and cascade.registers else None,
             tokens.unflatten(0, picked.coords.shape[:2]),
-            level.positions(picked.coords, target.shape[-2], target.shape[-1]),
+            level.positions(picked.coords, target.shape[-2]),
             keep_support=cascade.decode_support,
         )
         patches, confidence = self._decode(tokens, maps, scale)
-        weighted = patches * self._selection_factor(picked)
+        weighted = patches * self._selection_factor(picked, patches.dtype)
         prediction, covered, confidence = self.aggregation(weighted, picked.coords, r, confidence)
         combined = prediction
         if coarser is not None:
@@ -244,12 +247,12 @@ class PublishedNetwork(nn.Module):
         prior = _resized(logits, (resolution, resolution))
         return self._read_mask(prior.sigmoid() if self.config.backbone.mask_prior == "probability" else prior, coords)
 
-    def _selection_factor(self, picked: PatchSample) -> Tensor | float:
+    def _selection_factor(self, picked: PatchSample, dtype: torch.dtype) -> Tensor | float:
         """What a patch's logits are multiplied by, so that the choice of patches gets gradients."""
         if picked.weights is None:
             return 1.0
         soft = (picked.weights * picked.weights.shape[1])[:, :, None, None, None]
-        return soft if self.config.sampler.differentiable == "published" else 1 + soft - soft.detach()
+        return (soft if self.config.sampler.differentiable == "published" else 1 + soft - soft.detach()).to(dtype)
 
     def _decode(self, tokens: Tensor, maps: dict[int, Tensor], scale: Tensor) -> tuple[Tensor, Tensor | None]:
         """tokens [B, N, D] and the encoder's maps [B * N, D, s, s] to logits and confidence [B, N, 1, p, p]."""

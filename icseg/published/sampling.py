@@ -14,15 +14,23 @@ from icseg.draws import derived_seed, uniform
 _EPSILON = 1e-6
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float32 at least: in 16 bits 1 - 1e-6 is 1."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def binary_entropy(probability: Tensor) -> Tensor:
-    """Entropy of a Bernoulli variable in bits, in [0, 1]; probabilities are clamped to [1e-6, 1 - 1e-6]."""
-    p = probability.clamp(_EPSILON, 1 - _EPSILON)
+    """Entropy of a Bernoulli variable in bits, in [0, 1], in float32 or float64.
+
+    Probabilities are clamped to [1e-6, 1 - 1e-6].
+    """
+    p = precise(probability).clamp(_EPSILON, 1 - _EPSILON)
     return -(p * p.log() + (1 - p) * (1 - p).log()) / math.log(2)
 
 
 def half_entropy(probability: Tensor) -> Tensor:
-    """Half the probability, half its entropy: foreground counts, and its border more."""
-    p = probability.clamp(_EPSILON, 1 - _EPSILON)
+    """Half the probability, half its entropy: foreground counts, and its border more. In float32 or float64."""
+    p = precise(probability).clamp(_EPSILON, 1 - _EPSILON)
     return 0.5 * p + 0.5 * binary_entropy(p)
 
 
@@ -40,7 +48,7 @@ def level_mask(mask: Tensor, resolution: int, touched_value: float = 1.0) -> Ten
 def _error(mask: Tensor, coarser: Tensor | None) -> Tensor:
     if coarser is None:
         return mask
-    return (coarser.sigmoid() - mask.clamp(_EPSILON, 1 - _EPSILON)).abs()
+    return (precise(coarser).sigmoid() - precise(mask).clamp(_EPSILON, 1 - _EPSILON)).abs()
 
 
 # Of a target's true mask [B, 1, r, r] and the coarser logits at that resolution, None at the first level.
@@ -52,8 +60,8 @@ ORACLE_SCORES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 
 # Of the coarser combined logits and confidence map, both [B, 1, h, w] (the latter None if there is none).
 MODEL_SCORES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "entropy": lambda logits, confidence: binary_entropy(logits.sigmoid()),
-    "foreground_entropy": lambda logits, confidence: half_entropy(logits.sigmoid()),
+    "entropy": lambda logits, confidence: binary_entropy(precise(logits).sigmoid()),
+    "foreground_entropy": lambda logits, confidence: half_entropy(precise(logits).sigmoid()),
     "confidence": lambda logits, confidence: 1 - _given(confidence),
     "uniform": lambda logits, confidence: torch.ones_like(logits),
 }
@@ -77,7 +85,8 @@ class Draws:
 
     Level i draws its target patches in call 2 i and its support patches in call 2 i + 1. `noise` holds
     uniforms in (0, 1), [rows, candidates] for each call; `seed` derives one seed a call. With neither,
-    training draws from torch's generator, and evaluation takes the best windows.
+    training draws from torch's generator, and evaluation takes the best windows. With `noise`, the oracle's share
+    still comes from torch's generator; dropout always does.
     """
 
     def __init__(self, levels: int, training: bool, seed: int | None, noise: Sequence[Tensor] | None) -> None:
@@ -91,7 +100,7 @@ class Draws:
     def source(self, call: int) -> dict[str, Tensor | float | int | None]:
         """The keyword argument of `sample_patches` that brings the noise of `call`."""
         if self._noise is not None:
-            u = self._noise[call].clamp(_EPSILON, 1 - _EPSILON)
+            u = precise(self._noise[call]).clamp(_EPSILON, 1 - _EPSILON)
             return {"noise": -(-u.log()).log()}
         if self.plain:
             return {"noise": 0.0}
