@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg.masks import level_mask
 from icseg_kernels import gather_patches, scatter_patches
 
 if TYPE_CHECKING:
     from icseg.output import LevelOutput, SegmentationOutput
 
 LEVEL_WEIGHTINGS = ("uniform", "progressive")
-MASK_REDUCTIONS = ("area", "hybrid")
+MASK_REDUCTIONS = {"area": 0.0, "hybrid": 1.0}  # what a touched pixel counts at least
 TERMS = (
     "target_patch",
     "target_aggregated",
@@ -132,16 +133,6 @@ def focal_loss(
     return _mean_per_sample(balance * (1 - agreement) ** gamma * cross_entropy, weight)
 
 
-def reduce_mask(mask: Tensor, size: tuple[int, int], reduction: str = "area") -> Tensor:
-    """Bring a mask [B, 1, H, W] in [0, 1] to `size`, in [0, 1].
-
-    "area" is the mean over each pixel's area. "hybrid" is the larger of that and the maximum over the area:
-    thin structures survive at coarse levels, widened (the published reduction).
-    """
-    mean = F.adaptive_avg_pool2d(mask, size)
-    return mean if reduction == "area" else torch.maximum(mean, F.adaptive_max_pool2d(mask, size))
-
-
 def segmentation_loss(
     output: SegmentationOutput, target_mask: Tensor, config: LossConfig, support_masks: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -171,7 +162,7 @@ def level_losses(
     level: LevelOutput, target_mask: Tensor, config: LossConfig, support_masks: Tensor | None = None
 ) -> dict[str, Tensor]:
     """{term: scalar} of one level, for every term of `config` with a weight above 0."""
-    mask = reduce_mask(target_mask, level.resolution, config.mask_reduction)
+    mask = level_mask(target_mask, level.resolution, MASK_REDUCTIONS[config.mask_reduction])
     coverage = level.coverage.to(mask.dtype)
     losses: dict[str, Tensor] = {}
     if config.target_combined:
@@ -198,7 +189,7 @@ def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: Lo
     losses: dict[str, Tensor] = {}
     patches = level.support_patch_logits.flatten(0, 1).float()  # [B * S, K, 1, p, p]
     coords = level.support_coords.flatten(0, 1)
-    mask = reduce_mask(support_masks.flatten(0, 1).float(), level.resolution, config.mask_reduction)
+    mask = level_mask(support_masks.flatten(0, 1).float(), level.resolution, MASK_REDUCTIONS[config.mask_reduction])
     if config.support_patch:
         losses["support_patch"] = _patch_loss(patches, mask, coords, config)
     if config.support_aggregated:

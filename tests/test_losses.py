@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icseg.losses import LossConfig, focal_loss, reduce_mask, segmentation_loss, soft_dice_loss
+from icseg.losses import LossConfig, focal_loss, segmentation_loss, soft_dice_loss
+from icseg.masks import level_mask
 from icseg.output import LevelOutput, SegmentationOutput
 
 SIZES = (8, 16, 32)
@@ -85,9 +86,9 @@ def test_pixels_of_weight_zero_do_not_count() -> None:
 def test_area_reduction_keeps_the_mean_and_hybrid_keeps_thin_structures() -> None:
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 5, :] = 1
-    assert torch.equal(reduce_mask(mask, (4, 4), "area")[0, 0, 1], torch.full((4,), 0.25))
-    assert torch.equal(reduce_mask(mask, (4, 4), "hybrid")[0, 0, 1], torch.ones(4))
-    assert reduce_mask(mask, (5, 7), "area").mean().item() == pytest.approx(mask.mean().item(), abs=0.05)
+    assert torch.equal(level_mask(mask, (4, 4), 0.0)[0, 0, 1], torch.full((4,), 0.25))
+    assert torch.equal(level_mask(mask, (4, 4), 1.0)[0, 0, 1], torch.ones(4))
+    assert level_mask(mask, (5, 7), 0.0).mean().item() == pytest.approx(mask.mean().item(), abs=0.05)
 
 
 @pytest.mark.parametrize("weights", ["uniform", "progressive", (1.0, 0.5, 2.0)])
@@ -126,7 +127,7 @@ def test_a_model_of_one_level_trains(weights: str | tuple[float, ...]) -> None:
         loss.backward()
         optimiser.step()
     level = model().levels[0]
-    truth = reduce_mask(target, (8, 8)) > 0.5
+    truth = level_mask(target, (8, 8), 0.0) > 0.5
     assert torch.equal((level.logits > 0)[level.coverage], truth[level.coverage])
 
 

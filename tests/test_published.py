@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import icseg
 from icseg.checkpoint import load_checkpoint
 from icseg.losses import LossConfig, segmentation_loss
+from icseg.masks import level_mask
 from icseg.model import PatchICL
 from icseg.published import config as settings
 from icseg.published.config import (
@@ -42,7 +43,6 @@ from icseg.published.sampling import (
     Draws,
     binary_entropy,
     half_entropy,
-    level_mask,
 )
 from icseg.published.transformer import POSITIONS, Block, RotaryEmbedding, attend, rotated
 
@@ -673,11 +673,11 @@ def test_scores() -> None:
 def test_level_masks_keep_small_objects() -> None:
     mask = torch.zeros(1, 1, 16, 16)
     mask[0, 0, 3, 3] = 1
-    assert level_mask(mask, 4)[0, 0, 0, 0] == 1
-    assert level_mask(mask, 4).sum() == 1
-    assert level_mask(mask, 4, 0.5)[0, 0, 0, 0] == 0.5
-    assert level_mask(mask, 4, 0.0)[0, 0, 0, 0] == pytest.approx(1 / 16)
-    assert level_mask(mask, 16) is mask
+    assert level_mask(mask, (4, 4), 1.0)[0, 0, 0, 0] == 1
+    assert level_mask(mask, (4, 4), 1.0).sum() == 1
+    assert level_mask(mask, (4, 4), 0.5)[0, 0, 0, 0] == 0.5
+    assert level_mask(mask, (4, 4), 0.0)[0, 0, 0, 0] == pytest.approx(1 / 16)
+    assert level_mask(mask, (16, 16), 1.0) is mask
 
 
 def test_feature_patches_are_aligned() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icseg.masks import level_mask
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg.published.config import PublishedConfig
@@ -16,7 +17,7 @@ from icseg.published.decoder import PatchDecoder
 from icseg.published.encoder import MaskEncoder, PatchEncoder, ScaleEncoding, make_fusion
 from icseg.published.features import FeatureExtractor, read_patches
 from icseg.published.level import Aggregation, ConfidenceMap, Level
-from icseg.published.sampling import MODEL_SCORES, ORACLE_SCORES, SUPPORT_SCORES, Draws, level_mask
+from icseg.published.sampling import MODEL_SCORES, ORACLE_SCORES, SUPPORT_SCORES, Draws
 from icseg.published.transformer import PatchTransformer
 from icseg_kernels import PatchSample, gather_patches
 
@@ -149,7 +150,9 @@ class PublishedNetwork(nn.Module):
         """features: [M, S, D, g, g], masks: [M, S, 1, H, W], for B = `batch` targets; M is B, or 1 for all."""
         level, backbone = self.levels[index], self.config.backbone
         images = masks.shape[1]
-        level_masks = level_mask(masks.flatten(0, 1), level.resolution, self.config.touched_mask_value)
+        level_masks = level_mask(
+            masks.flatten(0, 1), (level.resolution, level.resolution), self.config.touched_mask_value
+        )
         score = SUPPORT_SCORES[self.config.sampler.support_score](level_masks).repeat(batch // masks.shape[0], 1, 1, 1)
         sample = level.sample_support(score, draws.source(2 * index + 1), self.training)
         coords = sample.coords.unflatten(0, (batch, images))  # [B, S, K, 2]
@@ -186,7 +189,7 @@ class PublishedNetwork(nn.Module):
             return model
         if mask is None:
             raise ValueError(f"target_mask must be given where level {index} picks patches by it, got None")
-        own = level_mask(mask, size[0], self.config.touched_mask_value)
+        own = level_mask(mask, size, self.config.touched_mask_value)
         logits = None if coarser is None else _resized(coarser.logits.detach(), size)
         score = ORACLE_SCORES[sampler.oracle_score](own, logits)
         if not (self.training and oracle.scheduled):

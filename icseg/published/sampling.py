@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from icseg.draws import derived_seed, uniform
@@ -32,17 +31,6 @@ def half_entropy(probability: Tensor) -> Tensor:
     """Half the probability, half its entropy: foreground counts, and its border more. In float32 or float64."""
     p = precise(probability).clamp(_EPSILON, 1 - _EPSILON)
     return 0.5 * p + 0.5 * binary_entropy(p)
-
-
-def level_mask(mask: Tensor, resolution: int, touched_value: float = 1.0) -> Tensor:
-    """A mask [N, 1, H, W] at [N, 1, r, r]: the mean over each pixel's area, at least `touched_value` times its maximum.
-
-    At 1, any touched pixel counts in full: nothing vanishes, and thin structures get wider.
-    """
-    if mask.shape[-2:] == (resolution, resolution):
-        return mask
-    highest = F.adaptive_max_pool2d(mask, resolution)
-    return torch.maximum(F.adaptive_avg_pool2d(mask, resolution), highest * touched_value)
 
 
 def _error(mask: Tensor, coarser: Tensor | None) -> Tensor:

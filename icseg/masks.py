@@ -1,0 +1,19 @@
+"""Masks at the resolution of a level."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def level_mask(mask: Tensor, size: tuple[int, int], touched_value: float) -> Tensor:
+    """A mask [N, 1, H, W] in [0, 1] at `size`: the mean over each area, at least `touched_value` times its maximum.
+
+    At 0 it is the mean. At 1, as published (arXiv 2604.12752), any touched pixel counts in full: nothing vanishes,
+    and thin structures get wider.
+    """
+    if mask.shape[-2:] == size:
+        return mask
+    mean = F.adaptive_avg_pool2d(mask, size)
+    return torch.maximum(mean, F.adaptive_max_pool2d(mask, size) * touched_value) if touched_value else mean
