@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,7 +21,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("g++", "clang++", "c++")
 # No -march=native, no -ffast-math: one library serves every machine, and equals the reference bit for bit.
-FLAGS = shlex.split("-O3 -ffp-contract=off -fno-math-errno -std=c++17 -Wall -Wextra -fPIC -shared -fvisibility=hidden")
+FLAGS = shlex.split("-O3 -ffp-contract=off -fno-math-errno -std=c++17 -Wall -Wextra -fPIC -fvisibility=hidden")
+# csrc/cpu/kernels is compiled once for each: chosen at run time (csrc/cpu/isa.h).
+_AVX2 = "-mavx2 -mfma -mbmi -mbmi2"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+INSTRUCTION_SETS = {"portable": "", "avx2": _AVX2, "avx512": _AVX512}
 
 
 class BuildError(Exception):
@@ -39,34 +44,74 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found (tried {', '.join(COMPILERS)}; CXX can name another)")
 
 
-def openmp_flags(compiler: list[str]) -> list[str]:
-    """["-fopenmp"] if `compiler` can use it; Apple's clang cannot."""
+def compiles(compiler: list[str], flags: list[str], source: str) -> bool:
+    """Whether `compiler` can make a shared library of `source` with `flags`."""
     with tempfile.TemporaryDirectory() as directory:
         probe = Path(directory) / "probe.cpp"
-        probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
-        command = [*compiler, *FLAGS, "-fopenmp", str(probe), "-o", str(probe.with_suffix(".so"))]
-        return ["-fopenmp"] if subprocess.run(command, capture_output=True).returncode == 0 else []
+        probe.write_text(source)
+        command = [*compiler, *FLAGS, *flags, "-shared", str(probe), "-o", str(probe.with_suffix(".so"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """["-fopenmp"] if `compiler` can use it; Apple's clang cannot."""
+    source = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+    return ["-fopenmp"] if compiles(compiler, ["-fopenmp"], source) else []
+
+
+def instruction_sets(compiler: list[str]) -> list[str]:
+    """The INSTRUCTION_SETS of the machine that `compiler` compiles for."""
+    is_x86 = compiles(compiler, [], "#ifndef __x86_64__\n#error\n#endif\n")
+    return list(INSTRUCTION_SETS) if is_x86 else ["portable"]
+
+
+def compile_commands(compiler: list[str], directory: Path) -> list[list[str]]:
+    """One command an object file in `directory`."""
+    common = [*compiler, *FLAGS, *openmp_flags(compiler), "-c"]
+    csrc = Path("csrc") / "cpu"
+    entries = [(path, path.stem, []) for path in sorted((ROOT / csrc).glob("*.cpp"))]
+    kernels = [
+        (path, f"{path.stem}.{isa}", [f"-DICSEG_ISA={isa}", *shlex.split(INSTRUCTION_SETS[isa])])
+        for path in sorted((ROOT / csrc / "kernels").glob("*.cpp"))
+        for isa in instruction_sets(compiler)
+    ]
+    kernels = [(path, f"kernel.{name}", flags) for path, name, flags in kernels]
+    return [
+        [*common, *flags, str(path.relative_to(ROOT)), "-o", str(directory / f"{name}.o")]
+        for path, name, flags in entries + kernels
+    ]
+
+
+def run(command: list[str]) -> None:
+    """Raises BuildError, after its messages, if `command` fails."""
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        print(f"icseg: {shlex.join(command)} failed:\n{result.stdout}{result.stderr}", file=sys.stderr)
+        raise BuildError(f"{command[0]} failed (its messages are above)")
 
 
 def build_library(output: Path) -> None:
     """Compile csrc/cpu into the shared library `output`. Raises BuildError if it cannot."""
     if sys.platform == "win32":
         raise BuildError("the native library is not supported on Windows")
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    if not sources:
+    if not (ROOT / "csrc" / "cpu").is_dir():
         raise BuildError(f"no sources in {ROOT / 'csrc' / 'cpu'}")
     compiler = find_compiler()
     openmp = openmp_flags(compiler)
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(f".{os.getpid()}.so")
-    command = [*compiler, *FLAGS, *openmp, *sources, "-o", str(unfinished)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        unfinished.unlink(missing_ok=True)
-        print(f"icseg: {shlex.join(command)} failed:\n{result.stdout}{result.stderr}", file=sys.stderr)
-        raise BuildError(f"{compiler[0]} failed (its messages are above)")
+    with tempfile.TemporaryDirectory() as directory:
+        commands = compile_commands(compiler, Path(directory))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
+        unfinished = output.with_suffix(f".{os.getpid()}.so")
+        objects = [command[-1] for command in commands]
+        try:
+            run([*compiler, *FLAGS, *openmp, "-shared", *objects, "-o", str(unfinished)])
+        except BuildError:
+            unfinished.unlink(missing_ok=True)
+            raise
     unfinished.replace(output)
-    print(f"icseg: built {output.name} with {shlex.join(command)}")
+    print(f"icseg: built {output.name} with {shlex.join([*compiler, *FLAGS, *openmp])}")
     if not openmp:
         print(f"icseg: built WITHOUT OpenMP, so of one thread: {compiler[0]} cannot use -fopenmp", file=sys.stderr)
 

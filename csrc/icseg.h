@@ -12,7 +12,7 @@
 #define ICSEG_API __attribute__((visibility("default")))
 
 /* Raised with every change to a signature or a meaning below. */
-#define ICSEG_ABI_VERSION 2
+#define ICSEG_ABI_VERSION 3
 
 enum icseg_code {
     ICSEG_OK = 0,
@@ -20,6 +20,8 @@ enum icseg_code {
     ICSEG_PATCH_SIZE = 2,
     ICSEG_ELEMENT_BYTES = 3,
     ICSEG_TOO_LARGE = 4,
+    ICSEG_ISA_UNKNOWN = 5,
+    ICSEG_ISA_MISSING = 6,
 };
 
 #ifdef __cplusplus
@@ -33,6 +35,12 @@ ICSEG_API const char* icseg_build(void);
 
 /* Threads that a call from this thread may use; 1 without OpenMP. */
 ICSEG_API int icseg_threads(void);
+
+/* The instruction set in use: "portable", "avx2" or "avx512"; at first the widest that the machine has. */
+ICSEG_API const char* icseg_isa(void);
+
+/* Uses the one named from now on, in every thread; NULL: the widest that the machine has. For tests, and to compare. */
+ICSEG_API int icseg_select_isa(const char* name);
 
 /* One sentence for an error code. */
 ICSEG_API const char* icseg_error(int code);

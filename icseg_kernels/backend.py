@@ -5,7 +5,7 @@ serve a given call (an empty list: it can). `backend=None` takes the first that 
 never falls back: it serves, or the error says why not.
 
 A backend is named, in order of precedence, by the `backend=` argument of the call, by
-`with use_backend("reference"):`, or by the environment variable `ICSEG_BACKEND`.
+`with use_backend("reference"):`, or by the environment variable `ICSEG_BACKEND` as it was at import.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from icseg_kernels.numerics import scalar
+
 BACKENDS = ("cuda", "triton", "native", "reference")
 ENVIRONMENT_VARIABLE = "ICSEG_BACKEND"
 
+_from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("icseg_backend", default=None)
 # The same choice for torch.compile, which cannot trace a ContextVar but recompiles if a global changes.
 _forced_in_graphs: str | None = None
@@ -69,9 +72,9 @@ def select(op: str, backend: str | None, *call: Any) -> str:
     named = forced if backend is None else backend
     origin = ""
     if named is None:
-        named, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, f" from {ENVIRONMENT_VARIABLE}"
+        named, origin = _from_environment, f" from {ENVIRONMENT_VARIABLE}"
     if named is None:
-        return next(name for name, candidate in declared.items() if not candidate.reasons(*call))
+        return next(name for name, b in declared.items() if not (b.missing() or b.unsupported(*call)))
     if named not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}{origin}")
     if named not in declared:
@@ -87,7 +90,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Name the backend of every op inside the block; None lifts an outer choice.
 
     The choice holds for this thread or task only, except in compiled functions, which see the latest choice
-    made in any thread (and the environment variable as it was when they were compiled).
+    made in any thread.
     """
     global _forced_in_graphs
     if name is not None and name not in BACKENDS:
@@ -107,27 +110,72 @@ def status() -> dict[str, dict[str, list[str]]]:
 
 
 _library = torch.library.Library("icseg", "DEF")
+_implementations: dict[Any, Callable[..., Any]] = {}
+_tensor_arguments: dict[Any, tuple[bool, ...]] = {}
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define `icseg::<schema>` with one implementation for CPU and CUDA and a fake kernel: the overload.
 
-    define/impl, not custom_op: a call costs a third as much. Gradients come from an
-    autograd.Function around the overload.
+    define/impl, not custom_op: a call costs a third as much. Gradients come from an autograd.Function around the
+    overload. An implementation takes a number for a 0-dim tensor, since `call` may skip the overload.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"icseg::{name}", fake, lib=_library)
-    return getattr(torch.ops.icseg, name).default
+    overload = getattr(torch.ops.icseg, name).default
+    _implementations[overload] = implementation
+    _tensor_arguments[overload] = tuple("Tensor" in str(a.type) for a in overload._schema.arguments)
+    return overload
 
 
 def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any) -> Any:
     """`overload` through its autograd.Function; without gradients bare, so that a traced graph names the op.
 
+    A number where the schema has a tensor becomes a 0-dim tensor, whose values never compile anew. If nothing but
+    the caller needs to know of the call, its implementation is called at once, with numbers as they are.
+
     The Function also serves where no argument requires a gradient: it refuses forward-mode differentiation, which
     the op alone would take for zero.
     """
+    if _unwatched(arguments):
+        return _implementations[overload](*arguments)
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    arguments = tuple(
+        _zero_dim(a, device) if is_tensor and isinstance(a, int | float | torch.SymInt | torch.SymFloat) else a
+        for a, is_tensor in zip(arguments, _tensor_arguments[overload], strict=True)
+    )
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
     return function.apply(*arguments) if differentiated else overload(*arguments)
+
+
+def _unwatched(arguments: tuple[Any, ...]) -> bool:
+    """Whether no gradient, compiler, tracer, mode, transform or profiler needs to see a call."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    differentiating = torch.is_grad_enabled()
+    for a in arguments:
+        if isinstance(a, Tensor) and (
+            type(a) not in _PLAIN or a.is_meta or a.is_neg() or a.is_conj() or (differentiating and a.requires_grad)
+        ):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _zero_dim(value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, int | torch.SymInt):
+        return torch.full((), value, dtype=torch.int64, device=device)
+    return scalar(value, device)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
 from icseg_kernels import library
 from icseg_kernels.numerics import accumulation_dtype
 
-_BACKWARD = {torch.float32: "icseg_gather_patches_backward_f32", torch.float64: "icseg_gather_patches_backward_f64"}
+# source, coords, patches; outer, inner, C, H, W, K, p; strides of outer, inner, C, H, W; bytes an element
+_gather = library.function("icseg_gather_patches", [c_void_p] * 3 + [c_int64] * 13)
+# patches, coords, images; outer, inner, K, C, p, H, W; strides of outer, inner, K, C, y, x
+_BACKWARD = {
+    torch.float32: library.function("icseg_gather_patches_backward_f32", [c_void_p] * 3 + [c_int64] * 13),
+    torch.float64: library.function("icseg_gather_patches_backward_f64", [c_void_p] * 3 + [c_int64] * 13),
+}
 
 
 def unsupported(source: Tensor, resampled: bool) -> list[str]:
@@ -28,7 +36,7 @@ def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
     _guard(source, coords, (*source.shape[:-3], coords.shape[-2], 2))
     images, corners = _two_leading(source, 3), coords.to(torch.int64).contiguous()
     patches = source.new_empty(*coords.shape[:-1], source.shape[-3], patch_size, patch_size)
-    code = library.get().icseg_gather_patches(
+    code = _gather(
         images.data_ptr(),
         corners.data_ptr(),
         patches.data_ptr(),
@@ -53,7 +61,7 @@ def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Te
         raise TypeError(f"grad must be a floating-point tensor, got {grad.dtype}")
     images = values.new_empty(*lead[:-1], channels, height, width)
     patches = _two_leading(values, 4)
-    code = getattr(library.get(), _BACKWARD[values.dtype])(
+    code = _BACKWARD[values.dtype](
         patches.data_ptr(),
         corners.data_ptr(),
         images.data_ptr(),

@@ -1,0 +1,94 @@
+// Vectors of the instruction set that a kernel file is compiled for. Everything here has internal linkage (see isa.h).
+//
+// The arithmetic operators, comparisons and `mask ? a : b` are the compiler's own. Nothing is contracted: a
+// fused multiply-add happens only where `fma` is written, so what is written without it has the same bits everywhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#ifndef ICSEG_ISA
+#error "a kernel file is compiled with -DICSEG_ISA=portable, avx2 or avx512"
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename Element>
+struct VectorOf {
+    typedef Element type __attribute__((vector_size(kVectorBytes)));
+    typedef Element unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(Element)), may_alias));
+};
+
+template <typename Element>
+using Vector = typename VectorOf<Element>::type;
+
+// Elements in a vector.
+template <typename Element>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(Element));
+
+template <typename Element>
+inline Vector<Element> load(const Element* from) {
+    return *reinterpret_cast<const typename VectorOf<Element>::unaligned*>(from);
+}
+
+template <typename Element>
+inline void store(Element* to, Vector<Element> value) {
+    *reinterpret_cast<typename VectorOf<Element>::unaligned*>(to) = value;
+}
+
+// The first `count` elements, 0 <= count < lanes; zeros beyond.
+template <typename Element>
+inline Vector<Element> load_first(const Element* from, int64_t count) {
+    Vector<Element> value = {};
+    std::memcpy(&value, from, count * sizeof(Element));
+    return value;
+}
+
+template <typename Element>
+inline void store_first(Element* to, Vector<Element> value, int64_t count) {
+    std::memcpy(to, &value, count * sizeof(Element));
+}
+
+template <typename Element>
+inline Vector<Element> broadcast(Element value) {
+    return value - Vector<Element>{};
+}
+
+// a * b + c, rounded once where the instruction exists.
+#ifdef __FMA__
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+inline float fma(float a, float b, float c) { return a * b + c; }
+inline double fma(double a, double b, double c) { return a * b + c; }
+#endif
+#if defined(__AVX512F__)
+inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) { return _mm512_fmadd_pd(a, b, c); }
+#elif defined(__FMA__)
+inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#else
+inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) { return a * b + c; }
+inline Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) { return a * b + c; }
+#endif
+
+template <typename Element>
+inline Element smaller(Element a, Element b) { return b < a ? b : a; }
+template <typename Element>
+inline Element larger(Element a, Element b) { return a < b ? b : a; }
+inline int64_t clamped(int64_t value, int64_t least, int64_t most) { return smaller(larger(value, least), most); }
+
+}  // namespace
