@@ -107,7 +107,9 @@ def exponential(bits: Tensor) -> Tensor:
 
 
 def checked_seed(seed: int | Tensor | None, device: torch.device | str) -> int | Tensor:
-    """`seed` as an integer in [-2^63, 2^63), or a 0-dim int64 tensor on `device`; None draws one from torch's generator.
+    """`seed` as an integer in [-2^63, 2^63), or a 0-dim int64 tensor on `device`; None draws one.
+
+    It comes from torch's generator, without a host sync.
 
     Raises TypeError or ValueError unless seed is None, an integer in [-2^63, 2^64), or such a tensor.
     """

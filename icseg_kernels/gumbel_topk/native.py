@@ -17,7 +17,7 @@ _DRAW = {
     torch.float32: library.function("icseg_gumbel_topk_f32", _DRAW_ARGUMENTS),
     torch.float64: library.function("icseg_gumbel_topk_f64", _DRAW_ARGUMENTS),
 }
-# logits, indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa, grad; B, N, k, stride of logits' rows
+# logits, indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa, grad; B, N, k; stride of the rows
 _BACKWARD_ARGUMENTS = [c_void_p] * 8 + [c_int64] * 4
 _BACKWARD = {
     torch.float32: library.function("icseg_gumbel_topk_backward_f32", _BACKWARD_ARGUMENTS),
@@ -112,13 +112,24 @@ def gumbel_topk_backward(
                 f"got {list(value.shape)}, {value.dtype} on {value.device}"
             )
     rows = logits if of_noise else _contiguous_rows(logits, dtype)
-    # Kept alive until the call returns.
-    kept = [x.contiguous() for x in (indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa)]
-    pointers = [x.data_ptr() for x in kept]
-    if of_noise:
-        pointers[4] = None
+    indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa = (
+        x.contiguous() for x in (indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa)
+    )
     grad = torch.empty((batch, count), dtype=dtype)
-    code = _BACKWARD[dtype](rows.data_ptr(), *pointers, grad.data_ptr(), batch, count, k, rows.stride(0))
+    code = _BACKWARD[dtype](
+        rows.data_ptr(),
+        indices.data_ptr(),
+        kappa_index.data_ptr(),
+        logsumexp.data_ptr(),
+        grad_scores.data_ptr(),
+        None if of_noise else grad_logsumexp.data_ptr(),
+        grad_kappa.data_ptr(),
+        grad.data_ptr(),
+        batch,
+        count,
+        k,
+        rows.stride(0),
+    )
     library.check(code)
     return grad
 
