@@ -164,12 +164,12 @@ constexpr int64_t kRun = 16;
 // The same for kRun keys: a key's place is the number of larger ones.
 template <typename Key>
 inline void sort_run(Key* keys) {
-    Key sorted[kRun];
-    for (int64_t i = 0; i < kRun; ++i) {
-        Key place = 0;
-        for (int64_t j = 0; j < kRun; ++j) place += keys[j] > keys[i];
-        sorted[place] = keys[i];
+    Key places[kRun] = {}, sorted[kRun];
+    for (int64_t j = 0; j < kRun; ++j) {
+        const Key other = keys[j];
+        for (int64_t i = 0; i < kRun; ++i) places[i] += other > keys[i];
     }
+    for (int64_t i = 0; i < kRun; ++i) sorted[places[i]] = keys[i];
     std::memcpy(keys, sorted, sizeof(sorted));
 }
 
