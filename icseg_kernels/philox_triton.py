@@ -1,7 +1,7 @@
 """The random-number contract of `icseg_kernels.philox` as Triton device functions, and the noise alone as a kernel.
 
-Bits equal those of every other backend if nothing is contracted: launch with `enable_fp_fusion=False`, as `gumbel_noise`
-does. Under TRITON_INTERPRET=1, set before triton is imported, the kernels run on the CPU.
+Bits equal those of every other backend if nothing is contracted: launch with `enable_fp_fusion=False`, as
+`gumbel_noise` does. Under TRITON_INTERPRET=1, set before triton is imported, the kernels run on the CPU.
 """
 
 from __future__ import annotations
