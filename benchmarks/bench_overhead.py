@@ -11,13 +11,14 @@ from icseg_kernels import gather_patches, gumbel_topk, sample_patches, scatter_p
 SOURCE = torch.rand(1, 1, 8, 8)
 COORDS = torch.zeros(1, 1, 2, dtype=torch.int64)
 PATCHES = torch.rand(1, 1, 1, 2, 2)
+LOGITS = torch.rand(1, 8)
 TOKENS = torch.rand(1, 1, 4, 8)
 INDEX = torch.tensor([[0, 2]])
 CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "gather_patches": lambda backend: gather_patches(SOURCE, COORDS, 2, backend=backend),
     "gather_patches out_size": lambda backend: gather_patches(SOURCE, COORDS, 2, out_size=2, backend=backend),
     "scatter_patches": lambda backend: scatter_patches(PATCHES, COORDS, (8, 8), backend=backend).mean,
-    "gumbel_topk": lambda backend: gumbel_topk(SOURCE[0, 0], 2, seed=1, backend=backend).scores,
+    "gumbel_topk": lambda backend: gumbel_topk(LOGITS, 2, seed=1, backend=backend).scores,
     "sample_patches": lambda backend: sample_patches(SOURCE, 2, 2, seed=1, backend=backend).scores,
     "selected_attention index": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, index=INDEX, backend=backend),
     "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
