@@ -704,7 +704,9 @@ def test_native_gradient_skips_indices_that_do_not_exist() -> None:
         ValueError, match=r"grad_kappa must have shape \[1\] and dtype torch.float32 on the CPU, got \[2\]"
     ):
         torch.ops.icseg.gumbel_topk_backward(*arguments, torch.ones(2), True, "native")
-    with pytest.raises(ValueError, match=r"needs logits and noise of one shape on the CPU, got noise \[1, 2\] on cpu"):
+    with pytest.raises(
+        ValueError, match=r"noise must have the shape \[2, 5\] of logits and be on the CPU, got \[1, 2\] on cpu"
+    ):
         torch.ops.icseg.gumbel_topk(torch.zeros(2, 5), 2, None, torch.zeros(1, 2), "native")
 
 

@@ -30,7 +30,7 @@ _STACK_DRAWS = 256  # more need a workspace
 def unsupported(logits: Tensor) -> list[str]:
     """Why the library cannot draw from `logits`."""
     reasons = []
-    if logits.device.type != "cpu":
+    if not logits.is_cpu:
         reasons.append(f"it runs on the CPU, and logits is on {logits.device}")
     if logits.shape[1] > _MOST_CANDIDATES:
         reasons.append(f"it draws from at most {_MOST_CANDIDATES} candidates, got {logits.shape[1]}")
@@ -41,19 +41,25 @@ def gumbel_topk(
     logits: Tensor, k: int, seed: int | Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference's. float16 and bfloat16 are converted first, and rows that are not contiguous copied."""
-    if not logits.is_cpu or (noise is not None and (noise.shape != logits.shape or not noise.is_cpu)):
-        given = "no noise" if noise is None else f"noise {list(noise.shape)} on {noise.device}"
-        raise ValueError(f"native gumbel_topk needs logits and noise of one shape on the CPU, got {given}")
+    values = None
     dtype = accumulation_dtype(logits.dtype)
+    if noise is not None:
+        if noise.shape != logits.shape or not noise.is_cpu:
+            raise ValueError(
+                f"noise must have the shape {list(logits.shape)} of logits and be on the CPU, "
+                f"got {list(noise.shape)} on {noise.device}"
+            )
+        values = _contiguous_rows(noise, dtype)
+    if not logits.is_cpu:
+        raise ValueError(f"logits must be on the CPU, got {logits.device}")
     rows = _contiguous_rows(logits, dtype)
-    values = None if noise is None else _contiguous_rows(noise, dtype)
     batch, count = rows.shape
     indices = torch.empty(batch, k, dtype=torch.int64)
     scores = torch.empty(batch, k, dtype=dtype)
     logsumexp = torch.empty(batch, dtype=dtype)
     kappa = torch.empty_like(logsumexp)
     kappa_index = torch.empty(batch, dtype=torch.int64)
-    workspace = draw_workspace(batch, count, k, dtype)
+    workspace = None if k <= _STACK_DRAWS else draw_workspace(batch, count, k, dtype)
     code = _DRAW[dtype](
         rows.data_ptr(),
         None if values is None else values.data_ptr(),
@@ -72,7 +78,8 @@ def gumbel_topk(
         seed is not None,
         0 if seed is None else int(seed),
     )
-    library.check(code)
+    if code:
+        library.check(code)
     return indices, scores, logsumexp, kappa, kappa_index
 
 
