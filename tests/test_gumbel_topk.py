@@ -613,6 +613,17 @@ def test_many_seeds_equal_the_reference(isa: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_long_rows_equal_the_reference(isa: str) -> None:
+    size = 2**18 + 77
+    for kind, k in (("normal", 256), ("few values", 100), ("few possible", 0)):
+        logits = hostile_logits(kind, size, torch.float32)[:1]
+        assert_equal_draws(logits, k, seed=3)
+        assert_equal_draws(logits, k, noise=0)
+    assert_equal_draws(hostile_logits("cold", size, torch.float64)[:1], 100, seed=1)
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_native_draws_from_narrow_logits(dtype: torch.dtype, isa: str, poisoned: None) -> None:

@@ -223,6 +223,12 @@ struct Best {
         if (count == capacity) cut();
     }
 
+    // One that exceeds the floor.
+    void push_key(Key<Real> key) {
+        keys[count++] = key;
+        if (count == capacity) cut();
+    }
+
     // Cut back to the k + 1 best, in no order.
     void cut() {
         if (count <= most) return;

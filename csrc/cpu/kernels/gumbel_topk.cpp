@@ -8,20 +8,69 @@ namespace ICSEG_ISA {
 namespace {
 
 // Making an element's noise and comparing it is worth as much time as moving these bytes.
-constexpr int64_t kSeededBytes = 16;
+constexpr int64_t kSeededBytes = 8;
+
+template <typename Real>
+Noise<Real> noise_of(const DrawNoise<Real>& from, int64_t row) {
+    if (from.seeded) return Noise<Real>::of_seed({from.seed, static_cast<uint32_t>(row), 0, 0});
+    return from.values == nullptr ? Noise<Real>::none() : Noise<Real>::of_values(from.values + row * from.stride);
+}
+
+template <typename Real>
+Drawn<Real> drawn_of(const DrawOutputs<Real>& out, int64_t k, int64_t row) {
+    return {out.indices + row * k, out.scores + row * k, out.kappa + row, out.kappa_index + row};
+}
 
 template <typename Real>
 void draw_one(const Real* logits, int64_t stride, const DrawNoise<Real>& from, const DrawOutputs<Real>& out,
               const DrawSizes& s, int64_t row, Key<Real>* keys) {
     const Real* l = logits + row * stride;
-    Noise<Real> noise = Noise<Real>::none();
-    if (from.seeded) noise = Noise<Real>::of_seed({from.seed, static_cast<uint32_t>(row), 0, 0});
-    if (from.values != nullptr) noise = Noise<Real>::of_values(from.values + row * from.stride);
     const Summary<Real> sum = summarise(l, s.count);
     out.logsumexp[row] = sum.logsumexp;
     const Real floor = from.seeded ? likely_floor(sum, s.k) : -kInfinity;
-    draw_row(l, s.count, s.k, noise, floor, keys,
-             {out.indices + row * s.k, out.scores + row * s.k, out.kappa + row, out.kappa_index + row});
+    draw_row(l, s.count, s.k, noise_of(from, row), floor, keys, drawn_of(out, s.k, row));
+}
+
+// Few long rows are drawn from in chunks, the best of which then compete. Which rows are does not depend on the number
+// of threads, as the order of the sums does not.
+constexpr int64_t kChunks = 4;
+constexpr int64_t kLongRow = 1 << 18;
+
+template <typename Real>
+void draw_long(const Real* logits, int64_t stride, const DrawNoise<Real>& from, const DrawOutputs<Real>& out,
+               const DrawSizes& s, int64_t row) {
+    const Real* l = logits + row * stride;
+    const Noise<Real> noise = noise_of(from, row);
+    const int64_t chunk = (s.count / (kChunks * kSumBlock) + 1) * kSumBlock;
+    const auto begin = [&](int64_t i) { return smaller(i * chunk, s.count); };
+    Sum<Real> sums[kChunks];
+    parallel_for(kChunks, s.count * sizeof(Real), [&](int64_t i) { sums[i] = sum_range(l, begin(i), begin(i + 1)); });
+    for (int64_t i = 1; i < kChunks; ++i) sums[0].add(sums[i]);
+    const Summary<Real> sum = summary_of(sums[0]);
+    out.logsumexp[row] = sum.logsumexp;
+
+    Key<Real> found[kChunks][kStackDraws + 1], keys[kStackKeys];
+    int64_t counts[kChunks];
+    const auto take_chunks = [&](Real floor) {
+        parallel_for(kChunks, s.count * sizeof(Real), [&](int64_t i) {
+            Key<Real> own[kStackKeys];
+            Best<Real> best(s.count, s.k, floor, own);
+            take(l, begin(i), begin(i + 1), noise, best);
+            best.cut();
+            counts[i] = best.count;
+            std::memcpy(found[i], own, best.count * sizeof(Key<Real>));
+        });
+        int64_t total = 0;
+        for (const int64_t count : counts) total += count;
+        return total;
+    };
+    const Real floor = from.seeded ? likely_floor(sum, s.k) : -kInfinity;
+    if (take_chunks(floor) <= s.k && floor > -kInfinity) take_chunks(-kInfinity);
+    Best<Real> best(s.count, s.k, -kInfinity, keys);
+    for (int64_t i = 0; i < kChunks; ++i) {
+        for (int64_t j = 0; j < counts[i]; ++j) best.push_key(found[i][j]);
+    }
+    finish(l, s.k, noise, best, drawn_of(out, s.k, row));
 }
 
 }  // namespace
@@ -30,6 +79,10 @@ template <typename Real>
 void draw(const Real* logits, int64_t stride, const DrawNoise<Real>& noise, const DrawOutputs<Real>& out,
           const DrawSizes& s, void* workspace, int64_t slots) {
     const int64_t bytes = s.batch * s.count * (sizeof(Real) + (noise.seeded ? kSeededBytes : 0));
+    if (workspace == nullptr && s.batch < kChunks && s.count >= kLongRow) {
+        for (int64_t row = 0; row < s.batch; ++row) draw_long(logits, stride, noise, out, s, row);
+        return;
+    }
     if (workspace == nullptr) {
         parallel_for(s.batch, bytes, [&](int64_t row) {
             Key<Real> keys[kStackKeys];
