@@ -761,7 +761,7 @@ def test_impossible_sizes_are_refused_by_the_library() -> None:
             assert message in functions.icseg_error(code).decode()
             assert backward(*[None] * 8, batch, count, k, count) == code
         code = draw(*[None] * 8, 4, 1, 1000, 257, 1000, 0, 1, 1)
-        assert functions.icseg_error(code).decode() == "the workspace must hold one row's keys"
+        assert "the workspace must" in functions.icseg_error(code).decode()
     noise = functions.icseg_gumbel_noise
     assert "negative" in functions.icseg_error(noise(None, 1, 1, 0, -1, 0)).decode()
     for arguments in ((2**62, 2**62, 0, 0, 0), (1, 1, 0, 2**32, 0), (1, 1, 0, 0, 2**32), (2**32, 1, 0, 0, 0)):
