@@ -104,6 +104,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced_in_graphs = _forced.get()
 
 
+def named_by_environment() -> str | None:
+    """The backend that ICSEG_BACKEND named at import, which is in force where nothing else names one."""
+    return _from_environment
+
+
 def status() -> dict[str, dict[str, list[str]]]:
     """{op: {backend: reasons why it is missing on this machine}}; an empty list means that it is there."""
     return {op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())}

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,8 +52,7 @@ def build(sanitize: str | None, directory: Path) -> Path:
     if sanitize == "thread":
         commands = [[word for word in command if word != "-fopenmp"] for command in commands]
         flags = [word for word in flags if word != "-fopenmp"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(setup.run, commands))
+    setup.run(*commands)
     objects = [command[command.index("-o") + 1] for command in commands]
     program = directory / "tests"
     library = [] if sanitize else [str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}"]
