@@ -171,7 +171,12 @@ def _unwatched(arguments: tuple[Any, ...]) -> bool:
     differentiating = torch.is_grad_enabled()
     for a in arguments:
         if isinstance(a, Tensor) and (
-            type(a) not in _PLAIN or a.is_meta or a.is_neg() or a.is_conj() or (differentiating and a.requires_grad)
+            type(a) not in _PLAIN
+            or a.is_meta
+            or a.is_neg()
+            or a.is_conj()
+            or a._is_zerotensor()
+            or (differentiating and a.requires_grad)
         ):
             return False
     return True
