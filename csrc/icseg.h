@@ -12,7 +12,7 @@
 #define ICSEG_API __attribute__((visibility("default")))
 
 /* Raised with every change to a signature or a meaning below. */
-#define ICSEG_ABI_VERSION 3
+#define ICSEG_ABI_VERSION 4
 
 enum icseg_code {
     ICSEG_OK = 0,
@@ -22,6 +22,7 @@ enum icseg_code {
     ICSEG_TOO_LARGE = 4,
     ICSEG_ISA_UNKNOWN = 5,
     ICSEG_ISA_MISSING = 6,
+    ICSEG_COORDS_TYPE = 7,
 };
 
 #ifdef __cplusplus
@@ -45,34 +46,84 @@ ICSEG_API int icseg_select_isa(const char* name);
 /* One sentence for an error code. */
 ICSEG_API const char* icseg_error(int code);
 
+/* The type of coordinates. */
+enum icseg_coords {
+    ICSEG_COORDS_INT32 = 0,
+    ICSEG_COORDS_INT64 = 1,
+    ICSEG_COORDS_FLOAT32 = 2,
+    ICSEG_COORDS_FLOAT64 = 3,
+};
+
 /* Cut patches out of images: an exact copy, zero outside the image.
  *
  * source   [outer, inner, channels, height, width], strides given, elements of element_bytes = 1, 2, 4 or 8
- * coords   [outer, inner, count, 2] contiguous: (y, x) of a patch's top-left corner, any value
+ * coords   [outer, inner, count, 2] contiguous integers: (y, x) of a patch's top-left corner, any value
  * patches  [outer, inner, count, channels, patch, patch] contiguous, every element written
  */
-ICSEG_API int icseg_gather_patches(const void* source, const int64_t* coords, void* patches,
+ICSEG_API int icseg_gather_patches(const void* source, const void* coords, void* patches,
                                    int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
                                    int64_t count, int64_t patch,
                                    int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
-                                   int64_t stride_y, int64_t stride_x, int64_t element_bytes);
+                                   int64_t stride_y, int64_t stride_x, int64_t element_bytes, int coords_type);
 
 /* Its adjoint: add patches up into images, in the order of count; what lies outside is dropped.
  *
  * patches  [outer, inner, count, channels, patch, patch], strides given
- * coords   [outer, inner, count, 2] contiguous
+ * coords   [outer, inner, count, 2] contiguous integers
  * images   [outer, inner, channels, height, width] contiguous, every element written
  */
-ICSEG_API int icseg_gather_patches_backward_f32(const float* patches, const int64_t* coords, float* images,
+ICSEG_API int icseg_gather_patches_backward_f32(const float* patches, const void* coords, float* images,
                                                 int64_t outer, int64_t inner, int64_t count, int64_t channels,
                                                 int64_t patch, int64_t height, int64_t width,
                                                 int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
-                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x);
-ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const int64_t* coords, double* images,
+                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x,
+                                                int coords_type);
+ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const void* coords, double* images,
                                                 int64_t outer, int64_t inner, int64_t count, int64_t channels,
                                                 int64_t patch, int64_t height, int64_t width,
                                                 int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
-                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x);
+                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x,
+                                                int coords_type);
+
+/* Resample patches of images bilinearly, borders replicated; zero for a patch wholly outside, or at NaN.
+ *
+ * A patch covers extent_y x extent_x pixels from its corner. Of its samples x samples samples, number i lies along
+ * an axis at corner + (i + 1/2) extent / samples - 1/2, in pixels from the first pixel's centre; with edge_to_edge
+ * at corner + extent / 2 - 1/2 + extent * line(i), `line` from -1/2 to 1/2 in equal steps (one sample: -1/2).
+ *
+ * source   [outer, inner, channels, height, width], strides given
+ * coords   [outer, inner, count, 2] contiguous, any type, any value
+ * patches  [outer, inner, count, channels, samples, samples] contiguous, every element written
+ */
+ICSEG_API int icseg_gather_patches_bilinear_f32(const float* source, const void* coords, float* patches,
+                                                int64_t outer, int64_t inner, int64_t channels, int64_t height,
+                                                int64_t width, int64_t count, int64_t samples,
+                                                int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                                int64_t stride_y, int64_t stride_x, int coords_type,
+                                                double extent_y, double extent_x, int edge_to_edge);
+ICSEG_API int icseg_gather_patches_bilinear_f64(const double* source, const void* coords, double* patches,
+                                                int64_t outer, int64_t inner, int64_t channels, int64_t height,
+                                                int64_t width, int64_t count, int64_t samples,
+                                                int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                                int64_t stride_y, int64_t stride_x, int coords_type,
+                                                double extent_y, double extent_x, int edge_to_edge);
+
+/* Its adjoint, added up in an order that depends on the sizes alone.
+ *
+ * patches  [outer, inner, count, channels, samples, samples], strides given
+ * coords   [outer, inner, count, 2] contiguous, any type
+ * images   [outer, inner, channels, height, width] contiguous, every element written
+ */
+ICSEG_API int icseg_gather_patches_bilinear_backward_f32(
+    const float* patches, const void* coords, float* images, int64_t outer, int64_t inner, int64_t count,
+    int64_t channels, int64_t samples, int64_t height, int64_t width, int64_t stride_outer, int64_t stride_inner,
+    int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
+    double extent_y, double extent_x, int edge_to_edge);
+ICSEG_API int icseg_gather_patches_bilinear_backward_f64(
+    const double* patches, const void* coords, double* images, int64_t outer, int64_t inner, int64_t count,
+    int64_t channels, int64_t samples, int64_t height, int64_t width, int64_t stride_outer, int64_t stride_inner,
+    int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
+    double extent_y, double extent_x, int edge_to_edge);
 
 #ifdef __cplusplus
 }

@@ -12,7 +12,7 @@ from typing import Any
 # torch loads its OpenMP runtime, which the library then shares: torch.set_num_threads holds for both.
 import torch  # noqa: F401
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 PATH = Path(__file__).with_name("libicseg.so")
 
 ISA_VARIABLE = "ICSEG_CPU_ISA"

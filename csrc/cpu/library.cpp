@@ -98,6 +98,7 @@ const char* icseg_error(int code) {
         case ICSEG_TOO_LARGE: return "sizes must not multiply beyond 63 bits of bytes";
         case ICSEG_ISA_UNKNOWN: return "the instruction set must be portable, avx2 or avx512";
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
+        case ICSEG_COORDS_TYPE: return "coords_type must be that of integers, or of floats where patches are resampled";
         default: return "unknown error code";
     }
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from icseg_kernels.numerics import accumulation_dtype, deterministic_add
+from icseg_kernels.patches.coords import sample_positions
 
 # A copy moves bits; torch indexes these dtypes, but not every other of their size.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -32,23 +33,41 @@ def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Te
     return _add(values, rows, cols, height, width).to(grad.dtype)
 
 
-def gather_bilinear(source: Tensor, positions: Tensor) -> Tensor:
-    """[..., C, H, W], [..., K, 2, n] -> [..., K, C, n, n]: samples at rows x columns, borders replicated.
-
-    Zero where a position is NaN.
-    """
+def gather_bilinear(
+    source: Tensor,
+    coords: Tensor,
+    extent_y: Tensor | float,
+    extent_x: Tensor | float,
+    out_size: int,
+    edge_to_edge: bool,
+) -> Tensor:
+    """[..., C, H, W], [..., K, 2] -> [..., K, C, n, n]: samples of patches of the given extent, borders replicated."""
     image = source.to(accumulation_dtype(source.dtype))
-    taps, inside = _taps(positions, *source.shape[-2:])
+    height, width = image.shape[-2:]
+    positions = sample_positions(coords, (extent_y, extent_x), out_size, edge_to_edge, (height, width), image.dtype)
+    taps, inside = _taps(positions, height, width)
     total = image.new_zeros(*positions.shape[:-2], image.shape[-3], *inside.shape[-2:])
     for rows, cols, weight in taps:
         total += weight * _take(image, rows, cols)
     return total.masked_fill_(~inside, 0).to(source.dtype)
 
 
-def gather_bilinear_backward(grad: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
+def gather_bilinear_backward(
+    grad: Tensor,
+    coords: Tensor,
+    extent_y: Tensor | float,
+    extent_x: Tensor | float,
+    edge_to_edge: bool,
+    height: int,
+    width: int,
+) -> Tensor:
     """Adjoint of `gather_bilinear` with respect to its source: [..., K, C, n, n] -> [..., C, H, W]."""
+    values = grad.to(accumulation_dtype(grad.dtype))
+    positions = sample_positions(
+        coords, (extent_y, extent_x), grad.shape[-1], edge_to_edge, (height, width), values.dtype
+    )
     taps, inside = _taps(positions, height, width)
-    values = grad.to(accumulation_dtype(grad.dtype)).masked_fill(~inside, 0)
+    values = values.masked_fill(~inside, 0)
     total = values.new_zeros(*grad.shape[:-4], grad.shape[-3], height, width)
     for rows, cols, weight in taps:
         total += _add(weight * values, rows, cols, height, width)
