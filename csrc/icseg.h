@@ -125,6 +125,42 @@ ICSEG_API int icseg_gather_patches_bilinear_backward_f64(
     int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
     double extent_y, double extent_x, int edge_to_edge);
 
+/* Write patches into images: the weighted mean where they overlap, in the order of count, `fill` where none lies.
+ *
+ * patches   [batch, count, channels, patch, patch], strides given
+ * coords    [batch, count, 2] contiguous: (y, x) of a patch's top-left corner, any value; int32 if coords_are_32_bits
+ *           is not 0, else int64
+ * weight    [patch, patch] contiguous, or NULL: all ones. Where it is not positive a patch covers nothing.
+ * mean      [batch, channels, height, width] contiguous, every element written
+ * total     [batch, height, width] contiguous, every element written: the sum of the weights; NULL: not wanted
+ * coverage  [batch, height, width] contiguous, every element written: 1 where total is positive, else 0
+ *
+ * bf16: patches and mean are bfloat16; weight, total and the sums float32.
+ */
+#define ICSEG_SCATTER_PATCHES(name, stored, sum)                                                                   \
+    ICSEG_API int name(const stored* patches, const void* coords, const sum* weight, stored* mean, sum* total,     \
+                       uint8_t* coverage, double fill, int64_t batch, int64_t count, int64_t channels,             \
+                       int64_t patch, int64_t height, int64_t width, int64_t stride_batch, int64_t stride_count,   \
+                       int64_t stride_channel, int64_t stride_y, int64_t stride_x, int64_t coords_are_32_bits)
+ICSEG_SCATTER_PATCHES(icseg_scatter_patches_f32, float, float);
+ICSEG_SCATTER_PATCHES(icseg_scatter_patches_f64, double, double);
+ICSEG_SCATTER_PATCHES(icseg_scatter_patches_bf16, uint16_t, float);
+
+/* Its adjoint with respect to the patches.
+ *
+ * grad     [batch, channels, height, width], strides given
+ * total    as written forward
+ * patches  [batch, count, channels, patch, patch] contiguous, every element written
+ */
+#define ICSEG_SCATTER_PATCHES_BACKWARD(name, stored, sum)                                                          \
+    ICSEG_API int name(const stored* grad, const sum* total, const void* coords, const sum* weight,                \
+                       stored* patches, int64_t batch, int64_t count, int64_t channels, int64_t patch,             \
+                       int64_t height, int64_t width, int64_t stride_batch, int64_t stride_channel,                \
+                       int64_t stride_y, int64_t stride_x, int64_t coords_are_32_bits)
+ICSEG_SCATTER_PATCHES_BACKWARD(icseg_scatter_patches_backward_f32, float, float);
+ICSEG_SCATTER_PATCHES_BACKWARD(icseg_scatter_patches_backward_f64, double, double);
+ICSEG_SCATTER_PATCHES_BACKWARD(icseg_scatter_patches_backward_bf16, uint16_t, float);
+
 #ifdef __cplusplus
 }
 #endif

@@ -75,23 +75,38 @@ def gather_bilinear_backward(
 
 
 def scatter(
-    patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """[B, K, C, p, p], [B, K, 2], [p, p], [] -> weighted mean [B, C, H, W], total weight [B, 1, H, W]."""
+    patches: Tensor,
+    coords: Tensor,
+    weight: Tensor | None,
+    fill: float | Tensor,
+    height: int,
+    width: int,
+    keep_total: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, K, C, p, p], [B, K, 2], [p, p] (None: ones) -> weighted mean [B, C, H, W], total weight [B, 1, H, W],
+    empty unless it is to be kept, and where that is positive."""
+    weight = _ones(patches) if weight is None else weight
     rows, cols, inside = _pixels(coords, patches.shape[-1], height, width)
     counted = inside & (weight > 0)  # [B, K, 1, p, p]
     weights = weight.expand_as(counted).masked_fill(~counted, 0)
     weighted = (patches.to(weight.dtype) * weight).masked_fill_(~counted, 0)
     sums = _add(torch.cat([weighted, weights], dim=-3), rows, cols, height, width)
-    total = sums[:, -1:].contiguous()
-    return torch.where(total > 0, sums[:, :-1] / total, fill).to(patches.dtype), total
+    total = sums[:, -1:]
+    coverage = total > 0
+    mean = torch.where(coverage, sums[:, :-1] / total, fill).to(patches.dtype)
+    return mean, total.contiguous() if keep_total else total.new_empty(0), coverage
 
 
-def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor) -> Tensor:
+def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, patch_size: int) -> Tensor:
     """Adjoint of `scatter` with respect to its patches: [B, C, H, W] -> [B, K, C, p, p]."""
     share = torch.where(total > 0, grad.to(total.dtype) / total, 0)
-    shares = gather(share, coords, weight.shape[-1])
-    return torch.where(weight > 0, shares * weight, 0).to(grad.dtype)
+    shares = gather(share, coords, patch_size)
+    return (shares if weight is None else torch.where(weight > 0, shares * weight, 0)).to(grad.dtype)
+
+
+def _ones(patches: Tensor) -> Tensor:
+    """[p, p] in the dtype of the sums."""
+    return patches.new_ones(patches.shape[-2:], dtype=accumulation_dtype(patches.dtype))
 
 
 def _pixels(coords: Tensor, patch_size: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
