@@ -19,6 +19,10 @@ from torch.utils import flop_counter
 # One logarithm by polynomial: nine multiply-adds and six further operations.
 LOGARITHM_FLOPS = 24
 
+# GELU by polynomials: nineteen multiply-adds and nine further operations; its derivative takes one and two more.
+GELU_FLOPS = 47
+GELU_SLOPE_FLOPS = 51
+
 Formula = Callable[..., int]
 
 
@@ -143,6 +147,21 @@ def cross_conv2d_bytes(
     weight = (x_channels + y_channels) * out_channels * kernel[0] * kernel[1]
     written = batch * x_images * (1 if mean else y_images) * out_channels * out_size[0] * out_size[1]
     return (read + weight + written) * itemsize
+
+
+def group_norm_film_flops(elements: int, *, gelu: bool = False) -> int:
+    """FLOPs. Per element: one addition for the mean, three for the variance, three to normalise and modulate."""
+    return elements * (7 + gelu * GELU_FLOPS)
+
+
+def group_norm_film_backward_flops(elements: int, *, gelu: bool = False) -> int:
+    """FLOPs. Per element: four for the sums, five for the gradient of x; with GELU its argument and slope again."""
+    return elements * (9 + gelu * (4 + GELU_SLOPE_FLOPS))
+
+
+def group_norm_film_bytes(samples: int, channels: int, length: int, film: int = 0, itemsize: int = 4) -> int:
+    """Bytes: x in, as much out; film: values of gain and bias together."""
+    return (2 * samples * channels * length + film) * itemsize
 
 
 def register(overload: Any, formula: Formula) -> None:

@@ -98,6 +98,8 @@ const char* icseg_error(int code) {
         case ICSEG_TOO_LARGE: return "sizes must not multiply beyond 63 bits of bytes";
         case ICSEG_ISA_UNKNOWN: return "the instruction set must be portable, avx2 or avx512";
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
+        case ICSEG_GROUPS: return "groups must be at least 1 and divide the channels";
+        case ICSEG_ACTIVATION: return "activation must be from 0 to 3";
         default: return "unknown error code";
     }
 }
