@@ -4,7 +4,7 @@
 k) and sizes in pixels (patch_size, out_size, height, width, kernel); `itemsize` is bytes per element.
 
 A multiply-add is two FLOPs. Comparisons, copies and index arithmetic are none, nor, as in torch's own
-counter, elementwise operations in the attention and convolution ops.
+counter, normalisations and the elementwise operations in the attention and convolution ops.
 Bytes are compulsory traffic: every input read once, every output written once.
 """
 
@@ -18,10 +18,6 @@ from torch.utils import flop_counter
 
 # One logarithm by polynomial: nine multiply-adds and six further operations.
 LOGARITHM_FLOPS = 24
-
-# GELU by polynomials: nineteen multiply-adds and nine further operations; its derivative takes one and two more.
-GELU_FLOPS = 47
-GELU_SLOPE_FLOPS = 51
 
 Formula = Callable[..., int]
 
@@ -149,14 +145,9 @@ def cross_conv2d_bytes(
     return (read + weight + written) * itemsize
 
 
-def group_norm_film_flops(elements: int, *, gelu: bool = False) -> int:
-    """FLOPs. Per element: one addition for the mean, three for the variance, three to normalise and modulate."""
-    return elements * (7 + gelu * GELU_FLOPS)
-
-
-def group_norm_film_backward_flops(elements: int, *, gelu: bool = False) -> int:
-    """FLOPs. Per element: four for the sums, five for the gradient of x; with GELU its argument and slope again."""
-    return elements * (9 + gelu * (4 + GELU_SLOPE_FLOPS))
+def group_norm_film_flops() -> int:
+    """FLOPs: none, as in torch's own counter, which counts neither normalisations nor activations."""
+    return 0
 
 
 def group_norm_film_bytes(samples: int, channels: int, length: int, film: int = 0, itemsize: int = 4) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -163,15 +162,9 @@ backends.declare(
 )
 
 
-def _forward_flops(x: Any, groups: int, gain: Any, bias: Any, activation: str | None, *_: Any, **__: Any) -> int:
-    return flops.group_norm_film_flops(math.prod(x), gelu=activation == "gelu")
+def _flops(*_: Any, **__: Any) -> int:
+    return flops.group_norm_film_flops()
 
 
-def _backward_flops(
-    grad: Any, x: Any, stats: Any, groups: int, gain: Any, bias: Any, activation: str | None, *_: Any, **__: Any
-) -> int:
-    return flops.group_norm_film_backward_flops(math.prod(x), gelu=activation == "gelu")
-
-
-flops.register(_forward, _forward_flops)
-flops.register(_backward, _backward_flops)
+flops.register(_forward, _flops)
+flops.register(_backward, _flops)
