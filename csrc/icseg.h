@@ -25,6 +25,8 @@ enum icseg_code {
     ICSEG_COORDS_TYPE = 7,
     ICSEG_DRAWS = 8,
     ICSEG_WORKSPACE = 9,
+    ICSEG_GROUPS = 10,
+    ICSEG_ACTIVATION = 11,
 };
 
 #ifdef __cplusplus
@@ -203,6 +205,65 @@ ICSEG_API int icseg_gumbel_topk_backward_f64(const double* logits, const int64_t
 /* The noise alone: [rows, elements] contiguous. stream and offset from 0 to 2^32 - 1: independent noises under a seed. */
 ICSEG_API int icseg_gumbel_noise(float* noise, int64_t rows, int64_t elements, uint64_t seed, int64_t stream,
                                  int64_t offset);
+
+/* The tail of a convolution of pairs: z[b, i, j] = activation(zx[b, i] + zy[b, j]), and its mean over j.
+ *
+ * zx, zy     [batch, xs, length], [batch, ys, length] contiguous
+ * pairs      [batch, xs, ys, length] contiguous, every element written, or NULL; it may be zy where xs is 1
+ * mean       [batch, xs, length] contiguous, every element written if ys > 0, added up in the order of j, or NULL
+ * activation 0 none, 1 relu, 2 leaky relu (slope below 0: `slope`), 3 GELU
+ */
+ICSEG_API int icseg_cross_tail_f32(const float* zx, const float* zy, float* pairs, float* mean,
+                                   int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                   int64_t activation, double slope);
+ICSEG_API int icseg_cross_tail_f64(const double* zx, const double* zy, double* pairs, double* mean,
+                                   int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                   int64_t activation, double slope);
+
+/* Its gradients, from those of pairs and mean (either may be NULL, for zeros); added up in the order of i and j. */
+ICSEG_API int icseg_cross_tail_backward_f32(const float* zx, const float* zy, const float* grad_pairs,
+                                            const float* grad_mean, float* grad_zx, float* grad_zy,
+                                            int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                            int64_t activation, double slope);
+ICSEG_API int icseg_cross_tail_backward_f64(const double* zx, const double* zy, const double* grad_pairs,
+                                            const double* grad_mean, double* grad_zx, double* grad_zy,
+                                            int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                            int64_t activation, double slope);
+
+/* Group normalisation, gain and bias, activation: out = act(gain * (x - mean) * rstd + bias).
+ *
+ * x, out     [samples, channels, length] contiguous; mean and rstd = 1 / sqrt(variance + eps) are those of
+ *            channels / groups channels of a sample
+ * gain, bias one a channel, at data[sample * stride_sample + channel * stride_channel]; NULL: 1 and 0
+ * stats      [2, samples, groups] contiguous, written: mean, rstd
+ * gelu       not 0: act is GELU; else the identity
+ */
+ICSEG_API int icseg_group_norm_film_f32(const float* x, const float* gain, const float* bias, float* out,
+                                        float* stats, int64_t samples, int64_t channels, int64_t length,
+                                        int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                        int64_t bias_sample, int64_t bias_channel, int64_t gelu, double eps);
+ICSEG_API int icseg_group_norm_film_f64(const double* x, const double* gain, const double* bias, double* out,
+                                        double* stats, int64_t samples, int64_t channels, int64_t length,
+                                        int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                        int64_t bias_sample, int64_t bias_channel, int64_t gelu, double eps);
+
+/* Its gradients.
+ *
+ * grad       [samples, channels, length] contiguous, of out
+ * stats      as written by the forward
+ * grad_x     [samples, channels, length] contiguous, every element written
+ * sums       [2, samples, channels] contiguous, every element written: of gain and of bias, a sample at a time
+ */
+ICSEG_API int icseg_group_norm_film_backward_f32(const float* grad, const float* x, const float* stats,
+                                                 const float* gain, const float* bias, float* grad_x, float* sums,
+                                                 int64_t samples, int64_t channels, int64_t length,
+                                                 int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                                 int64_t bias_sample, int64_t bias_channel, int64_t gelu);
+ICSEG_API int icseg_group_norm_film_backward_f64(const double* grad, const double* x, const double* stats,
+                                                 const double* gain, const double* bias, double* grad_x, double* sums,
+                                                 int64_t samples, int64_t channels, int64_t length,
+                                                 int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                                 int64_t bias_sample, int64_t bias_channel, int64_t gelu);
 
 #ifdef __cplusplus
 }

@@ -145,7 +145,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
     The Function also serves where no argument requires a gradient: it refuses forward-mode differentiation, which
     the op alone would take for zero.
     """
-    if _unwatched(arguments):
+    if unwatched(arguments):
         return _implementations[overload](*arguments)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     arguments = tuple(
@@ -156,7 +156,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
     return function.apply(*arguments) if differentiated else overload(*arguments)
 
 
-def _unwatched(arguments: tuple[Any, ...]) -> bool:
+def unwatched(arguments: tuple[Any, ...]) -> bool:
     """Whether no gradient, compiler, tracer, mode, transform or profiler needs to see a call."""
     if (
         torch.compiler.is_compiling()

@@ -220,7 +220,7 @@ def test_autocast_is_the_op_on_narrow_inputs(op: Callable[..., Tensor]) -> None:
             ValueError,
             "padding_mode must be one of zeros, reflect, replicate, circular",
         ),
-        ({"backend": "native"}, BackendError, "cross_conv2d(_mean)? has no native backend"),
+        ({"backend": "triton"}, BackendError, "cross_conv2d(_mean)? has no triton backend"),
     ],
 )
 @pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean])
