@@ -22,6 +22,8 @@ enum icseg_code {
     ICSEG_TOO_LARGE = 4,
     ICSEG_ISA_UNKNOWN = 5,
     ICSEG_ISA_MISSING = 6,
+    ICSEG_DRAWS = 7,
+    ICSEG_WORKSPACE = 8,
 };
 
 #ifdef __cplusplus
@@ -73,6 +75,47 @@ ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const int
                                                 int64_t patch, int64_t height, int64_t width,
                                                 int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
                                                 int64_t stride_channel, int64_t stride_y, int64_t stride_x);
+
+/* Draw k of count elements of each row without replacement: the k largest of logits + noise, descending, equal ones by
+ * ascending index. The noise is `noise`, or with seeded != 0 the library's own under `seed`, or none.
+ *
+ * logits      [batch, count], rows logits_stride apart; -inf and NaN are never drawn
+ * noise       [batch, count], rows noise_stride apart, or NULL
+ * indices     [batch, k] contiguous, and scores likewise: the element and its logit + noise; -1 and -inf where none
+ *             was left
+ * logsumexp   [batch] of the logits
+ * kappa       [batch] the (k + 1)-th score, and its element in kappa_index; -inf and -1 where there is none
+ * workspace   any multiple of 4 * (bytes of an element) * (min(count, 2 k + 258) + 1) bytes, aligned to 16: as many
+ *             rows are drawn at a time. Not used (NULL) for k <= 256.
+ */
+ICSEG_API int icseg_gumbel_topk_f32(const float* logits, const float* noise, int64_t* indices, float* scores,
+                                    float* logsumexp, float* kappa, int64_t* kappa_index, void* workspace,
+                                    int64_t workspace_bytes, int64_t batch, int64_t count, int64_t k,
+                                    int64_t logits_stride, int64_t noise_stride, int64_t seeded, uint64_t seed);
+ICSEG_API int icseg_gumbel_topk_f64(const double* logits, const double* noise, int64_t* indices, double* scores,
+                                    double* logsumexp, double* kappa, int64_t* kappa_index, void* workspace,
+                                    int64_t workspace_bytes, int64_t batch, int64_t count, int64_t k,
+                                    int64_t logits_stride, int64_t noise_stride, int64_t seeded, uint64_t seed);
+
+/* Its gradient: grad_scores and grad_kappa at their elements, plus grad_logsumexp times softmax(logits).
+ *
+ * logits      [batch, count], rows logits_stride apart; indices, kappa_index, logsumexp as the draw gave them: an
+ *             index outside 0 <= index < count is skipped
+ * grad_*      contiguous; with grad_logsumexp NULL, logits and logsumexp are not read: the gradient of the noise
+ * grad        [batch, count] contiguous, every element written
+ */
+ICSEG_API int icseg_gumbel_topk_backward_f32(const float* logits, const int64_t* indices, const int64_t* kappa_index,
+                                             const float* logsumexp, const float* grad_scores,
+                                             const float* grad_logsumexp, const float* grad_kappa, float* grad,
+                                             int64_t batch, int64_t count, int64_t k, int64_t logits_stride);
+ICSEG_API int icseg_gumbel_topk_backward_f64(const double* logits, const int64_t* indices, const int64_t* kappa_index,
+                                             const double* logsumexp, const double* grad_scores,
+                                             const double* grad_logsumexp, const double* grad_kappa, double* grad,
+                                             int64_t batch, int64_t count, int64_t k, int64_t logits_stride);
+
+/* The noise alone: [rows, elements] contiguous. stream and offset from 0 to 2^32 - 1: independent noises under a seed. */
+ICSEG_API int icseg_gumbel_noise(float* noise, int64_t rows, int64_t elements, uint64_t seed, int64_t stream,
+                                 int64_t offset);
 
 #ifdef __cplusplus
 }

@@ -98,6 +98,8 @@ const char* icseg_error(int code) {
         case ICSEG_TOO_LARGE: return "sizes must not multiply beyond 63 bits of bytes";
         case ICSEG_ISA_UNKNOWN: return "the instruction set must be portable, avx2 or avx512";
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
+        case ICSEG_DRAWS: return "draws must not outnumber the elements";
+        case ICSEG_WORKSPACE: return "the workspace must hold one row's keys";
         default: return "unknown error code";
     }
 }
