@@ -99,7 +99,8 @@ const char* icseg_error(int code) {
         case ICSEG_ISA_UNKNOWN: return "the instruction set must be portable, avx2 or avx512";
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
         case ICSEG_DRAWS: return "draws must not outnumber the elements";
-        case ICSEG_WORKSPACE: return "the workspace must hold one row's keys";
+        case ICSEG_WORKSPACE: return "the workspace must be larger";
+        case ICSEG_WINDOWS: return "a window must fit the map, its stride and the threads be positive, the taps an odd number";
         default: return "unknown error code";
     }
 }

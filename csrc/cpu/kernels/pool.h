@@ -10,8 +10,10 @@
 
 namespace {
 
+using icseg::WindowGrid;
+
 template <typename Real>
-constexpr Real kInfinity = static_cast<Real>(__builtin_inf());
+constexpr Real infinity() { return static_cast<Real>(__builtin_inf()); }
 
 template <typename Real>
 inline Real least_lane(Vector<Real> v) {
@@ -84,8 +86,8 @@ inline void scan(const Real* pixels, int64_t count, Extremes<Real>* found) {
         highest = larger(highest, v);
         difference += v - v;
     }
-    found->highest = largest_lane(highest);
-    found->finite += sum_lanes(difference);
+    found->highest = largest_lane<Real>(highest);
+    found->finite += sum_lanes<Real>(difference);
     for (; x < count; ++x) {
         found->highest = larger(found->highest, pixels[x]);
         found->finite += pixels[x] - pixels[x];
@@ -192,7 +194,7 @@ Extremes<Real> pool(const Map<Real>& map, const WindowGrid& g, int64_t first, in
             }
         }
     }
-    found.lowest = least_lane(lowest);
+    found.lowest = least_lane<Real>(lowest);
     return found;
 }
 

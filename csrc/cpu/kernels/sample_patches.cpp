@@ -1,90 +1,12 @@
 #include "sample_patches.h"
 
-#include "../parallel.h"
 #include "blur.h"
-#include "divide.h"
-#include "pool.h"
+#include "draw.h"
+#include "windows.h"
 
 namespace icseg {
 namespace ICSEG_ISA {
 namespace {
-
-constexpr int64_t kWorthwhile = kParallelBytes + 1;  // the entry has decided how many threads
-
-inline int64_t whole_vectors(int64_t count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
-
-// Part `i` of `parts` equal ones.
-struct Share {
-    int64_t first, last;
-    Share(int64_t total, int64_t parts, int64_t i) : first(total * i / parts), last(total * (i + 1) / parts) {}
-};
-
-// A sample at work: its map and the extremes of its windows' maxima.
-template <typename Real>
-struct Sample {
-    Map<Real> map;
-    Extremes<Real> windows;
-};
-static_assert(sizeof(Sample<float>) <= kAlignment * sizeof(float), "the head of a slot holds it");
-static_assert(sizeof(Sample<double>) <= kAlignment * sizeof(double), "the head of a slot holds it");
-
-// The workspace: a head and the maxima of each sample at work, then a head and scratch of each band at work.
-template <typename Real>
-struct Workspace {
-    Real* memory;
-    const WindowGrid& g;
-
-    Sample<Real>& sample(int64_t slot) const {
-        return *reinterpret_cast<Sample<Real>*>(memory + slot * g.slot_elements);
-    }
-    Real* pooled(int64_t slot) const { return memory + slot * g.slot_elements + kAlignment; }
-    Real* task(int64_t t) const {
-        return memory + g.slots * g.slot_elements + t * (kAlignment + g.task_elements) + kAlignment;
-    }
-    Extremes<Real>& found(int64_t t) const { return *reinterpret_cast<Extremes<Real>*>(task(t) - kAlignment); }
-};
-
-// Bands of one of `samples` that are at work at once.
-inline int64_t bands(const WindowGrid& g, int64_t samples) {
-    const int64_t enough = (g.threads + samples - 1) / samples;
-    return larger<int64_t>(1, smaller(enough, g.every_rows / larger<int64_t>(g.patch, 16)));
-}
-
-// body(slot, share of `rows`, task) for every band of every one of `samples`.
-template <typename Body>
-inline void for_bands(const WindowGrid& g, int64_t samples, int64_t rows, const Body& body) {
-    const int64_t each = bands(g, samples);
-    parallel_for(samples * each, kWorthwhile, [&](int64_t t) { body(t / each, Share(rows, each, t % each), t); });
-}
-
-// Samples [first, first + count): maxima of all their windows, and the extremes of those.
-template <typename Real>
-void pool_samples(const MapBatch<Real>& maps, const WindowGrid& g, int64_t first, int64_t count,
-                  const Workspace<Real>& work) {
-    for (int64_t slot = 0; slot < count; ++slot) {
-        const Real* pixels = maps.pixels + (first + slot) * maps.stride_batch;
-        work.sample(slot) = {{pixels, maps.stride_y, maps.stride_x, false, 0, 0}, {}};
-    }
-    for_bands(g, count, g.every_rows, [&](int64_t slot, const Share& rows, int64_t t) {
-        work.found(t) = pool(work.sample(slot).map, g, rows.first, rows.last, work.task(t), work.pooled(slot));
-    });
-    const int64_t each = bands(g, count);
-    bool finite = true;
-    for (int64_t t = 0; t < count * each; ++t) work.sample(t / each).windows.join(work.found(t));
-    for (int64_t slot = 0; slot < count; ++slot) finite = finite && work.sample(slot).windows.finite == 0;
-    if (finite) return;
-    parallel_for(count, kWorthwhile, [&](int64_t slot) {
-        Sample<Real>& sample = work.sample(slot);
-        if (sample.windows.finite == 0) return;
-        find_repair(g, &sample.map);
-        sample.windows = pool(sample.map, g, 0, g.every_rows, work.task(slot), work.pooled(slot));
-    });
-}
-
-template <typename Real>
-inline Divisor<Real> rescaling(const Extremes<Real>& windows) {
-    return Divisor<Real>(windows.highest - windows.lowest + static_cast<Real>(1e-6));
-}
 
 // Logits of kept rows `rows`, without blur.
 template <typename Real>
@@ -179,7 +101,90 @@ void soften_samples(const Softening<Real>& softening, const WindowGrid& g, int64
     });
 }
 
+// Every so many logits, so many are summed for a guess.
+constexpr int64_t kGuessStep = 2048, kGuessBlock = 256;
+
+// A floor for a seeded draw, from a part of the logits.
+template <typename Real>
+Real guessed_floor(const Real* logits, int64_t count, int64_t draws) {
+    if (count < 8 * kGuessStep) return likely_floor(summarise(logits, count), draws);
+    Sum<Real> sum{-kInfinity, 0};
+    for (int64_t i = 0; i + kGuessBlock <= count; i += kGuessStep) sum.add(sum_block(logits + i, kGuessBlock));
+    sum.total *= static_cast<double>(kGuessStep) / kGuessBlock;
+    return likely_floor(summary_of(sum), draws);
+}
+
+// Below this many windows, one thread draws a sample.
+constexpr int64_t kDrawTogether = 32768;
+
+// Draws from a sample's logits in parts of whole blocks, all at once; the best of each are joined in their order.
+template <typename Real>
+void draw_together(const Real* logits, const WindowGrid& g, const Noise<Real>& noise, Real floor,
+                   const Workspace<Real>& work, const Drawn<Real>& out) {
+    const int64_t count = g.rows * g.columns, blocks = count / kBlock;
+    const auto keys = [&](int64_t t) { return reinterpret_cast<Key<Real>*>(work.task(t)); };
+    const auto counted = [&](int64_t t) -> int64_t& { return *reinterpret_cast<int64_t*>(work.task(t) - kAlignment); };
+    const auto attempt = [&](Real from) {
+        parallel_for(g.threads, kWorthwhile, [&](int64_t t) {
+            const Share share(blocks, g.threads, t);
+            Best<Real> best(count, g.draws, from, keys(t));
+            take(logits, share.first * kBlock, t + 1 < g.threads ? share.last * kBlock : count, noise, best);
+            best.cut();
+            sort_descending(best.keys, best.count, best.keys + best.capacity);
+            counted(t) = best.count;
+        });
+        Best<Real> all(count, g.draws, from, keys(0));
+        all.count = counted(0);
+        for (int64_t t = 1; t < g.threads; ++t) {
+            for (int64_t i = 0; i < counted(t); ++i) all.push(score_of<Real>(keys(t)[i]), index_of(keys(t)[i]));
+        }
+        return all;
+    };
+    Best<Real> best = attempt(floor);
+    if (best.count <= g.draws && floor > -kInfinity) best = attempt(-kInfinity);
+    finish(logits, g.draws, noise, best, out);
+}
+
+// A sample's patches: what was drawn from its logits, and where those windows lie.
+template <typename Real>
+void draw_sample(const Real* logits, const WindowNoise<Real>& from, const WindowGrid& g, int64_t b,
+                 const Workspace<Real>& work, int64_t task, bool together, const DrawnPatches<Real>& out) {
+    const int64_t count = g.rows * g.columns;
+    Noise<Real> noise = Noise<Real>::none();
+    if (from.seeded) noise = Noise<Real>::of_seed({from.seed, static_cast<uint32_t>(b), 0, 0});
+    if (from.values != nullptr) noise = Noise<Real>::of_values(from.values + b * from.stride_batch);
+    const Drawn<Real> drawn{out.indices + b * g.draws, out.scores + b * g.draws, nullptr, nullptr};
+    const Real floor = from.seeded ? guessed_floor(logits, count, g.draws) : -kInfinity;
+    if (together) {
+        draw_together(logits, g, noise, floor, work, drawn);
+    } else {
+        draw_row(logits, count, g.draws, noise, floor, reinterpret_cast<Key<Real>*>(work.task(task)), drawn);
+    }
+    constexpr int32_t kNoPatch = -(1 << 30);
+    int32_t* coords = out.coords + 2 * b * g.draws;
+    for (int64_t j = 0; j < g.draws; ++j, coords += 2) {
+        const int64_t index = drawn.indices[j];
+        coords[0] = index < 0 ? kNoPatch : static_cast<int32_t>(index / g.columns * g.stride - g.before);
+        coords[1] = index < 0 ? kNoPatch : static_cast<int32_t>(index % g.columns * g.stride - g.before);
+    }
+}
+
 }  // namespace
+
+template <typename Real>
+void sample_patches(const MapBatch<Real>& maps, const Softening<Real>& softening, const WindowNoise<Real>& noise,
+                    const WindowGrid& g, Real* workspace, const DrawnPatches<Real>& out) {
+    const Workspace<Real> work{workspace, g};
+    for (int64_t first = 0; first < g.batch; first += g.slots) {
+        const int64_t count = smaller(g.slots, g.batch - first);
+        pool_samples(maps, g, first, count, work);
+        soften_samples(softening, g, count, work, [&](int64_t slot) { return work.logits(slot); });
+        const bool together = count == 1 && g.threads > 1 && g.rows * g.columns >= kDrawTogether;
+        parallel_for(count, kWorthwhile, [&](int64_t slot) {
+            draw_sample(work.logits(slot), noise, g, first + slot, work, slot, together, out);
+        });
+    }
+}
 
 template <typename Real>
 void window_logits(const MapBatch<Real>& maps, const Softening<Real>& softening, const WindowGrid& g, Real* workspace,
@@ -192,6 +197,10 @@ void window_logits(const MapBatch<Real>& maps, const Softening<Real>& softening,
                        [&](int64_t slot) { return logits + (first + slot) * g.rows * g.columns; });
     }
 }
+
+#define ICSEG_SAMPLE_PATCHES(Real)                                                                                    template void sample_patches<Real>(const MapBatch<Real>&, const Softening<Real>&, const WindowNoise<Real>&,                                        const WindowGrid&, Real*, const DrawnPatches<Real>&);
+ICSEG_SAMPLE_PATCHES(float)
+ICSEG_SAMPLE_PATCHES(double)
 
 #define ICSEG_WINDOW_LOGITS(Real)                                                                               \
     template void window_logits<Real>(const MapBatch<Real>&, const Softening<Real>&, const WindowGrid&, Real*, \
