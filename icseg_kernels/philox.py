@@ -25,12 +25,14 @@ log_mantissa(x, e) = log((1 + x) * 2^e), in this order (the coefficients of the 
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_uint64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icseg_kernels import backend, checks, flops
+from icseg_kernels import backend as backends
+from icseg_kernels import checks, flops, library
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -104,8 +106,10 @@ def exponential(bits: Tensor) -> Tensor:
     return -torch.where(v < _SMALL, _log_mantissa(-v, torch.zeros_like(v)), log(1.0 - v))
 
 
-def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
-    """`seed` as a 0-dim int64 tensor on `device`, without a host sync; None draws one from torch's generator.
+def checked_seed(seed: int | Tensor | None, device: torch.device | str) -> int | Tensor:
+    """`seed` as an integer in [-2^63, 2^63), or a 0-dim int64 tensor on `device`; None draws one.
+
+    It comes from torch's generator, without a host sync.
 
     Raises TypeError or ValueError unless seed is None, an integer in [-2^63, 2^64), or such a tensor.
     """
@@ -123,7 +127,13 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
     seed = checks.integer("seed", seed, otherwise=", a 0-dim int64 tensor or None")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2^63, 2^64), got {seed}")
-    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
+    return seed if seed < 2**63 else seed - 2**64
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
+    """`checked_seed` as a 0-dim int64 tensor on `device`, without a host sync."""
+    checked = checked_seed(seed, device)
+    return checked if isinstance(checked, Tensor) else torch.full((), checked, dtype=torch.int64, device=device)
 
 
 def gumbel_noise(
@@ -134,20 +144,24 @@ def gumbel_noise(
     stream: int = 0,
     offset: int = 0,
     device: torch.device | str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Standard Gumbel noise [rows, elements], float32, bit-identical on every device (the module's contract).
 
     seed:           integer in [-2^63, 2^64), or a 0-dim int64 tensor, which a CUDA graph may refill.
     stream, offset: the counter's two upper words, in [0, 2^32): independent noises under one seed.
     device:         where; None means the seed tensor's device, or the CPU.
+    backend:        "native" (C++, on the CPU), "reference", or None for the best.
 
-    Raises TypeError or ValueError.
+    Raises TypeError or ValueError; BackendError if the named backend cannot serve.
     """
     rows, elements = checks.integer("rows", rows, 0), checks.integer("elements", elements, 0)
     stream, offset = checks.integer("stream", stream, 0, _MASK), checks.integer("offset", offset, 0, _MASK)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
-    noise: Tensor = _noise_op(seed_tensor(seed, device), rows, elements, stream, offset)
+    seeded = seed_tensor(seed, device)
+    chosen = backends.select("gumbel_noise", backend, seeded)
+    noise: Tensor = _noise_op(seeded, rows, elements, stream, offset, chosen)
     return noise
 
 
@@ -165,19 +179,45 @@ def noise_reference(seed: Tensor, rows: int, elements: int, stream: int = 0, off
     return -log(exponential(bits))
 
 
-def _fake_noise(seed: Tensor, rows: int, elements: int, stream: int, offset: int) -> Tensor:
+def noise_native(seed: Tensor, rows: int, elements: int, stream: int = 0, offset: int = 0) -> Tensor:
+    """`gumbel_noise` by the native library."""
+    noise = torch.empty((rows, elements), dtype=torch.float32)
+    library.check(_native(noise.data_ptr(), rows, elements, int(seed), stream, offset))
+    return noise
+
+
+# noise; rows, elements; seed; stream, offset
+_native = library.function("icseg_gumbel_noise", [c_void_p, c_int64, c_int64, c_uint64, c_int64, c_int64])
+_IMPLEMENTATIONS = {"native": noise_native, "reference": noise_reference}
+
+
+def _native_unsupported(seed: Tensor) -> list[str]:
+    return [] if seed.device.type == "cpu" else [f"it runs on the CPU, and the noise is wanted on {seed.device}"]
+
+
+backends.declare(
+    "gumbel_noise",
+    {"native": backends.Backend(library.missing, _native_unsupported), "reference": backends.Backend()},
+)
+
+
+def _implementation(seed: Tensor, rows: int, elements: int, stream: int, offset: int, backend: str) -> Tensor:
+    return _IMPLEMENTATIONS[backend](seed, rows, elements, stream, offset)
+
+
+def _fake_noise(seed: Tensor, rows: int, elements: int, stream: int, offset: int, backend: str) -> Tensor:
     return seed.new_empty((rows, elements), dtype=torch.float32)
 
 
 # Opaque to compilers, which might fuse its multiplications and additions and so change bits.
-_noise_op = backend.register(
-    "gumbel_noise(Tensor seed, SymInt rows, SymInt elements, SymInt stream, SymInt offset) -> Tensor",
-    noise_reference,
+_noise_op = backends.register(
+    "gumbel_noise(Tensor seed, SymInt rows, SymInt elements, SymInt stream, SymInt offset, str backend) -> Tensor",
+    _implementation,
     _fake_noise,
 )
 
 
-def _count(seed: Any, rows: int, elements: int, stream: int, offset: int, *, out_shape: Any = None) -> int:
+def _count(seed: Any, rows: int, elements: int, *_: Any, out_shape: Any = None) -> int:
     return 2 * flops.LOGARITHM_FLOPS * rows * elements
 
 

@@ -1,5 +1,6 @@
 """Sampling without replacement: its law, its edge cases, its probabilities and their gradients."""
 
+from collections.abc import Iterator
 from itertools import permutations
 
 import pytest
@@ -8,13 +9,21 @@ from scipy import stats
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from icseg_kernels import gumbel_topk
+from icseg_kernels import gumbel_topk, library, use_backend
 from icseg_kernels.gumbel_topk import TopK
 from icseg_kernels.philox import gumbel_noise
 
 INF = float("inf")
 NAN = float("nan")
+BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs once for each backend."""
+    with use_backend(request.param):
+        yield request.param
 
 
 def ordered_probability(weights: list[float], draw: tuple[int, ...]) -> float:
@@ -70,7 +79,7 @@ def test_scores_are_the_largest_sums_in_order(dtype: torch.dtype) -> None:
     assert torch.equal(draw.indices, order[:, :7])
     assert torch.equal(draw.scores, expected[:, :7])
     assert torch.equal(draw.kappa, expected[:, 7])
-    assert torch.equal(draw.logsumexp, logits.to(wide).logsumexp(1))
+    torch.testing.assert_close(draw.logsumexp, logits.to(wide).logsumexp(1))
     assert {x.dtype for x in draw[1:]} == {wide}
     assert draw.indices.dtype == torch.int64
 
@@ -359,13 +368,17 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
-def test_opcheck() -> None:
-    op = torch.ops.icseg.gumbel_topk.default
+def test_opcheck(backend: str) -> None:
+    ops = torch.ops.icseg
     for dtype in DTYPES:
         logits = random_logits(2, 9, dtype)
-        torch.library.opcheck(op, (logits, 3, torch.tensor(1), None, "reference"))
-        torch.library.opcheck(op, (logits, 9, None, torch.zeros(2, 9), "reference"))
-    torch.library.opcheck(op, (torch.zeros(2, 0), 0, torch.tensor(1), None, "reference"))
+        torch.library.opcheck(ops.gumbel_topk.default, (logits, 3, torch.tensor(1), None, backend))
+        torch.library.opcheck(ops.gumbel_topk.default, (logits, 9, None, torch.zeros(2, 9), backend))
+        indices, scores, logsumexp, kappa, kappa_index = ops.gumbel_topk(logits, 3, torch.tensor(1), None, backend)
+        arguments = (logits, indices, kappa_index, logsumexp, scores, logsumexp, kappa)
+        for of_noise in (False, True):
+            torch.library.opcheck(ops.gumbel_topk_backward.default, (*arguments, of_noise, backend))
+    torch.library.opcheck(ops.gumbel_topk.default, (torch.zeros(2, 0), 0, torch.tensor(1), None, backend))
 
 
 def test_compiles_whole_with_gradients() -> None:

@@ -5,8 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
+from icseg_kernels import library
 from icseg_kernels.philox import exponential, gumbel_noise, log, philox4x32, seed_tensor
 
+BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 FLOAT = np.float32
 COEFFICIENTS = np.array(
     [
@@ -204,7 +206,8 @@ def test_compiled_noise_has_the_same_bits() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.icseg.gumbel_noise.default, (torch.tensor(3), 2, 5, 0, 0))
+    for backend in BACKENDS:
+        torch.library.opcheck(torch.ops.icseg.gumbel_noise.default, (torch.tensor(3), 2, 5, 0, 0, backend))
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops
-from icseg_kernels.gumbel_topk import reference
+from icseg_kernels import checks, flops, library
+from icseg_kernels.gumbel_topk import native, reference
+from icseg_kernels.gumbel_topk.reference import scattered
 from icseg_kernels.numerics import accumulation_dtype, nan_as_minus_infinity, scalar
-from icseg_kernels.philox import seed_tensor
+from icseg_kernels.philox import checked_seed
 
-_IMPLEMENTATIONS = {"reference": reference.gumbel_topk}
+_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
 
-backends.declare("gumbel_topk", {"reference": backends.Backend()})
+backends.declare(
+    "gumbel_topk",
+    {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()},
+)
 
 
 class TopK(NamedTuple):
@@ -102,7 +106,7 @@ def gumbel_topk(
              (`icseg_kernels.philox`), so the same logits give the same draw on every device and backend. Rows
              count from the start of the batch: its first half alone draws the same, its second half does not.
     noise:   [B, N] (or broadcastable) noise instead of a seed; 0 gives the plain top-k. Receives gradients.
-    backend: "reference", or None for the best.
+    backend: "native" (C++, on the CPU), "reference", or None for the best.
 
     Returns TopK, with scores, logsumexp and kappa in float32 (float64 for float64 logits). Of equal scores,
     the lower index comes first. Gradients reach logits, once, through scores and kappa (1 at the element) and
@@ -124,16 +128,16 @@ def gumbel_topk(
         raise ValueError(f"k must lie in [0, N] with N = {logits.shape[1]}, got {k}")
     seeded, noise = noise_source(seed, noise, logits.shape, logits.device)
     chosen = backends.select("gumbel_topk", backend, logits)
-    indices, scores, logsumexp = backends.call(_GumbelTopK, _op, logits, k, seeded, noise, chosen)
-    return TopK(indices[:, :k].contiguous(), scores[:, :k].contiguous(), logsumexp, scores[:, -1])
+    indices, scores, logsumexp, kappa, _ = backends.call(_GumbelTopK, _op, logits, k, seeded, noise, chosen)
+    return TopK(indices, scores, logsumexp, kappa)
 
 
 def noise_source(
     seed: int | Tensor | None, noise: float | Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """`seed` and `noise` as tensors for candidates of `shape`: one of them, or neither for no noise."""
+) -> tuple[int | Tensor | None, Tensor | None]:
+    """`seed` (`checked_seed`) and `noise` for candidates of `shape`: one of them, or neither for no noise."""
     if noise is None:
-        return seed_tensor(seed, device), None
+        return checked_seed(seed, device), None
     if seed is not None:
         raise ValueError("seed and noise must not both be given")
     if not isinstance(noise, Tensor):
@@ -150,38 +154,33 @@ def noise_source(
 
 
 class _GumbelTopK(torch.autograd.Function):
-    """(indices [B, k + 1], scores [B, k + 1], logsumexp [B]); the last column holds kappa."""
+    """(indices [B, k], scores [B, k], logsumexp [B], kappa [B], its index [B])."""
 
     @staticmethod
-    def forward(
-        logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _op(logits, k, seed, noise, backend)
+    def forward(logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+        drawn: tuple[Tensor, ...] = _op(logits, k, seed, noise, backend)
+        return drawn
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, _, _, noise, _ = inputs
-        indices, _, logsumexp = output
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(logits, indices, logsumexp)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, _, _, noise, ctx.backend = inputs
+        indices, _, logsumexp, _, kappa_index = output
+        ctx.mark_non_differentiable(indices, kappa_index)
+        ctx.save_for_backward(logits, indices, kappa_index, logsumexp)
         ctx.noise_dtype = None if noise is None else noise.dtype
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, _: Tensor, grad_scores: Tensor, grad_logsumexp: Tensor
+        ctx: Any, _indices: Tensor, grad_scores: Tensor, grad_logsumexp: Tensor, grad_kappa: Tensor, _index: Tensor
     ) -> tuple[Tensor | None, None, None, Tensor | None, None]:
-        logits, indices, logsumexp = ctx.saved_tensors
-        grad = scattered(grad_scores, indices, logits.shape[1])
-        grad_noise = grad.to(ctx.noise_dtype) if ctx.needs_input_grad[3] else None
-        probability = (logits.to(grad.dtype) - logsumexp.unsqueeze(1)).exp().nan_to_num(nan=0.0)
-        return (
-            (grad + grad_logsumexp.unsqueeze(1) * probability).to(logits.dtype),
-            None,
-            None,
-            grad_noise,
-            None,
-        )
+        arguments = (*ctx.saved_tensors, grad_scores, grad_logsumexp, grad_kappa)
+        grad = grad_noise = None
+        if ctx.needs_input_grad[0]:
+            grad = _backward_op(*arguments, False, ctx.backend).to(ctx.saved_tensors[0].dtype)
+        if ctx.needs_input_grad[3]:
+            grad_noise = _backward_op(*arguments, True, ctx.backend).to(ctx.noise_dtype)
+        return grad, None, None, grad_noise, None
 
 
 class _PlackettLuce(torch.autograd.Function):
@@ -218,34 +217,48 @@ class _PlackettLuce(torch.autograd.Function):
         return slope.masked_fill((value == -torch.inf).unsqueeze(1), 0.0), None
 
 
-def scattered(values: Tensor, indices: Tensor, size: int) -> Tensor:
-    """[B, size] zeros with values [B, k] at indices [B, k]; index -1 goes nowhere."""
-    spare_first = values.new_zeros(values.shape[0], size + 1)
-    return spare_first.scatter(1, indices + 1, values)[:, 1:]
-
-
 def _implementation(
-    logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _IMPLEMENTATIONS[backend](logits, k, seed, noise)
+    logits: Tensor, k: int, seed: int | Tensor | None, noise: Tensor | None, backend: str
+) -> tuple[Tensor, ...]:
+    drawn: tuple[Tensor, ...] = _IMPLEMENTATIONS[backend].gumbel_topk(logits, k, seed, noise)
+    return drawn
 
 
 def _fake(
     logits: Tensor, k: int, seed: Tensor | None, noise: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch = logits.shape[0]
     dtype = accumulation_dtype(logits.dtype)
     return (
-        logits.new_empty((batch, k + 1), dtype=torch.int64),
-        logits.new_empty((batch, k + 1), dtype=dtype),
+        logits.new_empty((batch, k), dtype=torch.int64),
+        logits.new_empty((batch, k), dtype=dtype),
         logits.new_empty((batch,), dtype=dtype),
+        logits.new_empty((batch,), dtype=dtype),
+        logits.new_empty((batch,), dtype=torch.int64),
     )
 
 
+def _backward_implementation(logits: Tensor, *arguments: Any) -> Tensor:
+    *others, backend = arguments
+    grad: Tensor = _IMPLEMENTATIONS[backend].gumbel_topk_backward(logits, *others)
+    return grad
+
+
+def _backward_fake(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits.dtype))
+
+
 _op = backends.register(
-    "gumbel_topk(Tensor logits, SymInt k, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor, Tensor)",
+    "gumbel_topk(Tensor logits, SymInt k, Tensor? seed, Tensor? noise, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
+)
+_backward_op = backends.register(
+    "gumbel_topk_backward(Tensor logits, Tensor indices, Tensor kappa_index, Tensor logsumexp, Tensor grad_scores, "
+    "Tensor grad_logsumexp, Tensor grad_kappa, bool of_noise, str backend) -> Tensor",
+    _backward_implementation,
+    _backward_fake,
 )
 
 
@@ -253,4 +266,12 @@ def _count(logits: Any, k: int, seed: Any, noise: Any, backend: str, *, out_shap
     return flops.gumbel_topk_flops(*logits)
 
 
+def _backward_count(logits: Any, *arguments: Any, out_shape: Any = None) -> int:
+    """Per candidate an exponential, a subtraction and a product; the scores' gradients are copied."""
+    batch, candidates = logits
+    of_noise = arguments[-2]
+    return 0 if of_noise else (flops.LOGARITHM_FLOPS + 2) * batch * candidates
+
+
 flops.register(_op, _count)
+flops.register(_backward_op, _backward_count)

@@ -14,6 +14,7 @@ from icseg_kernels.numerics import accumulation_dtype, scalar
 from icseg_kernels.patches import sample_reference
 from icseg_kernels.patches.coords import NO_PATCH
 from icseg_kernels.patches.sample_reference import Windows
+from icseg_kernels.philox import seed_tensor
 
 _IMPLEMENTATIONS = {"reference": sample_reference.sample_patches}
 
@@ -95,6 +96,7 @@ def sample_patches(
         drawn_weights = _softmax_over_drawn(scores, indices)
     else:
         seeded, noise = noise_source(seed, noise, (weights.shape[0], rows * columns), weights.device)
+        seeded = None if seeded is None else seed_tensor(seeded, weights.device)
         noise = None if noise is None else noise.detach()
         indices, scores = _op(weights.detach(), k, *windows, seeded, noise, chosen)
         drawn_weights = None

@@ -86,5 +86,5 @@ def sample_patches(
     weights: Tensor, k: int, windows: Windows, seed: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(flat window indices int64 [B, k], scores [B, k]), as `gumbel_topk` of `window_logits`."""
-    indices, scores, _ = gumbel_topk_reference.gumbel_topk(window_logits(weights, windows), k, seed, noise)
-    return indices[:, :k].contiguous(), scores[:, :k].contiguous()
+    indices, scores, *_ = gumbel_topk_reference.gumbel_topk(window_logits(weights, windows), k, seed, noise)
+    return indices, scores
