@@ -27,6 +27,7 @@ enum icseg_code {
     ICSEG_WORKSPACE = 9,
     ICSEG_GROUPS = 10,
     ICSEG_ACTIVATION = 11,
+    ICSEG_WINDOWS = 12,
 };
 
 #ifdef __cplusplus
@@ -264,6 +265,67 @@ ICSEG_API int icseg_group_norm_film_backward_f64(const double* grad, const doubl
                                                  int64_t samples, int64_t channels, int64_t length,
                                                  int64_t groups, int64_t gain_sample, int64_t gain_channel,
                                                  int64_t bias_sample, int64_t bias_channel, int64_t gelu);
+/* Draw k windows of patch x patch pixels of each map: zero padding, the maximum over every window, rescaling of a
+ * map's maxima to [0, 1], a separable blur with zeros outside, every stride-th window, division by the temperature,
+ * and a draw as by icseg_gumbel_topk. Pixels of NaN and -inf count as the map's lowest finite one, inf as its highest.
+ *
+ * maps        [batch, height, width], strides given
+ * taps        tap_count of the blur, an odd number; with 1 there is none, and they are not read
+ * noise       [batch, windows], rows noise_stride apart, or NULL; with seeded != 0 the library's own under `seed`
+ * indices     [batch, k] contiguous, and scores likewise; -1 and -inf where none was left
+ * coords      [batch, k, 2] contiguous: (y, x) of a window's corner in pixels of the unpadded map, -2^30 where none
+ * workspace   bytes as icseg_sample_patches_workspace says for the same sizes and `threads`, into how many parts the
+ *             work is divided; aligned to 64
+ */
+ICSEG_API int icseg_sample_patches_f32(const float* maps, const float* taps, const float* noise, int64_t* indices,
+                                       float* scores, int32_t* coords, float* workspace, int64_t workspace_bytes,
+                                       int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
+                                       int64_t before, int64_t after, int64_t tap_count, int64_t k, int64_t threads,
+                                       int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x,
+                                       int64_t noise_stride, double temperature, int64_t seeded, uint64_t seed);
+ICSEG_API int icseg_sample_patches_f64(const double* maps, const double* taps, const double* noise, int64_t* indices,
+                                       double* scores, int32_t* coords, double* workspace, int64_t workspace_bytes,
+                                       int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
+                                       int64_t before, int64_t after, int64_t tap_count, int64_t k, int64_t threads,
+                                       int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x,
+                                       int64_t noise_stride, double temperature, int64_t seeded, uint64_t seed);
+
+/* The bytes of workspace that these functions need, of elements of 4 or 8 bytes; an error code, negated, if they
+ * refuse the sizes. k is 0 but for icseg_sample_patches; backward is 1 for icseg_window_logits_backward, else 0. */
+ICSEG_API int64_t icseg_sample_patches_workspace(int64_t element_bytes, int64_t batch, int64_t height, int64_t width,
+                                                 int64_t patch, int64_t stride, int64_t before, int64_t after,
+                                                 int64_t tap_count, int64_t k, int64_t threads, int64_t backward);
+
+/* The logits that icseg_sample_patches draws from: [batch, windows] contiguous, row-major. */
+ICSEG_API int icseg_window_logits_f32(const float* maps, const float* taps, float* logits, float* workspace,
+                                      int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width,
+                                      int64_t patch, int64_t stride, int64_t before, int64_t after,
+                                      int64_t tap_count, int64_t threads, int64_t map_stride, int64_t map_stride_y,
+                                      int64_t map_stride_x, double temperature);
+ICSEG_API int icseg_window_logits_f64(const double* maps, const double* taps, double* logits, double* workspace,
+                                      int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width,
+                                      int64_t patch, int64_t stride, int64_t before, int64_t after,
+                                      int64_t tap_count, int64_t threads, int64_t map_stride, int64_t map_stride_y,
+                                      int64_t map_stride_x, double temperature);
+
+/* The gradient of those logits to the maps: through a maximum to the first pixel that attains it, through the extremes
+ * in equal shares to all that do.
+ *
+ * grad_logits [batch, windows] contiguous
+ * grad_maps   [batch, height, width] contiguous, every element written
+ */
+ICSEG_API int icseg_window_logits_backward_f32(const float* maps, const float* grad_logits, const float* taps,
+                                               float* grad_maps, float* workspace, int64_t workspace_bytes,
+                                               int64_t batch, int64_t height, int64_t width, int64_t patch,
+                                               int64_t stride, int64_t before, int64_t after, int64_t tap_count,
+                                               int64_t threads, int64_t map_stride, int64_t map_stride_y,
+                                               int64_t map_stride_x, double temperature);
+ICSEG_API int icseg_window_logits_backward_f64(const double* maps, const double* grad_logits, const double* taps,
+                                               double* grad_maps, double* workspace, int64_t workspace_bytes,
+                                               int64_t batch, int64_t height, int64_t width, int64_t patch,
+                                               int64_t stride, int64_t before, int64_t after, int64_t tap_count,
+                                               int64_t threads, int64_t map_stride, int64_t map_stride_y,
+                                               int64_t map_stride_x, double temperature);
 
 #ifdef __cplusplus
 }

@@ -103,6 +103,8 @@ const char* icseg_error(int code) {
         case ICSEG_WORKSPACE: return "the workspace must hold one row's keys";
         case ICSEG_GROUPS: return "groups must be at least 1 and divide the channels";
         case ICSEG_ACTIVATION: return "activation must be from 0 to 3";
+        case ICSEG_WORKSPACE: return "the workspace must be larger";
+        case ICSEG_WINDOWS: return "a window must fit the map, its stride and the threads be positive, the taps an odd number";
         default: return "unknown error code";
     }
 }

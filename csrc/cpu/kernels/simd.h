@@ -89,6 +89,29 @@ template <typename Element>
 inline Element smaller(Element a, Element b) { return b < a ? b : a; }
 template <typename Element>
 inline Element larger(Element a, Element b) { return a < b ? b : a; }
+// Of two vectors, lane by lane: the larger, `a` if they are equal (or one is NaN: then `a` too); `smaller` likewise.
+#if defined(__AVX512F__)
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm512_max_ps(b, a); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm512_max_pd(b, a); }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm512_min_ps(b, a); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm512_min_pd(b, a); }
+#elif defined(__AVX2__)
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm256_max_ps(b, a); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm256_max_pd(b, a); }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm256_min_ps(b, a); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm256_min_pd(b, a); }
+#elif defined(__SSE2__)
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm_max_ps(b, a); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm_max_pd(b, a); }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm_min_ps(b, a); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm_min_pd(b, a); }
+#else
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return b > a ? b : a; }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return b > a ? b : a; }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return b < a ? b : a; }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return b < a ? b : a; }
+#endif
+
 inline int64_t clamped(int64_t value, int64_t least, int64_t most) { return smaller(larger(value, least), most); }
 
 }  // namespace

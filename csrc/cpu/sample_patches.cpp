@@ -1,0 +1,183 @@
+// sample_patches: from an importance map to the logits of its windows, their gradient, and the draw.
+#include "kernels/sample_patches.h"
+
+#include "checks.h"
+#include "isa.h"
+#include "kernels/draw_sizes.h"
+
+namespace icseg {
+namespace {
+
+// Sums and products of a few sizes below kSizeLimit do not overflow it.
+using Wide = __int128;
+constexpr int64_t kSizeLimit = int64_t(1) << 31;
+
+Wide whole_vectors(Wide count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
+
+Wide smaller(Wide a, Wide b) { return std::min(a, b); }
+
+// Scratch of pool() in kernels/pool.h: a padded row, its maxima, those above the next block, a block.
+Wide pool_elements(const WindowGrid& g) {
+    return 2 * Wide(g.row_elements) + g.pitch + Wide(g.patch) * g.pitch;
+}
+
+// Scratch of sharp_logits and blurred_logits in kernels/sample_patches.cpp. A pointer takes two elements at most.
+Wide logits_elements(const WindowGrid& g) {
+    if (g.taps == 1) return 2 * whole_vectors(g.columns);
+    const Wide reach = smaller(g.taps / 2, g.every_columns), taps = 2 * reach + 1;
+    const Wide rows = smaller(g.taps, g.every_rows);
+    const Wide deinterleaved = smaller(taps, g.stride) * whole_vectors(g.columns + taps / g.stride + kAlignment);
+    const Wide filled = 2 * whole_vectors(reach) + g.pitch + kAlignment + deinterleaved + whole_vectors(g.columns);
+    return filled + 2 * (whole_vectors(rows) + whole_vectors(taps)) + rows * g.pitch;
+}
+
+// A slot behind its head in kernels/sample_patches.cpp: maxima of all windows, logits of those kept.
+Wide slot_elements(const WindowGrid& g) {
+    return Wide(g.every_rows) * g.pitch + whole_vectors(Wide(g.rows) * g.columns);
+}
+
+// A slot behind its head in kernels/window_logits_backward.cpp: maxima of all windows and their gradients, those along
+// rows and theirs, sums of each row of windows, what each row of pixels passes on.
+Wide backward_slot_elements(const WindowGrid& g) {
+    return 2 * Wide(g.every_rows) * g.pitch + 2 * Wide(g.padded_height) * g.pitch + 4 * Wide(g.every_rows) +
+           2 * Wide(g.height);
+}
+
+// Scratch of back_to_scaled, back_down_columns and back_along_rows there.
+Wide backward_elements(const WindowGrid& g) {
+    const Wide reach = smaller(g.taps / 2, g.every_columns), taps = whole_vectors(2 * reach + 1);
+    const Wide rows = smaller(g.rows, g.taps / g.stride + 2);
+    const Wide scaled = 2 * whole_vectors(reach) + g.pitch + kAlignment + 3 * taps + rows * g.pitch + 3 * whole_vectors(rows);
+    const Wide columns = 2 * (Wide(g.patch) + 1) * kStrip, along = 4 * Wide(g.row_elements);
+    return std::max(scaled, std::max(columns, along));
+}
+
+// Fills in what follows from the sizes given, and the bytes of workspace; an error code if they are impossible.
+int plan(WindowGrid& g, bool backward, int64_t element_bytes, int64_t* bytes) {
+    if (element_bytes != sizeof(float) && element_bytes != sizeof(double)) return ICSEG_ELEMENT_BYTES;
+    for (const int64_t size : {g.batch, g.height, g.width, g.patch, g.stride, g.before, g.after, g.taps, g.threads, g.draws}) {
+        if (size < 0) return ICSEG_NEGATIVE_SIZE;
+        if (size >= kSizeLimit) return ICSEG_TOO_LARGE;
+    }
+    g.padded_height = g.height + g.before + g.after;
+    g.padded_width = g.width + g.before + g.after;
+    g.every_rows = g.padded_height - g.patch + 1;
+    g.every_columns = g.padded_width - g.patch + 1;
+    if (g.patch < 1 || g.stride < 1 || g.height < 1 || g.width < 1 || g.taps % 2 == 0 || g.threads < 1 ||
+        g.every_rows < 1 || g.every_columns < 1) {
+        return ICSEG_WINDOWS;
+    }
+    g.rows = (g.every_rows - 1) / g.stride + 1;
+    g.columns = (g.every_columns - 1) / g.stride + 1;
+    // An odd number of vectors, so that the rows of a block do not compete for the same lines of a cache.
+    g.pitch = (static_cast<int64_t>(whole_vectors(g.every_columns)) / kAlignment | 1) * kAlignment;
+    g.row_elements = static_cast<int64_t>(whole_vectors(g.pitch + g.patch)) + 2 * kAlignment;
+    if (g.draws > g.rows * g.columns) return ICSEG_DRAWS;
+    if (g.rows * g.columns >= kSizeLimit) return ICSEG_TOO_LARGE;  // indices fit 32 bits in the keys of a draw
+    const Wide keys = 2 * draw_workspace(g.rows * g.columns, g.draws);
+    const Wide slot = kAlignment + whole_vectors(backward ? backward_slot_elements(g) : slot_elements(g));
+    const Wide own = backward ? backward_elements(g) : std::max(keys, logits_elements(g));
+    const Wide task = whole_vectors(std::max(own, pool_elements(g)));
+    g.slots = std::max<int64_t>(1, std::min(g.batch, g.threads));
+    g.tasks = g.slots == 1 ? g.threads : 2 * g.threads;
+    const Wide total = (g.slots * slot + g.tasks * (kAlignment + task)) * element_bytes;
+    const Wide most = INT64_MAX;
+    if (total > most || Wide(g.batch) * g.height * g.width * element_bytes > most ||
+        Wide(g.batch) * slot * element_bytes > most) {
+        return ICSEG_TOO_LARGE;
+    }
+    g.slot_elements = static_cast<int64_t>(slot);
+    g.task_elements = static_cast<int64_t>(task);
+    *bytes = static_cast<int64_t>(total);
+    return ICSEG_OK;
+}
+
+WindowGrid grid_of(int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t before,
+                   int64_t after, int64_t taps, int64_t threads, int64_t draws) {
+    WindowGrid g{};
+    g.batch = batch, g.height = height, g.width = width;
+    g.patch = patch, g.stride = stride, g.before = before, g.after = after;
+    g.taps = taps, g.threads = threads, g.draws = draws;
+    return g;
+}
+
+template <typename Real>
+int sample_patches_checked(const MapBatch<Real>& maps, const Softening<Real>& softening,
+                           const WindowNoise<Real>& noise, WindowGrid g, Real* workspace, int64_t workspace_bytes,
+                           const DrawnPatches<Real>& out) {
+    int64_t bytes;
+    if (const int code = plan(g, false, sizeof(Real), &bytes)) return code;
+    if (workspace_bytes < bytes) return ICSEG_WORKSPACE;
+    ICSEG_CHOSEN(sample_patches<Real>)(maps, softening, noise, g, workspace, out);
+    return ICSEG_OK;
+}
+
+template <typename Real>
+int window_logits_checked(const MapBatch<Real>& maps, const Softening<Real>& softening, WindowGrid g,
+                          Real* workspace, int64_t workspace_bytes, Real* logits) {
+    int64_t bytes;
+    if (const int code = plan(g, false, sizeof(Real), &bytes)) return code;
+    if (workspace_bytes < bytes) return ICSEG_WORKSPACE;
+    ICSEG_CHOSEN(window_logits<Real>)(maps, softening, g, workspace, logits);
+    return ICSEG_OK;
+}
+
+template <typename Real>
+int window_logits_backward_checked(const MapBatch<Real>& maps, const Real* grad_logits,
+                                   const Softening<Real>& softening, WindowGrid g, Real* workspace,
+                                   int64_t workspace_bytes, Real* grad_maps) {
+    int64_t bytes;
+    if (const int code = plan(g, true, sizeof(Real), &bytes)) return code;
+    if (workspace_bytes < bytes) return ICSEG_WORKSPACE;
+    ICSEG_CHOSEN(window_logits_backward<Real>)(maps, grad_logits, softening, g, workspace, grad_maps);
+    return ICSEG_OK;
+}
+
+}  // namespace
+}  // namespace icseg
+
+int64_t icseg_sample_patches_workspace(int64_t element_bytes, int64_t batch, int64_t height, int64_t width,
+                                       int64_t patch, int64_t stride, int64_t before, int64_t after, int64_t taps,
+                                       int64_t k, int64_t threads, int64_t backward) {
+    using namespace icseg;
+    WindowGrid g = grid_of(batch, height, width, patch, stride, before, after, taps, threads, k);
+    int64_t bytes;
+    const int code = plan(g, backward != 0, element_bytes, &bytes);
+    return code ? -code : bytes;
+}
+
+#define ICSEG_SAMPLE_PATCHES(suffix, Real)                                                                           \
+    int icseg_sample_patches_##suffix(                                                                               \
+        const Real* maps, const Real* taps, const Real* noise, int64_t* indices, Real* scores, int32_t* coords,      \
+        Real* workspace, int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width, int64_t patch,       \
+        int64_t stride, int64_t before, int64_t after, int64_t tap_count, int64_t k, int64_t threads,                \
+        int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x, int64_t noise_stride, double temperature,    \
+        int64_t seeded, uint64_t seed) {                                                                             \
+        return icseg::sample_patches_checked<Real>(                                                                  \
+            {maps, map_stride, map_stride_y, map_stride_x}, {taps, static_cast<Real>(temperature)},                  \
+            {noise, noise_stride, seeded != 0, seed},                                                                \
+            icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, k), workspace,    \
+            workspace_bytes, {indices, scores, coords});                                                             \
+    }                                                                                                                \
+    int icseg_window_logits_##suffix(const Real* maps, const Real* taps, Real* logits, Real* workspace,              \
+                                     int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width,          \
+                                     int64_t patch, int64_t stride, int64_t before, int64_t after,                   \
+                                     int64_t tap_count, int64_t threads, int64_t map_stride, int64_t map_stride_y,   \
+                                     int64_t map_stride_x, double temperature) {                                     \
+        return icseg::window_logits_checked<Real>(                                                                   \
+            {maps, map_stride, map_stride_y, map_stride_x}, {taps, static_cast<Real>(temperature)},                  \
+            icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, 0), workspace,    \
+            workspace_bytes, logits);                                                                                \
+    }                                                                                                                \
+    int icseg_window_logits_backward_##suffix(                                                                       \
+        const Real* maps, const Real* grad_logits, const Real* taps, Real* grad_maps, Real* workspace,               \
+        int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,        \
+        int64_t before, int64_t after, int64_t tap_count, int64_t threads, int64_t map_stride,                       \
+        int64_t map_stride_y, int64_t map_stride_x, double temperature) {                                            \
+        return icseg::window_logits_backward_checked<Real>(                                                          \
+            {maps, map_stride, map_stride_y, map_stride_x}, grad_logits, {taps, static_cast<Real>(temperature)},     \
+            icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, 0), workspace,    \
+            workspace_bytes, grad_maps);                                                                             \
+    }
+ICSEG_SAMPLE_PATCHES(f32, float)
+ICSEG_SAMPLE_PATCHES(f64, double)
