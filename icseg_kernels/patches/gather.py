@@ -67,12 +67,12 @@ def gather_patches(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the named backend cannot serve the call.
     """
-    checks.tensor("source", source)
-    if source.ndim < 3:
-        raise ValueError(f"source must have shape [..., C, H, W], got {list(source.shape)}")
+    shape = checks.tensor("source", source).shape
+    if len(shape) < 3:
+        raise ValueError(f"source must have shape [..., C, H, W], got {list(shape)}")
     k = coords.shape[-2] if isinstance(coords, Tensor) and coords.ndim > 1 else 0
     layout = "[..., K, 2] with the leading dimensions of source"
-    check_coords(coords, (*source.shape[:-3], k, 2), layout, source.device)
+    check_coords(coords, (*shape[:-3], k, 2), layout, source.device)
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
     name = backends.select("gather_patches", backend, source)
@@ -86,7 +86,8 @@ def gather_patches(
     extent = _extent(patch_size)
     side = checks.integer("out_size", out_size, 1)
     edge_to_edge = alignment == "published"
-    return backends.call(_GatherPatchesBilinear, _bilinear, source, coords.detach(), *extent, side, edge_to_edge, name)
+    corners = coords.detach() if coords.requires_grad else coords
+    return backends.call(_GatherPatchesBilinear, _bilinear, source, corners, *extent, side, edge_to_edge, name)
 
 
 def _extent(patch_size: Any) -> tuple[float, float]:
