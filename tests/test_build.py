@@ -113,9 +113,9 @@ def test_impossible_sizes_are_refused_by_every_entry_point(built, monkeypatch, s
     loaded = library.open_library(built)
     monkeypatch.setattr(library, "_library", loaded)
     outer, inner, channels, height, width, count, patch = sizes
-    codes = [loaded.icseg_gather_patches(None, None, None, *sizes, *(0,) * 5, element_bytes, 1)]
+    codes = [loaded.icseg_gather_patches(None, None, None, *sizes, *(0,) * 5, element_bytes)]
     if element_bytes == 4:
-        arguments = (outer, inner, count, channels, patch, height, width, *(0,) * 6, 1)
+        arguments = (outer, inner, count, channels, patch, height, width, *(0,) * 6)
         codes.append(loaded.icseg_gather_patches_backward_f32(None, None, None, *arguments))
         codes.append(loaded.icseg_gather_patches_backward_f64(None, None, None, *arguments))
     for code in codes:

@@ -53,15 +53,16 @@ def gather_patches(
         patch_size: p, in pixels. With `out_size` it may be a fraction, or a pair (height, width).
         out_size: n, samples a side; None copies.
         alignment: "pixel" or "published"; only with `out_size`.
-        backend: see `icseg_kernels.backend`.
+        backend: "native" (real dtypes on the CPU), "reference", or None; see `icseg_kernels.backend`. They copy the
+            same bits, and their gradients of copies are the same; what they resample differs by rounding.
 
     Returns:
         [..., K, C, p, p], or [..., K, C, n, n]; the dtype of `source`. Resampling is computed in float32 for
-        the 16-bit types, and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
+        the 16-bit types (to which the whole `source` is converted), and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
         there is no out= yet.
 
     Once differentiable with respect to `source`, if that is complex or of a dtype that can be resampled; the
-    gradient is bitwise reproducible.
+    gradient is bitwise reproducible, with any number of threads.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
