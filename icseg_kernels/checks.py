@@ -72,7 +72,7 @@ def one_or_pair(name: str, value: Any, least: int | None = None) -> tuple[int, i
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
     """`value` as a finite float, not below `least` and greater than `above`, if it is one; never a bool or a tensor."""
     real = isinstance(value, int | float | torch.SymInt | torch.SymFloat)
-    if isinstance(value, bool | Tensor) or not (real or isinstance(value, numbers.Real)):
+    if isinstance(value, bool) or not (real or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {_number_in(least, above)}, got {shown(value)}")
     found = float(value)
     if (

@@ -324,6 +324,6 @@ def test_ops_never_read_beyond_their_tensors():
         ops.gather_patches_bilinear(torch.zeros(2, 1, 5, 5), coords, extent, extent, 3, False, "native")
     with pytest.raises(ValueError, match=r"coords must have shape \[4, 2\], got \[1, 2\]"):
         ops.gather_patches_bilinear_backward(torch.zeros(4, 1, 3, 3), coords, extent, extent, False, 5, 5, "native")
+    shorts = torch.zeros(1, 5, 5, dtype=torch.int16)
     with pytest.raises(TypeError, match=r"source must be a floating-point tensor, got torch.int16"):
-        shorts = torch.zeros(1, 5, 5, dtype=torch.int16)
         ops.gather_patches_bilinear(shorts, coords, extent, extent, 3, False, "native")

@@ -100,7 +100,6 @@ const char* icseg_error(int code) {
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
         case ICSEG_COORDS_TYPE: return "coords_type must be that of integers, or of floats where patches are resampled";
         case ICSEG_DRAWS: return "draws must not outnumber the elements";
-        case ICSEG_WORKSPACE: return "the workspace must hold one row's keys";
         case ICSEG_GROUPS: return "groups must be at least 1 and divide the channels";
         case ICSEG_ACTIVATION: return "activation must be from 0 to 3";
         case ICSEG_WORKSPACE: return "the workspace must be larger";

@@ -177,6 +177,37 @@ int64_t Random::coordinate(int64_t length, int64_t margin) {
                           INT64_MAX});
 }
 
+Coords::Coords(Random& random, int64_t pairs, int64_t height, int64_t width, int64_t margin, icseg_coords most)
+    : type_(static_cast<int>(random.integer(0, most))),
+      wholes_(2 * pairs),
+      reals_(2 * pairs),
+      int32_(random, type_ == ICSEG_COORDS_INT32 ? 2 * pairs : 0),
+      int64_(random, type_ == ICSEG_COORDS_INT64 ? 2 * pairs : 0),
+      float_(random, type_ == ICSEG_COORDS_FLOAT32 ? 2 * pairs : 0),
+      double_(random, type_ == ICSEG_COORDS_FLOAT64 ? 2 * pairs : 0) {
+    for (int64_t i = 0; i < 2 * pairs; ++i) {
+        const int64_t whole = random.coordinate(i % 2 ? width : height, margin);
+        const double real = random.chance(5) ? random.pick<double>({NAN, INFINITY, -INFINITY, 1e300, -1e300})
+                            : random.chance(50) ? static_cast<double>(whole) : whole + random.uniform();
+        switch (type_) {
+            case ICSEG_COORDS_INT32: wholes_[i] = int32_[i] = static_cast<int32_t>(whole); break;
+            case ICSEG_COORDS_INT64: wholes_[i] = int64_[i] = whole; break;
+            case ICSEG_COORDS_FLOAT32: reals_[i] = float_[i] = std::fabs(real) > 1e30 ? INFINITY : float(real); break;
+            default: reals_[i] = double_[i] = real;
+        }
+        if (type_ <= ICSEG_COORDS_INT64) reals_[i] = static_cast<double>(wholes_[i]);
+    }
+}
+
+const void* Coords::data() const {
+    switch (type_) {
+        case ICSEG_COORDS_INT32: return int32_.data();
+        case ICSEG_COORDS_INT64: return int64_.data();
+        case ICSEG_COORDS_FLOAT32: return float_.data();
+        default: return double_.data();
+    }
+}
+
 Pages::Pages(Random& random, size_t bytes, size_t alignment) : bytes_(bytes) {
     const size_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page + page;
     length_ = inside + 2 * page;

@@ -37,6 +37,8 @@ public:
     double value();  // mostly normal, now and then NaN, infinite, zero, huge or tiny
     // Mostly from -margin to length + margin, now and then as far off as an int64 goes.
     int64_t coordinate(int64_t length, int64_t margin);
+    // Mostly from 1 to most, now and then 0.
+    int64_t size(int64_t most) { return chance(6) ? 0 : integer(1, most); }
 
     template <typename T>
     T pick(std::initializer_list<T> choices) {
@@ -166,6 +168,57 @@ private:
     int64_t origin_;
     Array<T> storage_;
 };
+
+// Integers or floats in one of the types that ops take coordinates in, mostly near 0 .. length.
+class Coords {
+public:
+    // `most`: the last type to choose from. Of each pair, the first is along a height, the second along a width.
+    Coords(Random& random, int64_t pairs, int64_t height, int64_t width, int64_t margin, icseg_coords most);
+
+    int type() const { return type_; }
+    const void* data() const;
+    int64_t whole(int64_t i) const { return wholes_[i]; }  // of integer types
+    double real(int64_t i) const { return reals_[i]; }     // of all types
+
+private:
+    int type_;
+    std::vector<int64_t> wholes_;
+    std::vector<double> reals_;
+    Array<int32_t> int32_;
+    Array<int64_t> int64_;
+    Array<float> float_;
+    Array<double> double_;
+};
+
+// The place of an element in a contiguous array of `sizes`.
+inline int64_t place(std::initializer_list<int64_t> index, std::initializer_list<int64_t> sizes) {
+    int64_t n = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) n = n * sizes.begin()[d] + index.begin()[d];
+    return n;
+}
+
+// bfloat16 and back, rounded to nearest even.
+inline float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// An array with all that an op reads of a tensor, contiguous.
+template <typename T>
+Array<T> normals(Random& random, int64_t count, bool hostile = false) {
+    Array<T> array(random, count);
+    for (int64_t i = 0; i < count; ++i) array[i] = static_cast<T>(hostile ? random.value() : random.normal());
+    return array;
+}
 
 // Bits of all outputs of a run.
 class Digest {

@@ -20,7 +20,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def check_coords(coords: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> None:
     """Raise unless `coords` is a tensor of shape `expected`, `layout` in words, of numbers, on `device`."""
     checks.tensor("coords", coords)
-    if tuple(coords.shape) != expected:
+    if coords.shape != expected:
         raise ValueError(f"coords must have shape {layout} = {list(expected)}, got {list(coords.shape)}")
     if coords.dtype not in INTEGERS and coords.dtype not in checks.FLOATING:
         raise TypeError(f"coords must be a tensor of int64, int32, int16, int8, uint8 or floats, got {coords.dtype}")

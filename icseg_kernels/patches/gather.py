@@ -53,26 +53,27 @@ def gather_patches(
         patch_size: p, in pixels. With `out_size` it may be a fraction, or a pair (height, width).
         out_size: n, samples a side; None copies.
         alignment: "pixel" or "published"; only with `out_size`.
-        backend: see `icseg_kernels.backend`.
+        backend: "native" (real dtypes on the CPU), "reference", or None; see `icseg_kernels.backend`. They copy the
+            same bits, and their gradients of copies are the same; what they resample differs by rounding.
 
     Returns:
         [..., K, C, p, p], or [..., K, C, n, n]; the dtype of `source`. Resampling is computed in float32 for
-        the 16-bit types, and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
+        the 16-bit types (to which the whole `source` is converted), and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
         there is no out= yet.
 
     Once differentiable with respect to `source`, if that is complex or of a dtype that can be resampled; the
-    gradient is bitwise reproducible.
+    gradient is bitwise reproducible, with any number of threads.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the named backend cannot serve the call.
     """
-    checks.tensor("source", source)
-    if source.ndim < 3:
-        raise ValueError(f"source must have shape [..., C, H, W], got {list(source.shape)}")
+    shape = checks.tensor("source", source).shape
+    if len(shape) < 3:
+        raise ValueError(f"source must have shape [..., C, H, W], got {list(shape)}")
     k = coords.shape[-2] if isinstance(coords, Tensor) and coords.ndim > 1 else 0
     layout = "[..., K, 2] with the leading dimensions of source"
-    check_coords(coords, (*source.shape[:-3], k, 2), layout, source.device)
+    check_coords(coords, (*shape[:-3], k, 2), layout, source.device)
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
     name = backends.select("gather_patches", backend, source)
@@ -86,7 +87,8 @@ def gather_patches(
     extent = _extent(patch_size)
     side = checks.integer("out_size", out_size, 1)
     edge_to_edge = alignment == "published"
-    return backends.call(_GatherPatchesBilinear, _bilinear, source, coords.detach(), *extent, side, edge_to_edge, name)
+    corners = coords.detach() if coords.requires_grad else coords
+    return backends.call(_GatherPatchesBilinear, _bilinear, source, corners, *extent, side, edge_to_edge, name)
 
 
 def _extent(patch_size: Any) -> tuple[float, float]:

@@ -28,9 +28,8 @@ def _of_dtypes(name: str, arguments: list[type]) -> dict[torch.dtype, Callable[.
 
 # patches, coords, images; outer, inner, K, C, p, H, W; strides of outer, inner, K, C, y, x; coords' type
 _BACKWARD = _of_dtypes("icseg_gather_patches_backward", [c_void_p] * 3 + [c_int64] * 13 + [c_int])
-# source, coords, patches; outer, inner, C, H, W, K, n; strides of outer, inner, C, y, x; coords' type; extents, edges
+# As copies, without the bytes; extents of y and x, whether from edge to edge
 _BILINEAR = _of_dtypes("icseg_gather_patches_bilinear", [c_void_p] * 3 + [c_int64] * 12 + [c_int, *_GRID])
-# patches, coords, images; outer, inner, K, C, n, H, W; strides of outer, inner, K, C, y, x; coords' type; extents, edges
 _BILINEAR_BACKWARD = _of_dtypes(
     "icseg_gather_patches_bilinear_backward", [c_void_p] * 3 + [c_int64] * 13 + [c_int, *_GRID]
 )
@@ -50,19 +49,18 @@ def unsupported(source: Tensor) -> list[str]:
 
 def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
     """[..., C, H, W], integer [..., K, 2] -> [..., K, C, p, p]; zero outside the image."""
-    _guard(source, coords, source.shape[:-3])
-    source, sizes, strides = _two_leading(source, 3)
-    coords, coords_type = _packed(coords)
-    patches = source.new_empty((*coords.shape[:-1], sizes[2], patch_size, patch_size))
+    source, lead, sizes, strides = _two_leading(source, 3)
+    coords, count, coords_type = _checked(coords, source, lead)
+    patches = source.new_empty((*lead, count, sizes[2], patch_size, patch_size))
     code = _gather(
         source.data_ptr(),
         coords.data_ptr(),
         patches.data_ptr(),
         *sizes,
-        coords.shape[-2],
+        count,
         patch_size,
         *strides,
-        source.element_size(),
+        source.itemsize,
         coords_type,
     )
     if code:
@@ -84,19 +82,18 @@ def gather_bilinear(
     edge_to_edge: bool,
 ) -> Tensor:
     """[..., C, H, W], [..., K, 2] -> [..., K, C, n, n]: samples of patches of the given extent, borders replicated."""
-    _guard(source, coords, source.shape[:-3])
     dtype = source.dtype
     if dtype not in _BILINEAR:
         source = _summable("source", source)
-    source, sizes, strides = _two_leading(source, 3)
-    coords, coords_type = _packed(coords)
-    patches = source.new_empty((*coords.shape[:-1], sizes[2], out_size, out_size))
+    source, lead, sizes, strides = _two_leading(source, 3)
+    coords, count, coords_type = _checked(coords, source, lead)
+    patches = source.new_empty((*lead, count, sizes[2], out_size, out_size))
     code = _BILINEAR[source.dtype](
         source.data_ptr(),
         coords.data_ptr(),
         patches.data_ptr(),
         *sizes,
-        coords.shape[-2],
+        count,
         out_size,
         *strides,
         coords_type,
@@ -131,15 +128,14 @@ def _backward(
     width: int,
     *grid: float,
 ) -> Tensor:
-    shape, dtype = grad.shape, grad.dtype
-    _guard(grad, coords, shape[:-4], shape[-4])
-    if shape[-1] != shape[-2]:
-        raise ValueError(f"grad must have shape [..., K, C, p, p], got {list(shape)}")
+    dtype = grad.dtype
     if dtype not in functions:
         grad = _summable("grad", grad)
-    grad, sizes, strides = _two_leading(grad, 4)
-    coords, coords_type = _packed(coords)
-    images = grad.new_empty((*shape[:-4], shape[-3], height, width))
+    grad, lead, sizes, strides = _two_leading(grad, 4)
+    coords, _, coords_type = _checked(coords, grad, lead, sizes[2])
+    if sizes[-1] != sizes[-2]:
+        raise ValueError(f"grad must have shape [..., K, C, p, p], got {list(grad.shape)}")
+    images = grad.new_empty((*lead, sizes[3], height, width))
     code = functions[grad.dtype](
         grad.data_ptr(),
         coords.data_ptr(),
@@ -156,16 +152,6 @@ def _backward(
     return images if images.dtype == dtype else images.to(dtype)
 
 
-def _guard(values: Tensor, coords: Tensor, lead: torch.Size, count: int | None = None) -> None:
-    """The last check before raw pointers: the library reads as much memory as the shapes promise."""
-    if not (values.is_cpu and coords.is_cpu):
-        raise ValueError(f"native patch ops need tensors on the CPU, got {values.device} and {coords.device}")
-    if count is None:
-        count = coords.shape[-2]
-    if coords.shape != (*lead, count, 2):
-        raise ValueError(f"coords must have shape {[*lead, count, 2]}, got {list(coords.shape)}")
-
-
 def _summable(name: str, values: Tensor) -> Tensor:
     """`values` of a 16-bit floating dtype as float32."""
     if not values.is_floating_point():
@@ -173,24 +159,38 @@ def _summable(name: str, values: Tensor) -> Tensor:
     return values.to(accumulation_dtype(values.dtype))
 
 
-def _packed(coords: Tensor) -> tuple[Tensor, int]:
-    """`coords` contiguous and of a type that the library reads, and the number of that type."""
+def _checked(
+    coords: Tensor, values: Tensor, lead: tuple[int, ...], count: int | None = None
+) -> tuple[Tensor, int, int]:
+    """(coords, their K, the number of their type), contiguous and of a type that the library reads.
+
+    The last check before raw pointers: the library reads as much memory as the shapes promise.
+    """
+    if not (values.is_cpu and coords.is_cpu):
+        raise ValueError(f"native patch ops need tensors on the CPU, got {values.device} and {coords.device}")
+    shape = tuple(coords.shape)
+    if count is None:
+        count = shape[-2] if len(shape) > 1 else 0
+    if shape != (*lead, count, 2):
+        raise ValueError(f"coords must have shape {[*lead, count, 2]}, got {list(shape)}")
     kind = _COORDS_TYPES.get(coords.dtype)
     if kind is None:
         coords = coords.to(torch.float64 if coords.is_floating_point() else torch.int64)
         kind = _COORDS_TYPES[coords.dtype]
-    return coords if coords.is_contiguous() else coords.contiguous(), kind
+    return coords if coords.is_contiguous() else coords.contiguous(), count, kind
 
 
-def _two_leading(tensor: Tensor, trailing: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """(tensor, its sizes, its strides) with two dimensions before the `trailing` last.
+def _two_leading(tensor: Tensor, trailing: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(tensor, its leading dimensions, its sizes, its strides), the last two with two dimensions before the `trailing`.
 
-    A copy only if there are more of them that do not merge.
+    A copy only if there are more leading ones that do not merge.
     """
-    leading = tensor.ndim - trailing
-    if leading > 2:
-        tensor = tensor.flatten(0, leading - 2)
-    if leading >= 2:
-        return tensor, tuple(tensor.shape), tensor.stride()
-    absent = 2 - leading
-    return tensor, (1,) * absent + tuple(tensor.shape), (0,) * absent + tensor.stride()
+    sizes, strides = tuple(tensor.shape), tensor.stride()
+    lead = sizes[:-trailing]
+    if len(lead) == 1:
+        return tensor, lead, (1, *sizes), (0, *strides)
+    if len(lead) == 0:
+        return tensor, lead, (1, 1, *sizes), (0, 0, *strides)
+    if len(lead) > 2:
+        tensor = tensor.flatten(0, len(lead) - 2)
+    return tensor, lead, tuple(tensor.shape), tensor.stride()

@@ -30,31 +30,53 @@ class Axis {
           samples_(static_cast<Real>(samples)),
           steps_(static_cast<Real>(samples > 1 ? samples - 1 : 1)),
           edge_to_edge_(edge_to_edge),
-          length_(length) {}
+          length_(length),
+          regular_(inside_ && extent < kMostRegular && corner > -kMostRegular && length <= kMostRegular) {}
 
     // Whether the patch and the image overlap.
     bool inside() const { return inside_; }
 
-    // In the order of the reference, so that its bits are the same.
-    Tap<Real> operator[](int64_t i) const {
-        const Real number = static_cast<Real>(i);
-        const Real line = (2 * number - steps_) / (2 * steps_);
-        const Real offset = edge_to_edge_ ? line * extent_ + middle_
-                                          : (number + Real(0.5)) * extent_ / samples_ - Real(0.5);
+    // Whether every position is a number, and every pixel's number fits an index of a vector.
+    bool regular() const { return regular_; }
+
+    int64_t length() const { return length_; }
+
+    // Of the `count` samples from `first` on, at most a vector.
+    void taps(int64_t first, int64_t count, Tap<Real>* to) const {
+        Real places[kLanes<Real>];
+        store(places, positions(first));
         const Real last = static_cast<Real>(length_ - 1);
-        Real position = start_ + offset;
-        if (position != position) return {-1, -1, 0};
-        position = smaller(larger(position, Real(0)), last);
-        // `last` may have been rounded up.
-        const int64_t low = smaller(static_cast<int64_t>(position), length_ - 1);
-        return {low, smaller(low + 1, length_ - 1), position - static_cast<Real>(low)};
+        for (int64_t l = 0; l < count; ++l) {
+            const Real place = smaller(larger(places[l], Real(0)), last);
+            // `last` may have been rounded up.
+            const int64_t low = smaller(static_cast<int64_t>(place), length_ - 1);
+            to[l] = {low, smaller(low + 1, length_ - 1), place - static_cast<Real>(low)};
+            if (places[l] != places[l]) to[l] = {-1, -1, 0};
+        }
+    }
+
+    Tap<Real> tap(int64_t i) const {
+        Tap<Real> found;
+        taps(i, 1, &found);
+        return found;
+    }
+
+    // In the order of the reference, so that its bits are the same.
+    Vector<Real> positions(int64_t first) const {
+        Vector<Real> number;
+        for (int64_t l = 0; l < kLanes<Real>; ++l) number[l] = static_cast<Real>(first + l);
+        if (edge_to_edge_) return (2 * number - steps_) / (2 * steps_) * extent_ + middle_ + start_;
+        return (number + Real(0.5)) * extent_ / samples_ - Real(0.5) + start_;
     }
 
    private:
+    static constexpr int64_t kMostRegular = int64_t(1) << 30;
+
     bool inside_;
     Real start_, extent_, middle_, samples_, steps_;
     bool edge_to_edge_;
     int64_t length_;
+    bool regular_;
 };
 
 template <typename Real>
@@ -71,53 +93,58 @@ struct IndexOf<double> {
 // How the pixels of a chunk of samples are reached.
 enum class Reach {
     window,  // contiguous, and within two vectors
-    near,    // contiguous, and within what an index of a vector can name
-    any,
+    near,    // contiguous
+    any,     // by `low` and `high`
 };
 
 // A vector of samples along x.
 template <typename Real>
 struct Chunk {
     using Index = typename IndexOf<Real>::type;
-    int64_t low[kLanes<Real>], high[kLanes<Real>];  // pixels of the image
-    Vector<Index> near, far;                        // the same, counted from `base`
-    Vector<Real> low_weight, high_weight;
-    Vector<Index> kept;  // all bits, or none for a sample that lies nowhere
-    int64_t base, span;  // first pixel, and how many from there on
     int64_t first, count;  // samples
     Reach reach;
+    int64_t base, span;       // the first pixel, and how many from there on
+    Vector<Index> near, far;  // the pixels, counted from `base`
+    int64_t low[kLanes<Real>], high[kLanes<Real>];  // the pixels where Reach::any
+    Vector<Real> low_weight, high_weight;
+    Vector<Index> kept;  // all bits, or none for a sample that lies nowhere
 };
 
 template <typename Real>
-inline Chunk<Real> chunk_of(const Axis<Real>& axis, int64_t first, int64_t count, int64_t stride) {
+inline void fill_regular(const Axis<Real>& axis, Chunk<Real>& chunk) {
     using Index = typename Chunk<Real>::Index;
-    Chunk<Real> chunk = {};
-    chunk.first = first, chunk.count = count, chunk.base = -1;
+    const Vector<Real> zero = {}, last = broadcast(static_cast<Real>(axis.length() - 1));
+    const Vector<Index> end = broadcast(static_cast<Index>(axis.length() - 1));
+    Vector<Real> place = axis.positions(chunk.first);
+    place = place > zero ? place : zero;
+    place = place < last ? place : last;
+    Vector<Index> low = __builtin_convertvector(place, Vector<Index>);
+    low = low < end ? low : end;  // `last` may have been rounded up
+    const Vector<Index> high = low + (low < end ? broadcast(Index(1)) : Vector<Index>{});
+    chunk.base = low[0];  // samples come in order
+    chunk.span = high[chunk.count - 1] - chunk.base + 1;
+    chunk.near = low - static_cast<Index>(chunk.base);
+    chunk.far = high - static_cast<Index>(chunk.base);
+    chunk.high_weight = place - __builtin_convertvector(low, Vector<Real>);
+    chunk.low_weight = 1 - chunk.high_weight;
+    chunk.kept = Vector<Index>{} == Vector<Index>{};
+    chunk.reach = chunk.span <= 2 * kLanes<Real> ? Reach::window : Reach::near;
+}
+
+template <typename Real>
+inline void fill_any(const Axis<Real>& axis, Chunk<Real>& chunk) {
     Tap<Real> taps[kLanes<Real>];
-    int64_t last = 0;
-    for (int64_t l = 0; l < count; ++l) {
-        taps[l] = axis[first + l];
-        if (taps[l].low < 0) continue;
-        if (chunk.base < 0) chunk.base = taps[l].low;  // samples come in order
-        last = taps[l].high;
-    }
-    chunk.base = larger<int64_t>(chunk.base, 0);
-    chunk.span = larger(last, chunk.base) - chunk.base + 1;
-    constexpr int64_t kMostNear = int64_t(1) << 30;
-    chunk.reach = stride != 1 || chunk.span > kMostNear  ? Reach::any
-                  : chunk.span <= 2 * kLanes<Real> ? Reach::window
-                                                   : Reach::near;
+    axis.taps(chunk.first, chunk.count, taps);
+    chunk.high_weight = Vector<Real>{}, chunk.kept = Vector<typename Chunk<Real>::Index>{};
     for (int64_t l = 0; l < kLanes<Real>; ++l) {
-        const bool kept = l < count && taps[l].low >= 0;
-        chunk.low[l] = kept ? taps[l].low : chunk.base;
-        chunk.high[l] = kept ? taps[l].high : chunk.base;
-        chunk.near[l] = static_cast<Index>(chunk.low[l] - chunk.base);
-        chunk.far[l] = static_cast<Index>(chunk.high[l] - chunk.base);
-        chunk.high_weight[l] = kept ? taps[l].fraction : Real(0);
-        chunk.low_weight[l] = kept ? 1 - taps[l].fraction : Real(0);
-        chunk.kept[l] = kept ? -1 : 0;
+        chunk.low[l] = chunk.high[l] = 0;
+        if (l >= chunk.count || taps[l].low < 0) continue;
+        chunk.low[l] = taps[l].low, chunk.high[l] = taps[l].high;
+        chunk.high_weight[l] = taps[l].fraction;
+        chunk.kept[l] = -1;
     }
-    return chunk;
+    chunk.low_weight = 1 - chunk.high_weight;
+    chunk.reach = Reach::any;
 }
 
 #ifdef __AVX512F__
@@ -183,51 +210,77 @@ inline Vector<float> look_up(const float* from, Vector<int32_t> index) { return 
 inline Vector<double> look_up(const double* from, Vector<int64_t> index) { return look_up<double>(from, index); }
 #endif
 
-// A row of the image at the samples of a chunk.
+// Reads rows of a plane at the samples of a chunk.
 template <Reach kReach, typename Real>
-inline Vector<Real> interpolate(const Real* row, int64_t stride, const Chunk<Real>& chunk) {
-    Vector<Real> low = {}, high = {};
-    if constexpr (kReach == Reach::any) {
-        for (int64_t l = 0; l < kLanes<Real>; ++l) {
-            low[l] = row[chunk.low[l] * stride];
-            high[l] = row[chunk.high[l] * stride];
-        }
-    } else {
-        row += chunk.base;
+class Reader {
+   public:
+    Reader(const Real* plane, const GatherStrides& stride, const Chunk<Real>& chunk)
+        : from_(plane + (kReach == Reach::any ? 0 : chunk.base)),
+          stride_y_(stride.y),
+          stride_x_(stride.x),
+          chunk_(chunk),
+          near_(chunk.near),
+          far_(chunk.far),
+          low_weight_(chunk.low_weight),
+          high_weight_(chunk.high_weight) {
 #ifdef __AVX512F__
-        if constexpr (kReach == Reach::window) {
-            const Vector<Real> a = load_masked(row, first_of(low, smaller(chunk.span, kLanes<Real>)));
-            const Vector<Real> b =
-                load_masked(row + kLanes<Real>, first_of(low, larger<int64_t>(chunk.span - kLanes<Real>, 0)));
-            low = permute(a, b, chunk.near);
-            high = permute(a, b, chunk.far);
-            return fma(high, chunk.high_weight, low * chunk.low_weight);
-        }
+        mask_ = first_of(low_weight_, smaller(chunk.span, kLanes<Real>));
+        further_ = first_of(low_weight_, larger<int64_t>(chunk.span - kLanes<Real>, 0));
 #endif
-        low = look_up(row, chunk.near);
-        high = look_up(row, chunk.far);
     }
-    return fma(high, chunk.high_weight, low * chunk.low_weight);
-}
+
+    Vector<Real> operator()(int64_t y) const {
+        const Real* row = from_ + y * stride_y_;
+        Vector<Real> low = {}, high = {};
+        if constexpr (kReach == Reach::any) {
+            for (int64_t l = 0; l < kLanes<Real>; ++l) {
+                low[l] = row[chunk_.low[l] * stride_x_];
+                high[l] = row[chunk_.high[l] * stride_x_];
+            }
+#ifdef __AVX512F__
+        } else if constexpr (kReach == Reach::window) {
+            const Vector<Real> a = load_masked(row, mask_), b = load_masked(row + kLanes<Real>, further_);
+            low = permute(a, b, near_), high = permute(a, b, far_);
+#endif
+        } else {
+            low = look_up(row, near_), high = look_up(row, far_);
+        }
+        return fma(high, high_weight_, low * low_weight_);
+    }
+
+   private:
+    using Index = typename Chunk<Real>::Index;
+    const Real* from_;
+    int64_t stride_y_, stride_x_;
+    const Chunk<Real>& chunk_;
+    Vector<Index> near_, far_;
+    Vector<Real> low_weight_, high_weight_;
+#ifdef __AVX512F__
+    decltype(first_of(Vector<Real>{}, 0)) mask_, further_;
+#endif
+};
 
 // Samples of one channel: every row of `rows`, the columns of a chunk. Consecutive rows mostly share pixels.
 template <Reach kReach, typename Real>
 inline void resample(const Real* plane, const GatherStrides& stride, const Chunk<Real>& chunk, const Tap<Real>* rows,
                      int64_t count, Real* to, int64_t pitch) {
+    const Reader<kReach, Real> read(plane, stride, chunk);
+    const auto kept = chunk.kept;
+    const int64_t columns = chunk.count;
     int64_t have_low = -1, have_high = -1;
     Vector<Real> low = {}, high = {};
-    const auto read = [&](int64_t y) { return interpolate<kReach>(plane + y * stride.y, stride.x, chunk); };
     for (int64_t i = 0; i < count; ++i, to += pitch) {
         const Tap<Real> row = rows[i];
         if (row.low < 0) {
-            store_some(to, Vector<Real>{}, chunk.count);
+            store_some(to, Vector<Real>{}, columns);
             continue;
         }
         if (row.low != have_low) low = row.low == have_high ? high : read(row.low);
         if (row.high != have_high) high = row.high == row.low ? low : read(row.high);
         have_low = row.low, have_high = row.high;
-        const Vector<Real> value = fma(high, broadcast(row.fraction), low * (1 - row.fraction));
-        store_some(to, chunk.kept ? value : Vector<Real>{}, chunk.count);
+        Vector<Real> value = fma(high, broadcast(row.fraction), low * (1 - row.fraction));
+        if constexpr (kReach == Reach::any) value = kept ? value : Vector<Real>{};
+        store_some(to, value, columns);
     }
 }
 
@@ -285,10 +338,23 @@ inline void resample_channels(const Real* image, const GatherStrides& stride, in
 // Adds a row of gradients at the samples of a chunk to the pixels that they were read from.
 template <typename Real>
 inline void spread(Vector<Real> value, const Chunk<Real>& chunk, Real* row) {
-    const Vector<Real> low = value * chunk.low_weight, high = value * chunk.high_weight;
+    Real low[kLanes<Real>], high[kLanes<Real>];
+    store(low, value * chunk.low_weight);
+    store(high, value * chunk.high_weight);
+    if (chunk.reach == Reach::any) {
+        for (int64_t l = 0; l < chunk.count; ++l) {
+            row[chunk.low[l]] += low[l];
+            row[chunk.high[l]] += high[l];
+        }
+        return;
+    }
+    typename Chunk<Real>::Index near[kLanes<Real>], far[kLanes<Real>];
+    store(near, chunk.near);
+    store(far, chunk.far);
+    row += chunk.base;
     for (int64_t l = 0; l < chunk.count; ++l) {
-        row[chunk.low[l]] += low[l];
-        row[chunk.high[l]] += high[l];
+        row[near[l]] += low[l];
+        row[far[l]] += high[l];
     }
 }
 
@@ -334,11 +400,19 @@ inline void for_parts(const Axis<Real>& y, const Axis<Real>& x, int64_t samples,
         const int64_t right = smaller(column + kSide, samples);
         int64_t chunk_count = 0;
         for (int64_t first = column; first < right; first += kLanes<Real>) {
-            chunks[chunk_count++] = chunk_of(x, first, smaller(kLanes<Real>, right - first), stride);
+            Chunk<Real>& chunk = chunks[chunk_count++];
+            chunk.first = first, chunk.count = smaller(kLanes<Real>, right - first);
+            if (stride == 1 && x.regular()) {
+                fill_regular(x, chunk);
+            } else {
+                fill_any(x, chunk);
+            }
         }
         for (int64_t row = 0; row < samples; row += kSide) {
             const int64_t count = smaller(kSide, samples - row);
-            for (int64_t i = 0; i < count; ++i) rows[i] = y[row + i];
+            for (int64_t i = 0; i < count; i += kLanes<Real>) {
+                y.taps(row + i, smaller(kLanes<Real>, count - i), rows + i);
+            }
             body(chunks, chunk_count, rows, count, row);
         }
     }
@@ -398,7 +472,7 @@ void gather_bilinear_backward(const Real* patches, const GatherCoords& coords, R
             const Axis<Real> y(real(coords, 2 * n), grid.extent_y, s.patch, grid.edge_to_edge, s.height);
             const Axis<Real> x(real(coords, 2 * n + 1), grid.extent_x, s.patch, grid.edge_to_edge, s.width);
             if (!y.inside() || !x.inside()) continue;
-            const Tap<Real> first_row = y[0], last_row = y[s.patch - 1];
+            const Tap<Real> first_row = y.tap(0), last_row = y.tap(s.patch - 1);
             if (first_row.low >= bottom || (last_row.low >= 0 && last_row.high < top)) continue;
             for_parts(y, x, s.patch, 1, [&](const Chunk<Real>* chunks, int64_t chunk_count, const Tap<Real>* rows,
                                             int64_t count, int64_t row) {
