@@ -1,8 +1,12 @@
 """Sampling without replacement: its law, its edge cases, its probabilities and their gradients."""
 
+import ctypes
 from collections.abc import Iterator
 from itertools import permutations
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from scipy import stats
@@ -52,9 +56,8 @@ def random_logits(batch: int, size: int, dtype: torch.dtype = torch.float32, sca
     return (torch.randn(batch, size, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-@pytest.mark.parametrize(("size", "k"), [(2, 1), (3, 3), (5, 2), (6, 3)])
-def test_ordered_draws_follow_plackett_luce(size: int, k: int) -> None:
-    count = 40_000
+@pytest.mark.parametrize(("size", "k", "count"), [(2, 1, 40_000), (3, 3, 40_000), (6, 3, 40_000), (8, 4, 200_000)])
+def test_ordered_draws_follow_plackett_luce(size: int, k: int, count: int) -> None:
     logits = random_logits(1, size, scale=1.0)
     weights = logits[0].double().exp().tolist()
     draws = gumbel_topk(logits.expand(count, size), k, seed=5).indices
@@ -65,7 +68,8 @@ def test_ordered_draws_follow_plackett_luce(size: int, k: int) -> None:
     assert sum(probabilities) == pytest.approx(1.0)
     observed = list(outcomes.values())
     assert stats.chisquare(observed, [count * p for p in probabilities]).pvalue > 1e-3
-    for seen, p in zip(observed, probabilities, strict=True):
+    for i in range(size):  # as the first draw
+        p, seen = weights[i] / sum(weights), int((draws[:, 0] == i).sum())
         assert abs(seen - count * p) < 4 * (count * p * (1 - p)) ** 0.5
 
 
@@ -533,3 +537,217 @@ def test_functional_transforms() -> None:
         assert torch.equal(torch.func.grad(loss)(logits.detach()), expected)
         with pytest.raises(NotImplementedError, match="forward"):
             torch.func.jvp(loss, (logits.detach(),), (torch.ones_like(logits),))
+
+
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library was not built")
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def assert_equal_draws(logits: Tensor, k: int, **options: object) -> None:
+    """Native indices and scores are the reference's, bit for bit; logsumexp within rounding."""
+    ours = gumbel_topk(logits, k, backend="native", **options)
+    expected = gumbel_topk(logits, k, backend="reference", **options)
+    assert torch.equal(ours.indices, expected.indices)
+    for name in ("scores", "kappa"):
+        a, b = getattr(ours, name), getattr(expected, name)
+        assert torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
+    torch.testing.assert_close(ours.logsumexp, expected.logsumexp, equal_nan=True)
+
+
+def hostile_logits(kind: str, size: int, dtype: torch.dtype) -> Tensor:
+    logits = random_logits(2, size, torch.float64, scale=1.0)
+    position = torch.arange(size)
+    return {
+        "normal": logits,
+        "cold": logits * 20,
+        "equal": torch.zeros_like(logits),
+        "few values": logits.round(),  # -0 and 0 among them
+        "one huge": torch.where(position == size // 2, 1e4, logits),
+        "huge spread": logits * 1e30,
+        "far from zero": logits - 1e6,
+        "few possible": torch.where(position % (size // 7 + 1) == 0, 0.5, -INF),
+        "infinite and missing": torch.where(position % 17 == 3, INF, torch.where(position % 5 == 1, NAN, logits)),
+        "ascending": (3 * logits).sort(1).values,
+        "descending": (3 * logits).sort(1, descending=True).values,
+        "a ramp": -position.double().expand(2, size) / 100,
+    }[kind].to(dtype)
+
+
+KINDS = [
+    "normal",
+    "cold",
+    "equal",
+    "few values",
+    "one huge",
+    "huge spread",
+    "far from zero",
+    "few possible",
+    "infinite and missing",
+    "ascending",
+    "descending",
+    "a ramp",
+]
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_native_draws_equal_the_reference(kind: str, isa: str, poisoned: None) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for size in (1, 3, 256, 1000, 5000):
+            logits = hostile_logits(kind, size, dtype)
+            noise = gumbel_noise(5, 2, size).to(dtype)
+            for k in {0, 1, min(size, 60), min(size, 300), size}:
+                assert_equal_draws(logits, k, seed=size + k)
+                assert_equal_draws(logits, k, noise=0)
+                assert_equal_draws(logits, k, noise=noise)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_many_seeds_equal_the_reference(isa: str) -> None:
+    """What the words alone rule out must never have been drawn."""
+    for seed in range(12):
+        for dtype in (torch.float32, torch.float64):
+            assert_equal_draws(random_logits(1, 20_003, dtype, scale=0.25 * seed), 5 + 7 * seed, seed=seed - 6)
+    assert_equal_draws(random_logits(1, 300_000), 1000, seed=2**64 - 1)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_native_draws_from_narrow_logits(dtype: torch.dtype, isa: str, poisoned: None) -> None:
+    logits = random_logits(3, 700, dtype)
+    logits[0, 5], logits[1, ::2], logits[2, 9] = NAN, -INF, INF
+    for noise in (gumbel_noise(1, 3, 700), gumbel_noise(1, 3, 700).to(dtype), gumbel_noise(1, 1, 700).double()):
+        assert_equal_draws(logits, 40, noise=noise)
+    assert_equal_draws(logits, 40, seed=torch.tensor(7))
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_native_takes_any_strides(isa: str, tmp_path: Path) -> None:
+    base = random_logits(6, 1200)
+    for logits in (
+        base[::2, 100:900],
+        base.t()[:500],
+        base[:, ::3],
+        base[:1].expand(4, 1200),
+        base[:, :1].expand(6, 90),
+    ):
+        assert_equal_draws(logits, 30, seed=1)
+        for noise in (base.t().contiguous().t()[: len(logits), : logits.shape[1]], base[:1, :1], base[0, 0]):
+            if noise.ndim == 0 or len(noise) in (1, len(logits)):
+                assert_equal_draws(logits, 30, noise=noise.expand(len(logits), -1) if noise.ndim else noise)
+    far = 2**31 + 7
+    sparse = torch.from_file(str(tmp_path / "sparse"), shared=True, size=far + 500)
+    logits = sparse.as_strided((2, 500), (far, 1))
+    logits.copy_(base[:2, :500])
+    assert_equal_draws(logits, 30, seed=1)
+    assert_equal_draws(base[:2, :500], 30, noise=logits)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_threads_change_no_bit(isa: str) -> None:
+    threads = torch.get_num_threads()
+    cases = [(5, 60_000, 50), (3, 50_000, 400), (1, 700_000, 100), (4, 9000, 9000)]
+    try:
+        for batch, size, k in cases:
+            logits = random_logits(batch, size).requires_grad_()
+            for options in ({"seed": 3}, {"noise": 0}):
+                found = []
+                for count in (1, 2):
+                    torch.set_num_threads(count)
+                    draw = gumbel_topk(logits, k, **options)
+                    (grad,) = torch.autograd.grad(sum(x.sum() for x in draw[1:]), logits)
+                    found.append((*draw, grad, gumbel_noise(3, batch, size)))
+                for a, b in zip(*found, strict=True):
+                    assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_native_gradients_are_those_of_the_reference(dtype: torch.dtype, isa: str, poisoned: None) -> None:
+    logits = random_logits(12, 301, dtype)
+    logits[0, 3], logits[0, 4], logits[1, 8], logits[2] = NAN, -INF, INF, -INF
+    for k in (0, 5, 301):
+        found = []
+        for name in ("native", "reference"):
+            leaf, noise = logits.clone().requires_grad_(), gumbel_noise(2, 1, 301).requires_grad_()
+            draw = gumbel_topk(leaf[::2], k, noise=noise, backend=name)
+            upstream = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x) for x in draw[1:]]
+            found.append(torch.autograd.grad(draw[1:], (leaf, noise), upstream))
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_native_gradient_skips_indices_that_do_not_exist() -> None:
+    int64 = torch.iinfo(torch.int64)
+    indices = torch.tensor([[0, -1, int64.min, int64.max, 5, 4]])
+    ones, one = torch.ones(1, 6), torch.ones(1)
+    arguments = (torch.zeros(1, 5), indices, torch.tensor([2**40]), one, ones, one)
+    grad = torch.ops.icseg.gumbel_topk_backward(*arguments, one, True, "native")
+    assert grad.tolist() == [[1.0, 0.0, 0.0, 0.0, 1.0]]
+    with pytest.raises(
+        ValueError, match=r"grad_kappa must have shape \[1\] and dtype torch.float32 on the CPU, got \[2\]"
+    ):
+        torch.ops.icseg.gumbel_topk_backward(*arguments, torch.ones(2), True, "native")
+    with pytest.raises(ValueError, match=r"needs logits and noise of one shape on the CPU, got noise \[1, 2\] on cpu"):
+        torch.ops.icseg.gumbel_topk(torch.zeros(2, 5), 2, None, torch.zeros(1, 2), "native")
+
+
+@needs_native
+@hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
+@hypothesis.given(data=st.data())
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_random_draws_equal_the_reference(backend: str, data: st.DataObject) -> None:
+    batch, size = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 700))
+    k = data.draw(st.integers(0, size))
+    seed = data.draw(st.integers(-(2**63), 2**64 - 1))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    scale = data.draw(st.sampled_from([0.0, 0.1, 1.0, 30.0, 3000.0]))
+    logits = (gumbel_noise(seed, batch, size, stream=1) * scale).to(dtype)
+    assert_equal_draws(logits, k, seed=seed)
+    assert_equal_draws(logits.round(), k, noise=0)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_impossible_sizes_are_refused_by_the_library() -> None:
+    functions = library.get()
+    for suffix in ("f32", "f64"):
+        draw, backward = functions[f"icseg_gumbel_topk_{suffix}"], functions[f"icseg_gumbel_topk_backward_{suffix}"]
+        for batch, count, k, message in (
+            (-1, 2, 1, "negative"),
+            (1, -2, 1, "negative"),
+            (1, 2, -1, "negative"),
+            (1, 2, 3, "outnumber"),
+            (1, 2**31, 3, "63 bits"),
+            (2**32, 2, 1, "63 bits"),
+            (2**62, 2**30, 1, "63 bits"),
+        ):
+            code = draw(*[None] * 8, 2**62, batch, count, k, count, 0, 1, 1)
+            assert message in functions.icseg_error(code).decode()
+            assert backward(*[None] * 8, batch, count, k, count) == code
+        code = draw(*[None] * 8, 4, 1, 1000, 257, 1000, 0, 1, 1)
+        assert functions.icseg_error(code).decode() == "the workspace must hold one row's keys"
+    noise = functions.icseg_gumbel_noise
+    noise.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_uint64, *[ctypes.c_int64] * 2]
+    assert "negative" in functions.icseg_error(noise(None, 1, 1, 0, -1, 0)).decode()
+    for arguments in ((2**62, 2**62, 0, 0, 0), (1, 1, 0, 2**32, 0), (1, 1, 0, 0, 2**32), (2**32, 1, 0, 0, 0)):
+        assert "63 bits" in functions.icseg_error(noise(None, *arguments)).decode()
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_what_native_does_not_take_says_why() -> None:
+    too_many = torch.zeros(1).expand(1, 2**31)
+    message = r"the native backend cannot serve gumbel_topk .*at most 2147483647 candidates, got 2147483648"
+    with pytest.raises(NotImplementedError, match=message):
+        gumbel_topk(too_many, 1, noise=0)

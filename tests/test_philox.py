@@ -1,12 +1,17 @@
 """The random-number contract, against published answers and an independent implementation in numpy."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from icseg_kernels import library
-from icseg_kernels.philox import exponential, gumbel_noise, log, philox4x32, seed_tensor
+from icseg_kernels import gumbel_topk, library
+from icseg_kernels.philox import exponential, gumbel_noise, log, noise_reference, philox4x32, seed_tensor
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 FLOAT = np.float32
@@ -230,3 +235,69 @@ def test_errors(arguments: tuple, error: type[Exception], message: str) -> None:
 def test_stream_outside_32_bits_is_an_error() -> None:
     with pytest.raises(ValueError, match="stream must be an integer from 0 to 4294967295, got 4294967296"):
         gumbel_noise(0, 1, 1, stream=2**32)
+
+
+def test_native_noise_equals_the_reference_bit_for_bit(isa: str, poisoned: None) -> None:
+    cases = [(0, 1, 1, 0, 0), (-3, 3, 257, 5, 2**32 - 1), (2**62 + 11, 2, 100_003, 2**32 - 1, 0), (7, 40_000, 3, 0, 0)]
+    for seed, *sizes in cases:
+        *shape, stream, offset = sizes
+        noise = gumbel_noise(seed, *shape, stream=stream, offset=offset, backend="native")
+        expected = noise_reference(torch.tensor(seed), *sizes)
+        assert np.array_equal(bits_of(noise), bits_of(expected))
+
+
+TRITON_NOISE = """
+import sys
+import torch
+from icseg_kernels.philox_triton import gumbel_noise
+
+cases = [(5, 3, 17_001, 0, 0), (-(2**62) - 3, 2, 130, 7, 2**32 - 1), (1, 1, 5, 2**31, 1), (0, 0, 5, 0, 0)]
+torch.save([(case, gumbel_noise(torch.tensor(case[0]), *case[1:])) for case in cases], sys.argv[1])
+"""
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux")
+
+
+@linux
+def test_triton_noise_has_the_same_bits(tmp_path: Path) -> None:
+    """In Triton's interpreter, which must be chosen before Triton is imported."""
+    result, environment = tmp_path / "noise.pt", {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", TRITON_NOISE, str(result)]
+    subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True)
+    for (seed, rows, elements, stream, offset), noise in torch.load(result):
+        expected = noise_reference(torch.tensor(seed), rows, elements, stream, offset)
+        assert np.array_equal(bits_of(noise), bits_of(expected))
+        if stream == 0 and rows:
+            logits = torch.linspace(-2, 2, elements).expand(rows, elements)
+            ours, drawn = gumbel_topk(logits, 64, seed=seed), gumbel_topk(logits, 64, noise=noise)
+            assert torch.equal(ours.indices, drawn.indices)
+            assert torch.equal(ours.scores, drawn.scores)
+
+
+TRITON_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from icseg_kernels.philox_triton import noise_kernel
+
+signature = {"seed_pointer": "*i64", "noise_pointer": "*fp32", "elements": "i32", "stream": "i32", "offset": "i32"}
+source = triton.compiler.ASTSource(noise_kernel, {**signature, "BLOCK": "constexpr"}, {"BLOCK": 1024})
+options = {"enable_fp_fusion": False}
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+@linux
+def test_triton_noise_compiles_without_contraction(tmp_path: Path) -> None:
+    """For an H100, which need not be there. Contracted, a multiplication and an addition round once, not twice."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", TRITON_COMPILE]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
+    )
+    assert "mul.rn.f32" in done.stdout
+    assert "fma" not in done.stdout
+
+
+def test_importing_the_ops_needs_no_triton() -> None:
+    command = [sys.executable, "-c", "import sys, icseg_kernels; assert 'triton' not in sys.modules"]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)

@@ -48,9 +48,10 @@ def gumbel_topk(
     rows = _contiguous_rows(logits, dtype)
     values = None if noise is None else _contiguous_rows(noise, dtype)
     batch, count = rows.shape
-    indices = torch.empty((batch, k), dtype=torch.int64)
-    scores = torch.empty((batch, k), dtype=dtype)
-    logsumexp, kappa = torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype)
+    indices = torch.empty(batch, k, dtype=torch.int64)
+    scores = torch.empty(batch, k, dtype=dtype)
+    logsumexp = torch.empty(batch, dtype=dtype)
+    kappa = torch.empty_like(logsumexp)
     kappa_index = torch.empty(batch, dtype=torch.int64)
     workspace = draw_workspace(batch, count, k, dtype)
     code = _DRAW[dtype](

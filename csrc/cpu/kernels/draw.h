@@ -98,6 +98,7 @@ inline uint32_t index_of(Key key) { return ~static_cast<uint32_t>(key); }
 
 // ---- Selection and sorting of keys, which differ from each other.
 
+// Descending.
 template <typename Key>
 inline void insertion_sort(Key* keys, int64_t count) {
     for (int64_t i = 1; i < count; ++i) {
@@ -158,11 +159,26 @@ inline void select_largest(Key* keys, int64_t count, int64_t most, Key* spare) {
     }
 }
 
-// Descending, by merging; spare holds as many.
+constexpr int64_t kRun = 16;
+
+// The same for kRun keys: a key's place is the number of larger ones.
+template <typename Key>
+inline void sort_run(Key* keys) {
+    Key places[kRun] = {}, sorted[kRun];
+    for (int64_t j = 0; j < kRun; ++j) {
+        const Key other = keys[j];
+        for (int64_t i = 0; i < kRun; ++i) places[i] += other > keys[i];
+    }
+    for (int64_t i = 0; i < kRun; ++i) sorted[places[i]] = keys[i];
+    std::memcpy(keys, sorted, sizeof(sorted));
+}
+
+// Descending, by merging runs; spare holds as many.
 template <typename Key>
 inline void sort_descending(Key* keys, int64_t count, Key* spare) {
-    constexpr int64_t kRun = 8;
-    for (int64_t i = 0; i < count; i += kRun) insertion_sort(keys + i, smaller(kRun, count - i));
+    int64_t sorted_until = 0;
+    for (; sorted_until + kRun <= count; sorted_until += kRun) sort_run(keys + sorted_until);
+    insertion_sort(keys + sorted_until, count - sorted_until);
     Key* from = keys;
     Key* to = spare;
     for (int64_t run = kRun; run < count; run *= 2) {
@@ -173,10 +189,11 @@ inline void sort_descending(Key* keys, int64_t count, Key* spare) {
             const Key* const b_end = from + smaller(start + 2 * run, count);
             Key* out = to + start;
             while (a < a_end && b < b_end) {
-                const bool take_a = *a > *b;
-                *out++ = take_a ? *a : *b;
+                const Key x = *a, y = *b;
+                const int64_t take_a = x > y;  // no jump, which would be mispredicted every other time
+                *out++ = y ^ ((x ^ y) & (Key(0) - static_cast<Key>(take_a)));
                 a += take_a;
-                b += !take_a;
+                b += 1 - take_a;
             }
             std::memcpy(out, a, (a_end - a) * sizeof(Key));
             std::memcpy(out + (a_end - a), b, (b_end - b) * sizeof(Key));
@@ -220,7 +237,7 @@ struct Best {
 // ---- One pass over a row.
 
 constexpr int64_t kBlock = 256;
-static_assert(kBlock % kPassElements == 0, "a block is a whole number of passes");
+static_assert(kBlock % kPassElements == 0 && kPassElements % kGumbels == 0, "a block is a whole number of passes");
 
 // One bit a lane: a > b, false for NaN.
 inline uint32_t above(Vector<float> a, Vector<float> b) {
@@ -296,51 +313,82 @@ inline uint32_t above(const double* values, const double* noise, double floor) {
     return bits;
 }
 
+// Elements that may exceed the floor by their words, until there are enough for their logarithms to be worth it.
+template <typename Real>
+struct Stage {
+    int64_t count = 0;
+    uint32_t words[kBlock + kGumbels] = {};
+    uint32_t indices[kBlock + kGumbels];
+    Real logits[kBlock + kGumbels];
+
+    // Takes from a block that begins at element `first` of the row those `found`.
+    void add(const Real* block, const uint32_t* block_words, int64_t first, const uint32_t* found, int64_t some) {
+        for (int64_t j = 0; j < some; ++j) {
+            const uint32_t i = found[j];
+            words[count + j] = block_words[i];
+            indices[count + j] = static_cast<uint32_t>(first) + i;
+            logits[count + j] = block[i];
+        }
+        count += some;
+    }
+
+    // Hands on all but those that do not fill kGumbels, or `all`.
+    void flush(Best<Real>& best, bool all) {
+        float noise[kGumbels];
+        int64_t start = 0;
+        for (; start + kGumbels <= count || (all && start < count); start += kGumbels) {
+            gumbel(words + start, noise);
+            const int64_t some = smaller(count - start, kGumbels);
+            for (int64_t j = 0; j < some; ++j) {
+                best.push(logits[start + j] + static_cast<Real>(noise[j]), indices[start + j]);
+            }
+        }
+        count = larger(count - start, int64_t(0));
+        std::memmove(words, words + start, count * sizeof(words[0]));
+        std::memmove(indices, indices + start, count * sizeof(indices[0]));
+        std::memmove(logits, logits + start, count * sizeof(logits[0]));
+    }
+};
+
+// Looks at a block that begins at element `first` of the row.
 template <typename Real>
 inline void take_block(const Real* logits, const Real* values, const Noise<Real>& noise, int64_t first,
-                       Best<Real>& best) {
+                       Stage<Real>& stage, Best<Real>& best) {
     uint32_t found[kBlock + kLanes<uint32_t>];
-    int64_t count = 0;
-    if (!noise.seeded) {
-        for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-            const uint32_t bits = above(logits + i, values == nullptr ? nullptr : values + i, best.floor);
-            if (bits) count += append(found + count, static_cast<uint32_t>(i), bits);
-        }
-        for (int64_t j = 0; j < count; ++j) {
-            const uint32_t i = found[j];
-            best.push(values == nullptr ? logits[i] : logits[i] + values[i], first + i);
-        }
+    if (noise.seeded) {
+        uint32_t words[kBlock];
+        philox(noise.stream, first, kBlock, words);
+        stage.add(logits, words, first, found, find_seeded(logits, words, best.floor, found));
+        if (stage.count >= kGumbels) stage.flush(best, false);
         return;
     }
-    uint32_t words[kBlock], word[kLanes<uint32_t>];
-    float gumbels[kLanes<float>];
-    philox(noise.stream, first, kBlock, words);
-    count = find_seeded(logits, words, best.floor, found);
-    for (int64_t start = 0; start < count; start += kLanes<float>) {
-        const int64_t some = smaller(count - start, kLanes<float>);
-        for (int64_t j = 0; j < some; ++j) word[j] = words[found[start + j]];
-        for (int64_t j = some; j < kLanes<float>; ++j) word[j] = 0;
-        store(gumbels, gumbel(load(word)));
-        for (int64_t j = 0; j < some; ++j) {
-            const uint32_t i = found[start + j];
-            best.push(logits[i] + static_cast<Real>(gumbels[j]), first + i);
-        }
+    int64_t count = 0;
+    for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
+        const uint32_t bits = above(logits + i, values == nullptr ? nullptr : values + i, best.floor);
+        if (bits) count += append(found + count, static_cast<uint32_t>(i), bits);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+        const uint32_t i = found[j];
+        best.push(values == nullptr ? logits[i] : logits[i] + values[i], first + i);
     }
 }
 
 // Looks at elements [first, last) of a row, in order; first is a multiple of kBlock.
 template <typename Real>
 inline void take(const Real* logits, int64_t first, int64_t last, const Noise<Real>& noise, Best<Real>& best) {
+    Stage<Real> stage;
     int64_t i = first;
     for (; i + kBlock <= last; i += kBlock) {
-        take_block(logits + i, noise.values == nullptr ? nullptr : noise.values + i, noise, i, best);
+        take_block(logits + i, noise.values == nullptr ? nullptr : noise.values + i, noise, i, stage, best);
     }
-    if (i == last) return;
-    Real tail[kBlock], tail_noise[kBlock] = {};
-    for (Real& x : tail) x = -kInfinity;
-    std::memcpy(tail, logits + i, (last - i) * sizeof(Real));
-    if (noise.values != nullptr) std::memcpy(tail_noise, noise.values + i, (last - i) * sizeof(Real));
-    take_block(tail, noise.values == nullptr ? nullptr : tail_noise, noise, i, best);
+    if (i < last) {
+        Real tail[kBlock], tail_noise[kBlock] = {};
+        for (Real& x : tail) x = -kInfinity;
+        std::memcpy(tail, logits + i, (last - i) * sizeof(Real));
+        if (noise.values != nullptr) std::memcpy(tail_noise, noise.values + i, (last - i) * sizeof(Real));
+        take_block(tail, noise.values == nullptr ? nullptr : tail_noise, noise, i, stage, best);
+    }
+    stage.flush(best, true);
 }
 
 // A score of zero, whose sign its key has lost.
@@ -348,10 +396,10 @@ template <typename Real>
 inline Real signed_zero(const Real* logits, const Noise<Real>& noise, int64_t index) {
     if (!noise.seeded) return noise.values == nullptr ? logits[index] : logits[index] + noise.values[index];
     uint32_t words[kPassElements];
-    float gumbels[kPassElements];
+    float gumbels[kGumbels];
     const int64_t first = index & ~int64_t(3);
     philox(noise.stream, first, kPassElements, words);
-    store(gumbels, gumbel(load(words)));
+    gumbel(words, gumbels);
     return logits[index] + static_cast<Real>(gumbels[index - first]);
 }
 

@@ -75,14 +75,12 @@ void gumbel_noise(uint64_t seed, uint32_t stream, uint32_t offset, float* noise,
         uint32_t words[kBlock];
         philox({seed, static_cast<uint32_t>(row), stream, offset}, first, kBlock, words);
         float* to = noise + row * elements + first;
-        for (int64_t i = 0; i < some; i += kLanes<float>) {
-            const Vector<float> value = gumbel(load(words + i));
-            if (i + kLanes<float> <= some) {
-                store(to + i, value);
-            } else {
-                store_first(to + i, value, some - i);
-            }
-        }
+        int64_t i = 0;
+        for (; i + kGumbels <= some; i += kGumbels) gumbel(words + i, to + i);
+        if (i == some) return;
+        float tail[kGumbels];
+        gumbel(words + i, tail);
+        std::memcpy(to + i, tail, (some - i) * sizeof(float));
     });
 }
 

@@ -95,31 +95,36 @@ inline void philox(const Stream& s, int64_t first, int64_t count, uint32_t* word
     for (int64_t i = 0; i < count; i += kPassElements) philox_pass(s, first + i, words + i);
 }
 
+// So many vectors of noise are made at a time: an addition waits for a multiplication, which waits for an addition.
+constexpr int kChains = 4;
+constexpr int64_t kGumbels = kChains * kLanes<float>;
+typedef Vector<float> Chains[kChains];
+
 // The contract's log((1 + x) * 2^exponent): each operation rounded by itself, none contracted.
-inline Vector<float> log_mantissa(Vector<float> x, Vector<float> exponent) {
-    const Vector<float> z = x * x;
-    Vector<float> y = broadcast(7.0376836292e-2f);
-    y = y * x + -1.1514610310e-1f;
-    y = y * x + 1.1676998740e-1f;
-    y = y * x + -1.2420140846e-1f;
-    y = y * x + 1.4249322787e-1f;
-    y = y * x + -1.6668057665e-1f;
-    y = y * x + 2.0000714765e-1f;
-    y = y * x + -2.4999993993e-1f;
-    y = y * x + 3.3333331174e-1f;
-    y = (y * x) * z;
-    y = y + exponent * -2.12194440e-4f;
-    y = y + z * -0.5f;
-    return (x + y) + exponent * 0.693359375f;
+inline void log_mantissa(const Chains& x, const Chains& exponent, Chains& log) {
+    constexpr float kCoefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                       -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+    Chains y;
+    for (int i = 0; i < kChains; ++i) y[i] = broadcast(7.0376836292e-2f);
+    for (const float c : kCoefficients) {
+        for (int i = 0; i < kChains; ++i) y[i] = y[i] * x[i] + c;
+    }
+    for (int i = 0; i < kChains; ++i) {
+        const Vector<float> z = x[i] * x[i];
+        y[i] = (y[i] * x[i]) * z;
+        y[i] = y[i] + exponent[i] * -2.12194440e-4f;
+        y[i] = y[i] + z * -0.5f;
+        log[i] = (x[i] + y[i]) + exponent[i] * 0.693359375f;
+    }
 }
 
 // The mantissa, less one, and the exponent that log_mantissa takes for a normal x > 0.
-inline void split(Vector<float> x, Vector<float>* mantissa, Vector<float>* exponent) {
+inline void split(Vector<float> x, Vector<float>& mantissa, Vector<float>& exponent) {
     const Vector<int32_t> bits = (Vector<int32_t>)x;
     const Vector<float> half = (Vector<float>)((bits & 0x007FFFFF) | 0x3F000000);
     const Vector<int32_t> small = half < 0x1.6a09e6p-1f;  // -1 where it holds
-    *mantissa = (small ? half + half : half) - 1.0f;
-    *exponent = __builtin_convertvector((bits >> 23) - 126 + small, Vector<float>);
+    mantissa = (small ? half + half : half) - 1.0f;
+    exponent = __builtin_convertvector((bits >> 23) - 126 + small, Vector<float>);
 }
 
 // To the nearest, ties to even: both halves are exact, so only their sum is rounded.
@@ -129,16 +134,22 @@ inline Vector<float> from_unsigned(Vector<uint32_t> x) {
     return high * 65536.0f + low;
 }
 
-// The contract's Gumbel noise of random words.
-inline Vector<float> gumbel(Vector<uint32_t> words) {
-    const Vector<float> u = (from_unsigned(words) + 0.5f) * 0x1p-32f, most = broadcast(1 - 0x1p-24f);
-    const Vector<float> v = u < most ? u : most;
-    Vector<float> mantissa, exponent;
-    split(1.0f - v, &mantissa, &exponent);
-    const Vector<int32_t> small = v < 0.28125f;
-    const Vector<float> exponential = -log_mantissa(small ? -v : mantissa, small ? Vector<float>{} : exponent);
-    split(exponential, &mantissa, &exponent);
-    return -log_mantissa(mantissa, exponent);
+// The contract's Gumbel noise of kGumbels random words.
+inline void gumbel(const uint32_t* words, float* noise) {
+    const Vector<float> most = broadcast(1 - 0x1p-24f);
+    Chains mantissa, exponent, log;
+    for (int i = 0; i < kChains; ++i) {
+        const Vector<float> u = (from_unsigned(load(words + i * kLanes<float>)) + 0.5f) * 0x1p-32f;
+        const Vector<float> v = u < most ? u : most;
+        split(1.0f - v, mantissa[i], exponent[i]);
+        const Vector<int32_t> small = v < 0.28125f;
+        mantissa[i] = small ? -v : mantissa[i];
+        exponent[i] = small ? Vector<float>{} : exponent[i];
+    }
+    log_mantissa(mantissa, exponent, log);
+    for (int i = 0; i < kChains; ++i) split(-log[i], mantissa[i], exponent[i]);
+    log_mantissa(mantissa, exponent, log);
+    for (int i = 0; i < kChains; ++i) store(noise + i * kLanes<float>, -log[i]);
 }
 
 }  // namespace
