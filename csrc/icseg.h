@@ -143,11 +143,12 @@ ICSEG_API int icseg_sample_patches_f64(const double* maps, const double* taps, c
                                        int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x,
                                        int64_t noise_stride, double temperature, int64_t seeded, uint64_t seed);
 
-/* The bytes of workspace that these functions need, of elements of 4 or 8 bytes; an error code, negated, if they
- * refuse the sizes. k is 0 but for icseg_sample_patches; backward is 1 for icseg_window_logits_backward, else 0. */
-ICSEG_API int64_t icseg_sample_patches_workspace(int64_t element_bytes, int64_t batch, int64_t height, int64_t width,
-                                                 int64_t patch, int64_t stride, int64_t before, int64_t after,
-                                                 int64_t tap_count, int64_t k, int64_t threads, int64_t backward);
+/* The bytes of workspace that these functions need for elements of 4 or 8 bytes. k is 0 but for icseg_sample_patches,
+ * backward 0 but for icseg_window_logits_backward. */
+ICSEG_API int icseg_sample_patches_workspace(int64_t* bytes, int64_t element_bytes, int64_t batch, int64_t height,
+                                             int64_t width, int64_t patch, int64_t stride, int64_t before,
+                                             int64_t after, int64_t tap_count, int64_t k, int64_t threads,
+                                             int64_t backward);
 
 /* The logits that icseg_sample_patches draws from: [batch, windows] contiguous, row-major. */
 ICSEG_API int icseg_window_logits_f32(const float* maps, const float* taps, float* logits, float* workspace,

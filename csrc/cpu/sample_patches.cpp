@@ -11,6 +11,7 @@ namespace {
 // Sums and products of a few sizes below kSizeLimit do not overflow it.
 using Wide = __int128;
 constexpr int64_t kSizeLimit = int64_t(1) << 31;
+constexpr int64_t kTogetherPixels = 32768;
 
 Wide whole_vectors(Wide count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -74,6 +75,8 @@ int plan(WindowGrid& g, bool backward, int64_t element_bytes, int64_t* bytes) {
     g.row_elements = static_cast<int64_t>(whole_vectors(g.pitch + g.patch)) + 2 * kAlignment;
     if (g.draws > g.rows * g.columns) return ICSEG_DRAWS;
     if (g.rows * g.columns >= kSizeLimit) return ICSEG_TOO_LARGE;  // indices fit 32 bits in the keys of a draw
+    // A parallel region costs more than it saves where few pixels are.
+    if (Wide(g.batch) * g.padded_height * g.pitch < kTogetherPixels) g.threads = 1;
     const Wide keys = 2 * draw_workspace(g.rows * g.columns, g.draws);
     const Wide slot = kAlignment + whole_vectors(backward ? backward_slot_elements(g) : slot_elements(g));
     const Wide own = backward ? backward_elements(g) : std::max(keys, logits_elements(g));
@@ -136,14 +139,14 @@ int window_logits_backward_checked(const MapBatch<Real>& maps, const Real* grad_
 }  // namespace
 }  // namespace icseg
 
-int64_t icseg_sample_patches_workspace(int64_t element_bytes, int64_t batch, int64_t height, int64_t width,
-                                       int64_t patch, int64_t stride, int64_t before, int64_t after, int64_t taps,
-                                       int64_t k, int64_t threads, int64_t backward) {
-    using namespace icseg;
-    WindowGrid g = grid_of(batch, height, width, patch, stride, before, after, taps, threads, k);
-    int64_t bytes;
-    const int code = plan(g, backward != 0, element_bytes, &bytes);
-    return code ? -code : bytes;
+int icseg_sample_patches_workspace(int64_t* bytes, int64_t element_bytes, int64_t batch, int64_t height,
+                                   int64_t width, int64_t patch, int64_t stride, int64_t before, int64_t after,
+                                   int64_t tap_count, int64_t k, int64_t threads, int64_t backward) {
+    icseg::WindowGrid g = icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, k);
+    int64_t found;
+    if (const int code = icseg::plan(g, backward != 0, element_bytes, &found)) return code;
+    *bytes = found;
+    return ICSEG_OK;
 }
 
 #define ICSEG_SAMPLE_PATCHES(suffix, Real)                                                                           \
