@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -81,8 +82,10 @@ def sample_patches(
     """
     _check_map(weights)
     k = checks.integer("k", k, 0)
-    windows = _checked_windows(weights, patch_size, stride, padding, temperature, blur_sigma)
-    rows, columns = _grid(weights.shape, windows)
+    before, after = checks.pair("padding", padding, 0)
+    windows, (rows, columns) = _windows(
+        weights.shape[2], weights.shape[3], patch_size, stride, before, after, temperature, blur_sigma
+    )
     if k > rows * columns:
         raise ValueError(f"k must lie in [0, {rows * columns}], the number of candidate windows, got {k}")
     chosen = backends.select("sample_patches", backend, weights, rows * columns)
@@ -93,30 +96,56 @@ def sample_patches(
         return PatchSample(coords, scores, indices, _softmax_over_drawn(scores, indices))
     seeded, noise = noise_source(seed, noise, (weights.shape[0], rows * columns), weights.device)
     noise = None if noise is None else noise.detach()
-    drawn = backends.call(_SamplePatches, _op, weights.detach(), k, *windows, seeded, noise, chosen)
+    if weights.requires_grad:
+        weights = weights.detach()
+    drawn = backends.call(_SamplePatches, _op, weights, k, *windows, seeded, noise, chosen)
     return PatchSample(*drawn, None)
 
 
 def _check_map(weights: Tensor) -> None:
     checks.floating("weights", weights)
-    if weights.ndim != 4 or weights.shape[1] != 1 or 0 in weights.shape[2:]:
-        raise ValueError(f"weights must have shape [B, 1, H, W] with H, W > 0, got {list(weights.shape)}")
+    shape = weights.shape
+    if len(shape) != 4 or shape[1] != 1 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"weights must have shape [B, 1, H, W] with H, W > 0, got {list(shape)}")
+
+
+def _windows(*settings: Any) -> tuple[Windows, tuple[int, int]]:
+    """`_checked_windows`, whose checks take as long as a small map's draw, remembered where they can be."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _remembered_windows(*settings)
+        except TypeError:  # one of them may have no hash
+            pass
+    return _checked_windows(*settings)
 
 
 def _checked_windows(
-    weights: Tensor, patch_size: int, stride: int, padding: tuple[int, int], temperature: float, blur_sigma: float
-) -> Windows:
+    height: int,
+    width: int,
+    patch_size: int,
+    stride: int,
+    before: int,
+    after: int,
+    temperature: float,
+    blur_sigma: float,
+) -> tuple[Windows, tuple[int, int]]:
+    """The settings, and the grid of windows on a map."""
     windows = Windows(
         checks.integer("patch_size", patch_size, 1),
         checks.integer("stride", stride, 1),
-        *checks.pair("padding", padding, 0),
+        before,
+        after,
         checks.number("temperature", temperature, least=_LEAST_TEMPERATURE),
         checks.number("blur_sigma", blur_sigma, least=0),
     )
-    if min(_grid(weights.shape, windows)) == 0:
-        height, width = (size + windows.before + windows.after for size in weights.shape[2:])
-        raise ValueError(f"patch_size must fit the padded map of {height} x {width} pixels, got {patch_size}")
-    return windows
+    grid = candidate_grid(height, width, windows.patch_size, windows.stride, (before, after))
+    if min(grid) == 0:
+        padded = f"{height + before + after} x {width + before + after}"
+        raise ValueError(f"patch_size must fit the padded map of {padded} pixels, got {patch_size}")
+    return windows, grid
+
+
+_remembered_windows = functools.lru_cache(maxsize=256, typed=True)(_checked_windows)
 
 
 def _grid(shape: tuple[int, ...], windows: Windows) -> tuple[int, int]:
