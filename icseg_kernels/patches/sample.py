@@ -80,21 +80,19 @@ def sample_patches(
     Raises TypeError or ValueError for arguments of other types, shapes, devices or ranges, BackendError if the
     named backend cannot serve.
     """
-    _check_map(weights)
+    batch, height, width = _checked_size(weights)
     k = checks.integer("k", k, 0)
     before, after = checks.pair("padding", padding, 0)
-    windows, (rows, columns) = _windows(
-        weights.shape[2], weights.shape[3], patch_size, stride, before, after, temperature, blur_sigma
-    )
-    if k > rows * columns:
-        raise ValueError(f"k must lie in [0, {rows * columns}], the number of candidate windows, got {k}")
-    chosen = backends.select("sample_patches", backend, weights, rows * columns)
+    windows, candidates = _windows(height, width, patch_size, stride, before, after, temperature, blur_sigma)
+    if k > candidates:
+        raise ValueError(f"k must lie in [0, {candidates}], the number of candidate windows, got {k}")
+    chosen = backends.select("sample_patches", backend, weights, candidates)
     if differentiable:
         logits = _differentiable_logits(weights, windows, chosen)
         indices, scores, _, _ = gumbel_topk(logits, k, seed=seed, noise=noise, backend=backend)
         coords = sample_reference.corners(indices, weights, windows)
         return PatchSample(coords, scores, indices, _softmax_over_drawn(scores, indices))
-    seeded, noise = noise_source(seed, noise, (weights.shape[0], rows * columns), weights.device)
+    seeded, noise = noise_source(seed, noise, (batch, candidates), weights.device)
     noise = None if noise is None else noise.detach()
     if weights.requires_grad:
         weights = weights.detach()
@@ -102,14 +100,16 @@ def sample_patches(
     return PatchSample(*drawn, None)
 
 
-def _check_map(weights: Tensor) -> None:
+def _checked_size(weights: Tensor) -> tuple[int, int, int]:
+    """B, H, W."""
     checks.floating("weights", weights)
     shape = weights.shape
     if len(shape) != 4 or shape[1] != 1 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"weights must have shape [B, 1, H, W] with H, W > 0, got {list(shape)}")
+    return shape[0], shape[2], shape[3]
 
 
-def _windows(*settings: Any) -> tuple[Windows, tuple[int, int]]:
+def _windows(*settings: Any) -> tuple[Windows, int]:
     """`_checked_windows`, whose checks take as long as a small map's draw, remembered where they can be."""
     if not torch.compiler.is_compiling():
         try:
@@ -128,8 +128,8 @@ def _checked_windows(
     after: int,
     temperature: float,
     blur_sigma: float,
-) -> tuple[Windows, tuple[int, int]]:
-    """The settings, and the grid of windows on a map."""
+) -> tuple[Windows, int]:
+    """The settings, and how many windows a map has."""
     windows = Windows(
         checks.integer("patch_size", patch_size, 1),
         checks.integer("stride", stride, 1),
@@ -138,11 +138,11 @@ def _checked_windows(
         checks.number("temperature", temperature, least=_LEAST_TEMPERATURE),
         checks.number("blur_sigma", blur_sigma, least=0),
     )
-    grid = candidate_grid(height, width, windows.patch_size, windows.stride, (before, after))
-    if min(grid) == 0:
+    rows, columns = candidate_grid(height, width, windows.patch_size, windows.stride, (before, after))
+    if rows == 0 or columns == 0:
         padded = f"{height + before + after} x {width + before + after}"
         raise ValueError(f"patch_size must fit the padded map of {padded} pixels, got {patch_size}")
-    return windows, grid
+    return windows, rows * columns
 
 
 _remembered_windows = functools.lru_cache(maxsize=256, typed=True)(_checked_windows)
@@ -224,8 +224,9 @@ class _WindowLogits(torch.autograd.Function):
 
 
 def _implementation(weights: Tensor, k: int, *arguments: Any) -> tuple[Tensor, ...]:
-    *windows, seed, noise, backend = arguments
-    drawn: tuple[Tensor, ...] = _IMPLEMENTATIONS[backend].sample_patches(weights, k, Windows(*windows), seed, noise)
+    seed, noise, backend = arguments[-3:]
+    windows = Windows(*arguments[:-3])
+    drawn: tuple[Tensor, ...] = _IMPLEMENTATIONS[backend].sample_patches(weights, k, windows, seed, noise)
     return drawn
 
 

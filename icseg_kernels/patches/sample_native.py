@@ -59,7 +59,7 @@ _MOST = 2**31 - 1
 def unsupported(weights: Tensor, candidates: int) -> list[str]:
     """Why the library cannot draw from `candidates` windows of `weights`."""
     reasons = []
-    if weights.device.type != "cpu":
+    if not weights.is_cpu:
         reasons.append(f"it runs on the CPU, and weights is on {weights.device}")
     if candidates > _MOST:
         reasons.append(f"it draws from at most {_MOST} windows, got {candidates}")
@@ -73,10 +73,10 @@ def sample_patches(
     maps, dtype, plan = _planned(weights, windows, k)
     if noise is not None:
         noise = _noise_rows(noise, plan.shape, dtype)
-    shape = (plan.shape[0], k)
-    coords = torch.empty((*shape, 2), dtype=torch.int32)
-    scores = torch.empty(shape, dtype=dtype)
-    indices = torch.empty(shape, dtype=torch.int64)
+    batch = plan.shape[0]
+    coords = torch.empty(batch, k, 2, dtype=torch.int32)
+    scores = torch.empty(batch, k, dtype=dtype)
+    indices = torch.empty(batch, k, dtype=torch.int64)
     workspace = _workspace(plan.bytes)
     code = _DRAW[dtype](
         plan.settings,
