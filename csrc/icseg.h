@@ -276,56 +276,59 @@ ICSEG_API int icseg_group_norm_film_backward_f64(const double* grad, const doubl
  * coords      [batch, k, 2] contiguous: (y, x) of a window's corner in pixels of the unpadded map, -2^30 where none
  * workspace   bytes as icseg_sample_patches_workspace says for the same sizes and `threads`, into how many parts the
  *             work is divided; aligned to 64
+/* Maps and the windows on them that a draw chooses from: zero padding, the maximum over every window, rescaling of a
+ * map's maxima to [0, 1], a separable blur with zeros outside, every stride-th window, division by the temperature.
+ * Pixels of NaN and -inf count as their map's lowest finite one, inf as its highest.
  */
-ICSEG_API int icseg_sample_patches_f32(const float* maps, const float* taps, const float* noise, int64_t* indices,
-                                       float* scores, int32_t* coords, float* workspace, int64_t workspace_bytes,
-                                       int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
-                                       int64_t before, int64_t after, int64_t tap_count, int64_t k, int64_t threads,
-                                       int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x,
-                                       int64_t noise_stride, double temperature, int64_t seeded, uint64_t seed);
-ICSEG_API int icseg_sample_patches_f64(const double* maps, const double* taps, const double* noise, int64_t* indices,
-                                       double* scores, int32_t* coords, double* workspace, int64_t workspace_bytes,
-                                       int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,
-                                       int64_t before, int64_t after, int64_t tap_count, int64_t k, int64_t threads,
-                                       int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x,
-                                       int64_t noise_stride, double temperature, int64_t seeded, uint64_t seed);
+struct icseg_windows {
+    int64_t batch, height, width;               /* maps [batch, height, width] ... */
+    int64_t stride_batch, stride_y, stride_x;   /* ... with these strides */
+    int64_t patch, stride;
+    int64_t before, after;                      /* zeros around a map, on both axes */
+    const void* taps;                           /* tap_count elements of the maps' type; not read if that is 1 */
+    int64_t tap_count;                          /* odd; 1 is no blur */
+    double temperature;
+    int64_t threads;                            /* into how many parts a map's work may be divided, at least 1 */
+};
 
-/* The bytes of workspace that these functions need, of elements of 4 or 8 bytes; an error code, negated, if they
- * refuse the sizes. k is 0 but for icseg_sample_patches; backward is 1 for icseg_window_logits_backward, else 0. */
-ICSEG_API int64_t icseg_sample_patches_workspace(int64_t element_bytes, int64_t batch, int64_t height, int64_t width,
-                                                 int64_t patch, int64_t stride, int64_t before, int64_t after,
-                                                 int64_t tap_count, int64_t k, int64_t threads, int64_t backward);
+/* The bytes of workspace that the functions below need for elements of 4 or 8 bytes. k is 0 but for
+ * icseg_sample_patches, backward 0 but for icseg_window_logits_backward. A workspace is aligned to 64 bytes. */
+ICSEG_API int icseg_sample_patches_workspace(const struct icseg_windows* windows, int64_t element_bytes, int64_t k,
+                                             int64_t backward, int64_t* bytes);
 
-/* The logits that icseg_sample_patches draws from: [batch, windows] contiguous, row-major. */
-ICSEG_API int icseg_window_logits_f32(const float* maps, const float* taps, float* logits, float* workspace,
-                                      int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width,
-                                      int64_t patch, int64_t stride, int64_t before, int64_t after,
-                                      int64_t tap_count, int64_t threads, int64_t map_stride, int64_t map_stride_y,
-                                      int64_t map_stride_x, double temperature);
-ICSEG_API int icseg_window_logits_f64(const double* maps, const double* taps, double* logits, double* workspace,
-                                      int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width,
-                                      int64_t patch, int64_t stride, int64_t before, int64_t after,
-                                      int64_t tap_count, int64_t threads, int64_t map_stride, int64_t map_stride_y,
-                                      int64_t map_stride_x, double temperature);
+/* Draw k windows of each map, as icseg_gumbel_topk draws from their logits.
+ *
+ * noise       [batch, candidates], rows noise_stride apart, or NULL; with seeded != 0 the library's own under `seed`
+ * indices     [batch, k] contiguous, row-major over the windows, and scores likewise; -1 and -inf where none was left
+ * coords      [batch, k, 2] contiguous: (y, x) of a window's corner in pixels of the unpadded map, -2^30 where none
+ */
+ICSEG_API int icseg_sample_patches_f32(const struct icseg_windows* windows, const float* maps, const float* noise,
+                                       int64_t noise_stride, int64_t k, int64_t seeded, uint64_t seed,
+                                       int64_t* indices, float* scores, int32_t* coords, float* workspace,
+                                       int64_t workspace_bytes);
+ICSEG_API int icseg_sample_patches_f64(const struct icseg_windows* windows, const double* maps, const double* noise,
+                                       int64_t noise_stride, int64_t k, int64_t seeded, uint64_t seed,
+                                       int64_t* indices, double* scores, int32_t* coords, double* workspace,
+                                       int64_t workspace_bytes);
+
+/* The logits that it draws from: [batch, candidates] contiguous. */
+ICSEG_API int icseg_window_logits_f32(const struct icseg_windows* windows, const float* maps, float* logits,
+                                      float* workspace, int64_t workspace_bytes);
+ICSEG_API int icseg_window_logits_f64(const struct icseg_windows* windows, const double* maps, double* logits,
+                                      double* workspace, int64_t workspace_bytes);
 
 /* The gradient of those logits to the maps: through a maximum to the first pixel that attains it, through the extremes
  * in equal shares to all that do.
  *
- * grad_logits [batch, windows] contiguous
+ * grad_logits [batch, candidates] contiguous
  * grad_maps   [batch, height, width] contiguous, every element written
  */
-ICSEG_API int icseg_window_logits_backward_f32(const float* maps, const float* grad_logits, const float* taps,
-                                               float* grad_maps, float* workspace, int64_t workspace_bytes,
-                                               int64_t batch, int64_t height, int64_t width, int64_t patch,
-                                               int64_t stride, int64_t before, int64_t after, int64_t tap_count,
-                                               int64_t threads, int64_t map_stride, int64_t map_stride_y,
-                                               int64_t map_stride_x, double temperature);
-ICSEG_API int icseg_window_logits_backward_f64(const double* maps, const double* grad_logits, const double* taps,
-                                               double* grad_maps, double* workspace, int64_t workspace_bytes,
-                                               int64_t batch, int64_t height, int64_t width, int64_t patch,
-                                               int64_t stride, int64_t before, int64_t after, int64_t tap_count,
-                                               int64_t threads, int64_t map_stride, int64_t map_stride_y,
-                                               int64_t map_stride_x, double temperature);
+ICSEG_API int icseg_window_logits_backward_f32(const struct icseg_windows* windows, const float* maps,
+                                               const float* grad_logits, float* grad_maps, float* workspace,
+                                               int64_t workspace_bytes);
+ICSEG_API int icseg_window_logits_backward_f64(const struct icseg_windows* windows, const double* maps,
+                                               const double* grad_logits, double* grad_maps, double* workspace,
+                                               int64_t workspace_bytes);
 
 #ifdef __cplusplus
 }

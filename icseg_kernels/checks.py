@@ -54,6 +54,8 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 
 def pair(name: str, value: Any, least: int | None = None) -> tuple[int, int]:
     """`value` as two ints of at least `least`, if it is a sequence of two."""
+    if type(value) is tuple and [type(side) for side in value] == [int, int] and min(value) >= (least or 0):
+        return value  # the usual case, without building names
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a pair of integers, got {shown(value)}")
     if len(value) != 2:

@@ -11,6 +11,7 @@ namespace {
 // Sums and products of a few sizes below kSizeLimit do not overflow it.
 using Wide = __int128;
 constexpr int64_t kSizeLimit = int64_t(1) << 31;
+constexpr int64_t kTogetherPixels = 32768;
 
 Wide whole_vectors(Wide count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -74,6 +75,8 @@ int plan(WindowGrid& g, bool backward, int64_t element_bytes, int64_t* bytes) {
     g.row_elements = static_cast<int64_t>(whole_vectors(g.pitch + g.patch)) + 2 * kAlignment;
     if (g.draws > g.rows * g.columns) return ICSEG_DRAWS;
     if (g.rows * g.columns >= kSizeLimit) return ICSEG_TOO_LARGE;  // indices fit 32 bits in the keys of a draw
+    // A parallel region costs more than it saves where few pixels are.
+    if (Wide(g.batch) * g.padded_height * g.pitch < kTogetherPixels) g.threads = 1;
     const Wide keys = 2 * draw_workspace(g.rows * g.columns, g.draws);
     const Wide slot = kAlignment + whole_vectors(backward ? backward_slot_elements(g) : slot_elements(g));
     const Wide own = backward ? backward_elements(g) : std::max(keys, logits_elements(g));
@@ -92,92 +95,74 @@ int plan(WindowGrid& g, bool backward, int64_t element_bytes, int64_t* bytes) {
     return ICSEG_OK;
 }
 
-WindowGrid grid_of(int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride, int64_t before,
-                   int64_t after, int64_t taps, int64_t threads, int64_t draws) {
+WindowGrid grid_of(const icseg_windows& w, int64_t k) {
     WindowGrid g{};
-    g.batch = batch, g.height = height, g.width = width;
-    g.patch = patch, g.stride = stride, g.before = before, g.after = after;
-    g.taps = taps, g.threads = threads, g.draws = draws;
+    g.batch = w.batch, g.height = w.height, g.width = w.width;
+    g.patch = w.patch, g.stride = w.stride, g.before = w.before, g.after = w.after;
+    g.taps = w.tap_count, g.threads = w.threads, g.draws = k;
     return g;
 }
 
+// The maps, what softens their maxima, the windows planned: all that a kernel wants but its outputs.
 template <typename Real>
-int sample_patches_checked(const MapBatch<Real>& maps, const Softening<Real>& softening,
-                           const WindowNoise<Real>& noise, WindowGrid g, Real* workspace, int64_t workspace_bytes,
-                           const DrawnPatches<Real>& out) {
-    int64_t bytes;
-    if (const int code = plan(g, false, sizeof(Real), &bytes)) return code;
-    if (workspace_bytes < bytes) return ICSEG_WORKSPACE;
-    ICSEG_CHOSEN(sample_patches<Real>)(maps, softening, noise, g, workspace, out);
-    return ICSEG_OK;
-}
+struct Call {
+    MapBatch<Real> maps;
+    Softening<Real> softening;
+    WindowGrid grid;
+    int code;
 
-template <typename Real>
-int window_logits_checked(const MapBatch<Real>& maps, const Softening<Real>& softening, WindowGrid g,
-                          Real* workspace, int64_t workspace_bytes, Real* logits) {
-    int64_t bytes;
-    if (const int code = plan(g, false, sizeof(Real), &bytes)) return code;
-    if (workspace_bytes < bytes) return ICSEG_WORKSPACE;
-    ICSEG_CHOSEN(window_logits<Real>)(maps, softening, g, workspace, logits);
-    return ICSEG_OK;
-}
-
-template <typename Real>
-int window_logits_backward_checked(const MapBatch<Real>& maps, const Real* grad_logits,
-                                   const Softening<Real>& softening, WindowGrid g, Real* workspace,
-                                   int64_t workspace_bytes, Real* grad_maps) {
-    int64_t bytes;
-    if (const int code = plan(g, true, sizeof(Real), &bytes)) return code;
-    if (workspace_bytes < bytes) return ICSEG_WORKSPACE;
-    ICSEG_CHOSEN(window_logits_backward<Real>)(maps, grad_logits, softening, g, workspace, grad_maps);
-    return ICSEG_OK;
-}
+    Call(const icseg_windows& w, const Real* pixels, int64_t k, bool backward, int64_t workspace_bytes)
+        : maps{pixels, w.stride_batch, w.stride_y, w.stride_x},
+          softening{static_cast<const Real*>(w.taps), static_cast<Real>(w.temperature)},
+          grid(grid_of(w, k)) {
+        int64_t bytes = 0;
+        code = plan(grid, backward, sizeof(Real), &bytes);
+        if (code == ICSEG_OK && workspace_bytes < bytes) code = ICSEG_WORKSPACE;
+    }
+};
 
 }  // namespace
 }  // namespace icseg
 
-int64_t icseg_sample_patches_workspace(int64_t element_bytes, int64_t batch, int64_t height, int64_t width,
-                                       int64_t patch, int64_t stride, int64_t before, int64_t after, int64_t taps,
-                                       int64_t k, int64_t threads, int64_t backward) {
-    using namespace icseg;
-    WindowGrid g = grid_of(batch, height, width, patch, stride, before, after, taps, threads, k);
-    int64_t bytes;
-    const int code = plan(g, backward != 0, element_bytes, &bytes);
-    return code ? -code : bytes;
+int icseg_sample_patches_workspace(const icseg_windows* windows, int64_t element_bytes, int64_t k, int64_t backward,
+                                   int64_t* bytes) {
+    icseg::WindowGrid grid = icseg::grid_of(*windows, k);
+    int64_t found;
+    if (const int code = icseg::plan(grid, backward != 0, element_bytes, &found)) return code;
+    *bytes = found;
+    return ICSEG_OK;
 }
 
-#define ICSEG_SAMPLE_PATCHES(suffix, Real)                                                                           \
-    int icseg_sample_patches_##suffix(                                                                               \
-        const Real* maps, const Real* taps, const Real* noise, int64_t* indices, Real* scores, int32_t* coords,      \
-        Real* workspace, int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width, int64_t patch,       \
-        int64_t stride, int64_t before, int64_t after, int64_t tap_count, int64_t k, int64_t threads,                \
-        int64_t map_stride, int64_t map_stride_y, int64_t map_stride_x, int64_t noise_stride, double temperature,    \
-        int64_t seeded, uint64_t seed) {                                                                             \
-        return icseg::sample_patches_checked<Real>(                                                                  \
-            {maps, map_stride, map_stride_y, map_stride_x}, {taps, static_cast<Real>(temperature)},                  \
-            {noise, noise_stride, seeded != 0, seed},                                                                \
-            icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, k), workspace,    \
-            workspace_bytes, {indices, scores, coords});                                                             \
-    }                                                                                                                \
-    int icseg_window_logits_##suffix(const Real* maps, const Real* taps, Real* logits, Real* workspace,              \
-                                     int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width,          \
-                                     int64_t patch, int64_t stride, int64_t before, int64_t after,                   \
-                                     int64_t tap_count, int64_t threads, int64_t map_stride, int64_t map_stride_y,   \
-                                     int64_t map_stride_x, double temperature) {                                     \
-        return icseg::window_logits_checked<Real>(                                                                   \
-            {maps, map_stride, map_stride_y, map_stride_x}, {taps, static_cast<Real>(temperature)},                  \
-            icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, 0), workspace,    \
-            workspace_bytes, logits);                                                                                \
-    }                                                                                                                \
-    int icseg_window_logits_backward_##suffix(                                                                       \
-        const Real* maps, const Real* grad_logits, const Real* taps, Real* grad_maps, Real* workspace,               \
-        int64_t workspace_bytes, int64_t batch, int64_t height, int64_t width, int64_t patch, int64_t stride,        \
-        int64_t before, int64_t after, int64_t tap_count, int64_t threads, int64_t map_stride,                       \
-        int64_t map_stride_y, int64_t map_stride_x, double temperature) {                                            \
-        return icseg::window_logits_backward_checked<Real>(                                                          \
-            {maps, map_stride, map_stride_y, map_stride_x}, grad_logits, {taps, static_cast<Real>(temperature)},     \
-            icseg::grid_of(batch, height, width, patch, stride, before, after, tap_count, threads, 0), workspace,    \
-            workspace_bytes, grad_maps);                                                                             \
+#define ICSEG_SAMPLE_PATCHES(suffix, Real)                                                                         \
+    int icseg_sample_patches_##suffix(const icseg_windows* windows, const Real* maps, const Real* noise,           \
+                                      int64_t noise_stride, int64_t k, int64_t seeded, uint64_t seed,              \
+                                      int64_t* indices, Real* scores, int32_t* coords, Real* workspace,            \
+                                      int64_t workspace_bytes) {                                                   \
+        using namespace icseg;                                                                                     \
+        const Call<Real> call(*windows, maps, k, false, workspace_bytes);                                          \
+        if (call.code != ICSEG_OK) return call.code;                                                               \
+        ICSEG_CHOSEN(sample_patches<Real>)                                                                         \
+        (call.maps, call.softening, {noise, noise_stride, seeded != 0, seed}, call.grid, workspace,                \
+         {indices, scores, coords});                                                                               \
+        return ICSEG_OK;                                                                                           \
+    }                                                                                                              \
+    int icseg_window_logits_##suffix(const icseg_windows* windows, const Real* maps, Real* logits, Real* workspace, \
+                                     int64_t workspace_bytes) {                                                    \
+        using namespace icseg;                                                                                     \
+        const Call<Real> call(*windows, maps, 0, false, workspace_bytes);                                          \
+        if (call.code != ICSEG_OK) return call.code;                                                               \
+        ICSEG_CHOSEN(window_logits<Real>)(call.maps, call.softening, call.grid, workspace, logits);                \
+        return ICSEG_OK;                                                                                           \
+    }                                                                                                              \
+    int icseg_window_logits_backward_##suffix(const icseg_windows* windows, const Real* maps,                      \
+                                              const Real* grad_logits, Real* grad_maps, Real* workspace,           \
+                                              int64_t workspace_bytes) {                                           \
+        using namespace icseg;                                                                                     \
+        const Call<Real> call(*windows, maps, 0, true, workspace_bytes);                                           \
+        if (call.code != ICSEG_OK) return call.code;                                                               \
+        ICSEG_CHOSEN(window_logits_backward<Real>)                                                                 \
+        (call.maps, grad_logits, call.softening, call.grid, workspace, grad_maps);                                 \
+        return ICSEG_OK;                                                                                           \
     }
 ICSEG_SAMPLE_PATCHES(f32, float)
 ICSEG_SAMPLE_PATCHES(f64, double)
