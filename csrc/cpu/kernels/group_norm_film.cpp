@@ -219,6 +219,10 @@ inline void sums_of_fours(const Real* grad, const Real* x, Real mean, int64_t ch
 template <bool activated, typename Real>
 inline void differentiate(const Real* grad, const Real* x, Real* grad_x, Real* grad_gain, Real* grad_bias, Real mean,
                           Real rstd, Affine<Real>& affine, int64_t sample, int64_t channels, int64_t length) {
+    if (length == 0) {  // then rstd is NaN
+        for (int64_t c = 0; c < channels; ++c) grad_gain[c] = grad_bias[c] = 0;
+        return;
+    }
     const Real* inner = activated ? grad_x : grad;  // d
     double plain = 0, weighted = 0;
     for_each_tile<Real>(channels, length, [&](const Tile& tile) ICSEG_INLINE {
