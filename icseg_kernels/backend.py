@@ -153,7 +153,12 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
         for a, is_tensor in zip(arguments, _tensor_arguments[overload], strict=True)
     )
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
-    return function.apply(*arguments) if differentiated else overload(*arguments)
+    if not differentiated:
+        return overload(*arguments)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    # What Function.apply comes to after inspecting the signature, which costs more than all else here.
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def unwatched(arguments: tuple[Any, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,22 +58,23 @@ def group_norm_film(
     if shape[1] % groups:
         raise ValueError(f"groups must divide the {shape[1]} channels of x, got {groups}")
     if gain is not None:
-        _check_film("gain", gain, x)
+        _check_film("gain", gain, x, shape[0], shape[1])
     if bias is not None:
-        _check_film("bias", bias, x)
+        _check_film("bias", bias, x, shape[0], shape[1])
     if activation is not None and activation != "gelu":
         raise ValueError(f'activation must be "gelu" or None, got {activation!r}')
-    eps = checks.number("eps", eps, least=0)
+    if type(eps) is not float or not 0 <= eps < math.inf:
+        eps = checks.number("eps", eps, least=0)
     name = backends.select("group_norm_film", backend, x)
     out, _ = backends.call(_GroupNormFilm, _forward, x, groups, gain, bias, activation, eps, name)
     return out
 
 
-def _check_film(name: str, values: Tensor, x: Tensor) -> None:
+def _check_film(name: str, values: Tensor, x: Tensor, samples: int, channels: int) -> None:
     checks.device(name, checks.floating(name, values), x.device)
-    if values.shape != x.shape[1:2] and values.shape != x.shape[:2]:
-        samples, channels = x.shape[:2]
-        raise ValueError(f"{name} must have shape [{channels}] or [{samples}, {channels}], got {list(values.shape)}")
+    shape = values.shape
+    if not (shape[-1:] == (channels,) and (len(shape) == 1 or (len(shape) == 2 and shape[0] == samples))):
+        raise ValueError(f"{name} must have shape [{channels}] or [{samples}, {channels}], got {list(shape)}")
 
 
 class _GroupNormFilm(torch.autograd.Function):
@@ -99,16 +101,15 @@ class _GroupNormFilm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, gain, bias, stats = ctx.saved_tensors
         grad_x, sums = _backward(grad, x, stats, ctx.groups, gain, bias, ctx.activation, ctx.backend)
-        grad_gain, grad_bias = (
-            _like(sums[i], values) if values is not None and needed else None
-            for i, (values, needed) in enumerate(((gain, ctx.needs_input_grad[2]), (bias, ctx.needs_input_grad[3])))
-        )
+        grad_gain = _like(sums[0], gain) if ctx.needs_input_grad[2] else None
+        grad_bias = _like(sums[1], bias) if ctx.needs_input_grad[3] else None
         return grad_x, None, grad_gain, grad_bias, None, None, None
 
 
 def _like(sums: Tensor, values: Tensor) -> Tensor:
     """The gradient of gain or bias, from that of every sample, [N, C]."""
-    return (sums.sum(dim=0) if values.ndim == 1 else sums).to(values.dtype)
+    total = sums.sum(dim=0) if values.ndim == 1 else sums
+    return total if total.dtype == values.dtype else total.to(values.dtype)
 
 
 def _forward_implementation(

@@ -32,11 +32,11 @@ def group_norm_film(
     x: Tensor, groups: int, gain: Tensor | None, bias: Tensor | None, activation: str | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """[N, C, *spatial] -> the same, contiguous, and the groups' means and reciprocal standard deviations, [2, N, G]."""
-    shape = x.shape
-    samples, channels = shape[0], shape[1]
-    wide = _dense(x, accumulation_dtype(x.dtype))
-    gain, gain_sample, gain_channel = _film("gain", gain, wide)
-    bias, bias_sample, bias_channel = _film("bias", bias, wide)
+    samples, channels, *spatial = x.shape
+    dtype = x.dtype
+    wide = _dense(x, dtype if dtype in _FORWARD else accumulation_dtype(dtype))
+    gain, gain_sample, gain_channel = _film("gain", gain, wide, samples, channels)
+    bias, bias_sample, bias_channel = _film("bias", bias, wide, samples, channels)
     out, stats = torch.empty_like(wide), wide.new_empty((2, samples, groups))
     code = _FORWARD[wide.dtype](
         wide.data_ptr(),
@@ -46,7 +46,7 @@ def group_norm_film(
         stats.data_ptr(),
         samples,
         channels,
-        math.prod(shape[2:]),
+        math.prod(spatial),
         groups,
         gain_sample,
         gain_channel,
@@ -57,7 +57,7 @@ def group_norm_film(
     )
     if code:
         library.check(code)
-    return out if out.dtype == x.dtype else out.to(x.dtype), stats
+    return out if wide.dtype == dtype else out.to(dtype), stats
 
 
 def group_norm_film_backward(
@@ -70,14 +70,14 @@ def group_norm_film_backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, and of gain and bias, a sample at a time: [2, N, C]."""
-    samples, channels = x.shape[0], x.shape[1]
+    samples, channels, *spatial = x.shape
     wide = _dense(x, accumulation_dtype(x.dtype))
     outer = _dense(grad, wide.dtype)
     saved = _dense(stats, wide.dtype)
     if outer.shape != x.shape or saved.shape != (2, samples, groups):
         raise ValueError(f"grad and stats must be those of x {list(x.shape)}, got {list(grad.shape)}, {stats.shape}")
-    gain, gain_sample, gain_channel = _film("gain", gain, wide)
-    bias, bias_sample, bias_channel = _film("bias", bias, wide)
+    gain, gain_sample, gain_channel = _film("gain", gain, wide, samples, channels)
+    bias, bias_sample, bias_channel = _film("bias", bias, wide, samples, channels)
     grad_x, sums = torch.empty_like(wide), wide.new_empty((2, samples, channels))
     code = _BACKWARD[wide.dtype](
         outer.data_ptr(),
@@ -89,7 +89,7 @@ def group_norm_film_backward(
         sums.data_ptr(),
         samples,
         channels,
-        math.prod(x.shape[2:]),
+        math.prod(spatial),
         groups,
         gain_sample,
         gain_channel,
@@ -110,13 +110,14 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _film(name: str, values: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
+def _film(name: str, values: Tensor | None, x: Tensor, samples: int, channels: int) -> tuple[Tensor | None, int, int]:
     """Gain or bias in the dtype of `x`, and how far apart its samples and channels are."""
     if values is None:
         return None, 0, 0
-    shape = values.shape
-    if not values.is_cpu or shape[-1] != x.shape[1] or (len(shape) != 1 and shape[:-1] != x.shape[:1]):
+    shape = tuple(values.shape)
+    if not values.is_cpu or (shape != (channels,) and shape != (samples, channels)):
         raise ValueError(f"{name} must be on the CPU, [C] or [N, C] of x {list(x.shape)}, got {list(shape)}")
     if values.dtype != x.dtype:
         values = values.to(x.dtype)
-    return values, 0 if len(shape) == 1 else values.stride(0), values.stride(-1)
+    strides = values.stride()
+    return values, 0 if len(shape) == 1 else strides[0], strides[-1]

@@ -65,4 +65,4 @@ def _normalised(grouped: Tensor, stats: Tensor, gain: Tensor | None, bias: Tenso
 
 def _a_channel(values: Tensor, grouped: Tensor) -> Tensor:
     """[C] or [N, C] -> [1 or N, G, C / G, 1]."""
-    return values.to(grouped.dtype).reshape(-1 if values.ndim == 1 else len(values), *grouped.shape[1:3], 1)
+    return values.to(grouped.dtype).reshape(1 if values.ndim == 1 else len(values), *grouped.shape[1:3], 1)

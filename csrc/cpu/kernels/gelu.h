@@ -24,6 +24,7 @@ struct Normal<float> {
     static constexpr float rounder = 12582912.0f;    // 1.5 * 2^23: adding it rounds to integers
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr int bias = 127, mantissa = 23;
+    static constexpr int32_t sign = INT32_MIN;
 };
 
 template <>
@@ -45,6 +46,7 @@ struct Normal<double> {
     static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
     static constexpr int bias = 1023, mantissa = 52;
+    static constexpr int64_t sign = INT64_MIN;
 };
 
 template <typename Real, int count>
@@ -72,7 +74,8 @@ inline Vector<Real> exponential(Vector<Real> x) {
 template <typename Real>
 inline Vector<Real> normal(Vector<Real> v, Vector<Real>* bell) {
     using N = Normal<Real>;
-    const Vector<Real> size = v < 0 ? -v : v;
+    using Integers = Vector<typename N::Integer>;
+    const Vector<Real> size = (Vector<Real>)((Integers)v & ~N::sign);
     const Vector<Real> t = Real(1) / fma(size, broadcast(N::step), broadcast(Real(1)));
     const Vector<Real> ratio = polynomial<Real>(N::ratio, fma(t, broadcast(N::factor), broadcast(N::offset)));
     *bell = exponential<Real>(Real(-0.5) * v * v);

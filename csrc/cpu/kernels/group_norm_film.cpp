@@ -11,7 +11,8 @@ namespace icseg {
 namespace ICSEG_ISA {
 namespace {
 
-constexpr int64_t kTile = 1024;  // elements
+constexpr int64_t kTile = 1024;   // elements
+constexpr int64_t kBlock = 4096;  // elements
 
 struct Moments {
     double mean, squares;  // squares: sum of squared deviations from the mean
@@ -55,13 +56,12 @@ inline Moments block_moments(const Real* x, int64_t count) {
     return {middle + offset / count, squares - offset * offset / count};
 }
 
-// By blocks that stay in the cache between the two passes; NaN of no elements.
+// By blocks that stay in the first cache between the two passes; NaN of no elements.
 template <typename Real>
 inline Moments moments(const Real* x, int64_t count) {
-    constexpr int64_t block = 4 * kTile;
-    Moments all = block_moments(x, smaller(count, block));
-    for (int64_t first = block; first < count; first += block) {
-        const int64_t more = smaller(block, count - first);
+    Moments all = block_moments(x, smaller(count, kBlock));
+    for (int64_t first = kBlock; first < count; first += kBlock) {
+        const int64_t more = smaller(kBlock, count - first);
         const Moments next = block_moments(x + first, more);
         const double delta = next.mean - all.mean, share = static_cast<double>(more) / (first + more);
         all.mean += delta * share;
@@ -76,89 +76,110 @@ struct Tile {
     int64_t channel, channels, first, count;
 };
 
-template <typename Body>
-inline void for_each_tile(int64_t channels, int64_t length, int64_t lanes, const Body& body) {
-    if (length >= 4 * lanes || length % lanes == 0) {
+template <typename Real, typename Body>
+inline ICSEG_INLINE void for_each_tile(int64_t channels, int64_t length, const Body& body) {
+    if (length >= 4 * kLanes<Real>) {
         for (int64_t c = 0; c < channels; ++c) {
             for (int64_t i = 0; i < length; i += kTile) body(Tile{c, 1, c * length + i, smaller(kTile, length - i)});
         }
         return;
     }
-    const int64_t most = kTile / length;
+    const int64_t most = length ? kTile / length : channels;
     for (int64_t c = 0; c < channels; c += most) {
         const int64_t some = smaller(most, channels - c);
         body(Tile{c, some, c * length, some * length});
     }
 }
 
-// What multiplies and what is added to every element of a tile.
-template <typename Real>
-struct Affine {
-    alignas(64) Real gain[kTile];
-    alignas(64) Real bias[kTile];
-
-    // gain_of(c), bias_of(c): of a channel of the group.
-    template <typename Gain, typename Bias>
-    inline ICSEG_INLINE void fill(const Tile& tile, const Gain& gain_of, const Bias& bias_of) {
-        if (tile.channels == 1) {
-            gain[0] = gain_of(tile.channel);
-            bias[0] = bias_of(tile.channel);
-            return;
-        }
-        const int64_t length = tile.count / tile.channels;
-        for (int64_t c = 0, i = 0; c < tile.channels; ++c) {
-            const Real g = gain_of(tile.channel + c), b = bias_of(tile.channel + c);
-            for (int64_t end = i + length; i < end; ++i) {
-                gain[i] = g;
-                bias[i] = b;
-            }
-        }
-    }
-
-    // body(i, count, gain, bias) for every vector: elements i to i + count of the tile.
-    template <typename Body>
-    inline ICSEG_INLINE void for_each_vector(const Tile& tile, const Body& body) const {
-        constexpr int64_t lanes = kLanes<Real>;
-        const bool same = tile.channels == 1;
-        int64_t i = 0;
-        if (same) {
-            const Vector<Real> g = broadcast(gain[0]), b = broadcast(bias[0]);
-            for (; i + lanes <= tile.count; i += lanes) body(i, lanes, g, b);
-            if (i < tile.count) body(i, tile.count - i, g, b);
-            return;
-        }
-        for (; i + lanes <= tile.count; i += lanes) body(i, lanes, load(gain + i), load(bias + i));
-        if (i < tile.count) body(i, tile.count - i, load(gain + i), load(bias + i));  // past count: within the array
-    }
-};
-
 template <typename Real>
 inline Real of(const Film<Real>& film, int64_t sample, int64_t channel, Real otherwise) {
     return film.data ? film.data[sample * film.stride_sample + channel * film.stride_channel] : otherwise;
 }
 
-// One group: x and out are its elements.
+// Gain and bias of the elements of a tile, kept for the next one if that is of the same channels and they do not differ
+// from sample to sample.
+template <typename Real>
+class Affine {
+  public:
+    // first: the group's first channel.
+    Affine(const Film<Real>& gain, const Film<Real>& bias, int64_t first)
+        : gain_(gain), bias_(bias), first_(first), shared_(gain.stride_sample == 0 && bias.stride_sample == 0) {}
+
+    Real gain(int64_t sample, int64_t channel) const { return of(gain_, sample, first_ + channel, Real(1)); }
+    Real bias(int64_t sample, int64_t channel) const { return of(bias_, sample, first_ + channel, Real(0)); }
+
+    // body(i, count, gain, bias) for every vector: elements i to i + count of the tile.
+    template <typename Body>
+    inline ICSEG_INLINE void for_each_vector(int64_t sample, const Tile& tile, const Body& body) {
+        constexpr int64_t lanes = kLanes<Real>;
+        int64_t i = 0;
+        if (tile.channels == 1) {
+            const Vector<Real> g = broadcast(gain(sample, tile.channel)), b = broadcast(bias(sample, tile.channel));
+            for (; i + lanes <= tile.count; i += lanes) body(i, lanes, g, b);
+            if (i < tile.count) body(i, tile.count - i, g, b);
+            return;
+        }
+        fill(shared_ ? 0 : sample, tile);
+        for (; i + lanes <= tile.count; i += lanes) body(i, lanes, load(gains_ + i), load(biases_ + i));
+        if (i < tile.count) body(i, tile.count - i, load(gains_ + i), load(biases_ + i));  // kTile is whole vectors
+    }
+
+  private:
+    void fill(int64_t sample, const Tile& tile) {
+        if (sample == filled_sample_ && tile.channel == filled_channel_) return;
+        filled_sample_ = sample;
+        filled_channel_ = tile.channel;
+        const int64_t length = tile.count / tile.channels;
+        for (int64_t c = 0, i = 0; c < tile.channels; ++c) {
+            const Real g = gain(sample, tile.channel + c), b = bias(sample, tile.channel + c);
+            for (int64_t end = i + length; i < end; ++i) {
+                gains_[i] = g;
+                biases_[i] = b;
+            }
+        }
+    }
+
+    const Film<Real>&gain_, &bias_;
+    const int64_t first_;
+    const bool shared_;
+    int64_t filled_sample_ = -1, filled_channel_ = -1;
+    alignas(64) Real gains_[kTile];
+    alignas(64) Real biases_[kTile];
+};
+
+// body(group, first, last) for every group and few enough samples, first to last, that they stay in the first cache.
+template <typename Body>
+inline void for_each_block(const FilmSizes& s, int64_t bytes, const Body& body) {
+    const int64_t count = s.channels / s.groups * s.length;
+    const int64_t most = clamped(count ? kBlock / count : kBlock, 1, 32);
+    const int64_t blocks = s.samples / most + (s.samples % most != 0);
+    parallel_for(blocks * s.groups, bytes, [&](int64_t n) {
+        const int64_t first = n / s.groups * most;
+        body(n % s.groups, first, smaller(first + most, s.samples));
+    });
+}
+
 template <bool activated, typename Real>
-inline void normalise(const Real* x, Real* out, Real mean, Real rstd, const Film<Real>& gain, const Film<Real>& bias,
-                      int64_t sample, int64_t channel, int64_t channels, int64_t length) {
-    Affine<Real> affine;
-    for_each_tile(channels, length, kLanes<Real>, [&](const Tile& tile) {
-        affine.fill(
-            tile, [&](int64_t c) { return rstd * of(gain, sample, channel + c, Real(1)); },
-            [&](int64_t c) { return of(bias, sample, channel + c, Real(0)); });
+inline void normalise(const Real* x, Real* out, Real mean, Real rstd, Affine<Real>& affine, int64_t sample,
+                      int64_t channels, int64_t length) {
+    for_each_tile<Real>(channels, length, [&](const Tile& tile) ICSEG_INLINE {
         const Real* from = x + tile.first;
         Real* to = out + tile.first;
         affine.for_each_vector(
-            tile, [&](int64_t i, int64_t count, Vector<Real> g, Vector<Real> b) ICSEG_INLINE {
-                const Vector<Real> v = fma(load_up_to(from + i, count) - mean, g, b);
+            sample, tile, [&](int64_t i, int64_t count, Vector<Real> g, Vector<Real> b) ICSEG_INLINE {
+                const Vector<Real> v = fma((load_up_to(from + i, count) - mean) * rstd, g, b);
                 store_up_to(to + i, activated ? gelu<Real>(v) : v, count);
             });
     });
 }
 
-// Sums of grad and of grad * (x - mean).
+struct Sums {
+    double plain, weighted;
+};
+
+// Of grad and of grad * (x - mean).
 template <typename Real>
-inline void sum_up(const Real* grad, const Real* x, Real mean, int64_t count, double* plain, double* weighted) {
+inline Sums sums_of(const Real* grad, const Real* x, Real mean, int64_t count) {
     constexpr int64_t lanes = kLanes<Real>;
     Vector<Real> sum[2] = {}, product[2] = {};
     int64_t i = 0;
@@ -174,64 +195,82 @@ inline void sum_up(const Real* grad, const Real* x, Real mean, int64_t count, do
         sum[0] += g;
         product[0] = fma(g, load(x + i) - mean, product[0]);
     }
-    double s = 0, p = 0;
-    if (i) {
-        s = sum_of_lanes<Real>(sum[0] + sum[1]);
-        p = sum_of_lanes<Real>(product[0] + product[1]);
-    }
+    Sums sums{0, 0};
+    if (i) sums = {sum_of_lanes<Real>(sum[0] + sum[1]), sum_of_lanes<Real>(product[0] + product[1])};
     for (; i < count; ++i) {
-        s += grad[i];
-        p += grad[i] * (x[i] - mean);
+        sums.plain += grad[i];
+        sums.weighted += grad[i] * (x[i] - mean);
     }
-    *plain += s;
-    *weighted += p;
+    return sums;
+}
+
+// That of channels of four elements, which the compiler makes vectors of.
+template <typename Real>
+inline void sums_of_fours(const Real* grad, const Real* x, Real mean, int64_t channels, Real* plain, Real* weighted) {
+    for (int64_t c = 0; c < channels; ++c, grad += 4, x += 4) {
+        plain[c] = (grad[0] + grad[1]) + (grad[2] + grad[3]);
+        weighted[c] = (grad[0] * (x[0] - mean) + grad[1] * (x[1] - mean)) +
+                      (grad[2] * (x[2] - mean) + grad[3] * (x[3] - mean));
+    }
 }
 
 // One group: with v = gain * xhat + bias and d = grad * act'(v), the sums over a channel of d * xhat and d are the
 // gradients of gain and bias; grad_x = rstd * (gain * d - mean(gain * d) - xhat * mean(gain * d * xhat)).
 template <bool activated, typename Real>
 inline void differentiate(const Real* grad, const Real* x, Real* grad_x, Real* grad_gain, Real* grad_bias, Real mean,
-                          Real rstd, const Film<Real>& gain, const Film<Real>& bias, int64_t sample, int64_t channel,
-                          int64_t channels, int64_t length) {
-    Affine<Real> affine;
-    const auto gain_of = [&](int64_t c) { return rstd * of(gain, sample, channel + c, Real(1)); };
-    const auto bias_of = [&](int64_t c) { return of(bias, sample, channel + c, Real(0)); };
+                          Real rstd, Affine<Real>& affine, int64_t sample, int64_t channels, int64_t length) {
+    if (length == 0) {  // then rstd is NaN
+        for (int64_t c = 0; c < channels; ++c) grad_gain[c] = grad_bias[c] = 0;
+        return;
+    }
     const Real* inner = activated ? grad_x : grad;  // d
-    for (int64_t c = 0; c < channels; ++c) grad_gain[c] = grad_bias[c] = 0;
-    double all = 0, all_weighted = 0, plain = 0, weighted = 0;
-    for_each_tile(channels, length, kLanes<Real>, [&](const Tile& tile) {
+    double plain = 0, weighted = 0;
+    for_each_tile<Real>(channels, length, [&](const Tile& tile) ICSEG_INLINE {
         if (activated) {
-            affine.fill(tile, gain_of, bias_of);
             affine.for_each_vector(
-                tile, [&](int64_t i, int64_t count, Vector<Real> g, Vector<Real> b) ICSEG_INLINE {
+                sample, tile, [&](int64_t i, int64_t count, Vector<Real> g, Vector<Real> b) ICSEG_INLINE {
                     const int64_t at = tile.first + i;
-                    const Vector<Real> v = fma(load_up_to(x + at, count) - mean, g, b);
+                    const Vector<Real> v = fma((load_up_to(x + at, count) - mean) * rstd, g, b);
                     store_up_to(grad_x + at, load_up_to(grad + at, count) * gelu_slope<Real>(v), count);
                 });
         }
+        Real *of_gain = grad_gain + tile.channel, *of_bias = grad_bias + tile.channel;
+        if (length == 4) {
+            sums_of_fours(inner + tile.first, x + tile.first, mean, tile.channels, of_bias, of_gain);
+            return;
+        }
         const int64_t each = tile.count / tile.channels;
-        for (int64_t k = 0; k < tile.channels; ++k) {
-            const int64_t at = tile.first + k * each, c = tile.channel + k;
-            sum_up(inner + at, x + at, mean, each, &plain, &weighted);
+        for (int64_t k = 0, at = tile.first; k < tile.channels; ++k, at += each) {
+            const Sums sums = sums_of(inner + at, x + at, mean, each);
+            if (each == length) {
+                of_bias[k] = static_cast<Real>(sums.plain);
+                of_gain[k] = static_cast<Real>(sums.weighted);
+                continue;
+            }
+            plain += sums.plain;
+            weighted += sums.weighted;
             if ((at + each) % length) continue;  // the channel goes on in the next tile
-            grad_bias[c] = static_cast<Real>(plain);
-            grad_gain[c] = static_cast<Real>(weighted * rstd);
-            all += gain_of(c) * plain;
-            all_weighted += gain_of(c) * weighted;
+            *of_bias = static_cast<Real>(plain);
+            *of_gain = static_cast<Real>(weighted);
             plain = weighted = 0;
         }
     });
-    const double count = static_cast<double>(channels) * length;
-    const Real lowered = static_cast<Real>(all / count);
-    const Real tilted = static_cast<Real>(all_weighted * rstd * rstd / count);
-    for_each_tile(channels, length, kLanes<Real>, [&](const Tile& tile) {
-        affine.fill(tile, gain_of, [&](int64_t) { return lowered; });
-        affine.for_each_vector(
-            tile, [&](int64_t i, int64_t some, Vector<Real> g, Vector<Real> b) ICSEG_INLINE {
-                const int64_t at = tile.first + i;
-                const Vector<Real> d = load_up_to(inner + at, some), off = load_up_to(x + at, some) - mean;
-                store_up_to(grad_x + at, fma(g, d, -fma(off, broadcast(tilted), b)), some);
-            });
+    double level[2] = {}, tilt[2] = {};  // two of each: the additions wait less for one another
+    for (int64_t c = 0; c < channels; ++c) {
+        const double g = affine.gain(sample, c);
+        grad_gain[c] *= rstd;
+        level[c % 2] += g * grad_bias[c];
+        tilt[c % 2] += g * grad_gain[c];
+    }
+    const double share = 1 / (static_cast<double>(channels) * length);
+    const Vector<Real> lowered = broadcast(static_cast<Real>((level[0] + level[1]) * share));
+    const Vector<Real> tilted = broadcast(static_cast<Real>((tilt[0] + tilt[1]) * share * rstd));
+    for_each_tile<Real>(channels, length, [&](const Tile& tile) ICSEG_INLINE {
+        affine.for_each_vector(sample, tile, [&](int64_t i, int64_t some, Vector<Real> g, Vector<Real>) ICSEG_INLINE {
+            const int64_t at = tile.first + i;
+            const Vector<Real> d = load_up_to(inner + at, some), off = load_up_to(x + at, some) - mean;
+            store_up_to(grad_x + at, rstd * fma(g, d, -fma(off, tilted, lowered)), some);
+        });
     });
 }
 
@@ -240,29 +279,38 @@ inline void differentiate(const Real* grad, const Real* x, Real* grad_x, Real* g
 template <typename Real>
 void group_norm_film(const Real* x, const Film<Real>& gain, const Film<Real>& bias, Real* out, Real* stats,
                      const FilmSizes& s, double eps) {
-    const int64_t all = s.samples * s.groups, channels = s.channels / s.groups, count = channels * s.length;
-    parallel_for(all, 2 * s.bytes, [&](int64_t n) {
-        const int64_t sample = n / s.groups, channel = n % s.groups * channels;
-        const Moments found = moments(x + n * count, count);
-        const Real mean = static_cast<Real>(found.mean);
-        const Real rstd = static_cast<Real>(1 / __builtin_sqrt(found.squares / count + eps));
-        stats[n] = mean;
-        stats[all + n] = rstd;
-        (s.gelu ? normalise<true, Real> : normalise<false, Real>)(x + n * count, out + n * count, mean, rstd, gain, bias,
-                                                                  sample, channel, channels, s.length);
+    const int64_t channels = s.channels / s.groups, count = channels * s.length;
+    Real *means = stats, *rstds = stats + s.samples * s.groups;
+    for_each_block(s, 2 * s.bytes, [&](int64_t group, int64_t first, int64_t last) {
+        for (int64_t sample = first; sample < last; ++sample) {
+            const int64_t n = sample * s.groups + group;
+            const Moments found = moments(x + n * count, count);
+            means[n] = static_cast<Real>(found.mean);
+            rstds[n] = static_cast<Real>(1 / __builtin_sqrt(found.squares / count + eps));
+        }
+        Affine<Real> affine(gain, bias, group * channels);
+        for (int64_t sample = first; sample < last; ++sample) {
+            const int64_t n = sample * s.groups + group;
+            (s.gelu ? normalise<true, Real> : normalise<false, Real>)(
+                x + n * count, out + n * count, means[n], rstds[n], affine, sample, channels, s.length);
+        }
     });
 }
 
 template <typename Real>
 void group_norm_film_backward(const Real* grad, const Real* x, const Real* stats, const Film<Real>& gain,
                               const Film<Real>& bias, Real* grad_x, Real* sums, const FilmSizes& s) {
-    const int64_t all = s.samples * s.groups, channels = s.channels / s.groups, count = channels * s.length;
+    const int64_t channels = s.channels / s.groups, count = channels * s.length;
+    const Real *means = stats, *rstds = stats + s.samples * s.groups;
     Real *grad_gain = sums, *grad_bias = sums + s.samples * s.channels;
-    parallel_for(all, 3 * s.bytes, [&](int64_t n) {
-        const int64_t sample = n / s.groups, channel = n % s.groups * channels;
-        (s.gelu ? differentiate<true, Real> : differentiate<false, Real>)(
-            grad + n * count, x + n * count, grad_x + n * count, grad_gain + n * channels, grad_bias + n * channels,
-            stats[n], stats[all + n], gain, bias, sample, channel, channels, s.length);
+    for_each_block(s, 3 * s.bytes, [&](int64_t group, int64_t first, int64_t last) {
+        Affine<Real> affine(gain, bias, group * channels);
+        for (int64_t sample = first; sample < last; ++sample) {
+            const int64_t n = sample * s.groups + group;
+            (s.gelu ? differentiate<true, Real> : differentiate<false, Real>)(
+                grad + n * count, x + n * count, grad_x + n * count, grad_gain + n * channels, grad_bias + n * channels,
+                means[n], rstds[n], affine, sample, channels, s.length);
+        }
     });
 }
 

@@ -16,6 +16,7 @@ inline void store_up_to(Real* to, Vector<Real> value, int64_t count) {
     count == kLanes<Real> ? store(to, value) : store_first(to, value, count);
 }
 
+// Added up in halves.
 template <typename Real>
 inline Real sum_of_lanes(Vector<Real> value) {
     Real lanes[kLanes<Real>];
@@ -25,5 +26,11 @@ inline Real sum_of_lanes(Vector<Real> value) {
     }
     return lanes[0];
 }
+#ifdef __AVX512F__
+template <>
+inline float sum_of_lanes<float>(Vector<float> value) { return _mm512_reduce_add_ps(value); }
+template <>
+inline double sum_of_lanes<double>(Vector<double> value) { return _mm512_reduce_add_pd(value); }
+#endif
 
 }  // namespace
