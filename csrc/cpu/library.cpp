@@ -98,6 +98,8 @@ const char* icseg_error(int code) {
         case ICSEG_TOO_LARGE: return "sizes must not multiply beyond 63 bits of bytes";
         case ICSEG_ISA_UNKNOWN: return "the instruction set must be portable, avx2 or avx512";
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
+        case ICSEG_WORKSPACE: return "workspace must have the bytes that the op's workspace function says";
+        case ICSEG_RUNS: return "runs must add up to the queries, cover whole groups and stay within the lists";
         default: return "unknown error code";
     }
 }
