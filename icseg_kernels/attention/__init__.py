@@ -38,6 +38,7 @@ backends.declare(
     },
 )
 
+
 @overload
 def selected_attention(
     q: Tensor,
@@ -132,9 +133,7 @@ def selected_attention(
     angles = _NO_ANGLES if rotary is None else _checked_rotary(rotary, q, k)
     if by_sdpa and name == "reference":
         return reference.dense(q, k, v, *angles, queries, keys, sink, scale)
-    out, lse = backends.call(
-        _SelectedAttention, _forward_op, q, k, v, index, *angles, queries, keys, sink, scale, name
-    )
+    out, lse = backends.call(_SelectedAttention, _forward_op, q, k, v, index, *angles, queries, keys, sink, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -155,7 +154,8 @@ class _SelectedAttention(torch.autograd.Function):
         scale: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return _forward_op(q, k, v, index, q_cos, q_sin, k_cos, k_sin, queries, keys, sink, scale, backend)
+        call = q, k, v, index, q_cos, q_sin, k_cos, k_sin, queries, keys, sink, scale, backend
+        return _forward_implementation(*call) if backends.unwatched(call) else _forward_op(*call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -171,23 +171,29 @@ class _SelectedAttention(torch.autograd.Function):
         *tensors, scale = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(tensors[0])
-        grads = _backward_op(grad_out, grad_lse, *tensors, queries, keys, sink, scale, backend)
+        call = grad_out, grad_lse, *tensors, queries, keys, sink, scale, backend
+        grads = _backward_implementation(*call) if backends.unwatched(call) else _backward_op(*call)
         return *grads, *(None,) * 10
 
 
 def _checked_tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as autocast has them."""
-    q, k, v = (numerics.autocast(checks.floating(name, t)) for name, t in (("q", q), ("k", k), ("v", v)))
-    checks.device("k", k, q.device)
-    checks.device("v", v, q.device)
-    if q.ndim != 4:
-        raise ValueError(f"q must have shape [B, h, Nq, D], got {list(q.shape)}")
-    b, h, _, d = q.shape
-    if k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != d:
-        raise ValueError(f"k must have shape [B, h, Nk, D] with B, h, D = {b}, {h}, {d}, got {list(k.shape)}")
-    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+    checks.floating("q", q), checks.floating("k", k), checks.floating("v", v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (numerics.autocast(t) for t in (q, k, v))
+    device = q.device
+    if k.device != device or v.device != device:
+        checks.device("k", k, device)
+        checks.device("v", v, device)
+    shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(shape) != 4:
+        raise ValueError(f"q must have shape [B, h, Nq, D], got {list(shape)}")
+    b, h, _, d = shape
+    if len(k_shape) != 4 or (k_shape[0], k_shape[1], k_shape[3]) != (b, h, d):
+        raise ValueError(f"k must have shape [B, h, Nk, D] with B, h, D = {b}, {h}, {d}, got {list(k_shape)}")
+    if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         raise ValueError(
-            f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k.shape[2]}, got {list(v.shape)}"
+            f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k_shape[2]}, got {list(v_shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -215,7 +221,7 @@ def _checked_rotary(
             checks.device(f"{name}.{part}", checks.tensor(f"{name}.{part}", t), tokens.device)
             if t.dtype != wanted:
                 raise TypeError(f"{name}.{part} must be {wanted} for tokens of {tokens.dtype}, got {t.dtype}")
-            if t.ndim > 4 or any(size not in (1, n) for size, n in zip(t.shape[::-1], (d // 2, n, h, b))):
+            if t.ndim > 4 or any(size not in (1, n) for size, n in zip(t.shape[::-1], (d // 2, n, h, b), strict=False)):
                 raise ValueError(
                     f"{name}.{part} must be broadcastable to {[b, h, n, d // 2]}, got shape {list(t.shape)}"
                 )
@@ -303,12 +309,12 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _implementation_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_implementation(*arguments: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = arguments
     return _IMPLEMENTATIONS[backend].forward(*rest)
 
 
-def _implementation_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_implementation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = arguments
     return _IMPLEMENTATIONS[backend].backward(*rest)
 
@@ -318,12 +324,12 @@ _CALL = (
     "SymInt[] queries, SymInt[] keys, bool sink, Tensor? scale, str backend"
 )
 _forward_op = backends.register(
-    f"selected_attention({_CALL}) -> (Tensor, Tensor)", _implementation_forward, _fake_forward
+    f"selected_attention({_CALL}) -> (Tensor, Tensor)", _forward_implementation, _fake_forward
 )
 _backward_op = backends.register(
     f"selected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_CALL}) "
     "-> (Tensor, Tensor, Tensor)",
-    _implementation_backward,
+    _backward_implementation,
     _fake_backward,
 )
 

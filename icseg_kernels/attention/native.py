@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from icseg_kernels import library
-from icseg_kernels.numerics import accumulation_dtype
 
 # call, runs and how many, as bytes; out, lse
 _ARGUMENTS = [c_char_p, c_char_p, c_int64, c_void_p, c_void_p]
@@ -30,6 +29,7 @@ _workspace = library.function("icseg_selected_attention_workspace", [c_int64] * 
 _call_bytes = struct.Struct("35q 5q 8q q d 3q").pack  # icseg_attention
 _heads_bytes = struct.Struct("5q").pack  # icseg_heads
 _NONE = (0, 0, 0, 0, 0)
+_NO_ANGLES: tuple[int, ...] = _NONE * 4
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, *_: object) -> list[str]:
@@ -65,14 +65,12 @@ def forward(
     dtype = q.dtype
     if dtype.itemsize < 4:
         q, k, v = q.float(), k.float(), v.float()
-    b, h, nq, _ = q.shape
-    dv = v.shape[3]
+    (b, h, nq, _), dv = q.shape, v.shape[3]
     out = q.new_empty_strided((b, h, nq, dv), (nq * h * dv, dv, h * dv, 1))
     lse = q.new_empty((b, h, nq))
-    workspace, call = _call(q, k, v, index, (q_cos, q_sin, k_cos, k_sin), len(queries), sink, scale, backward=False)
-    runs = _runs(queries, keys)
-    code = _FORWARD[q.dtype](call, runs, len(queries), out.data_ptr(), lse.data_ptr())
-    library.check(code)
+    _workspace_in_use, call = _call(q, k, v, index, q_cos, q_sin, k_cos, k_sin, len(queries), sink, scale, False)
+    runs = _runs(queries, keys) if queries else None
+    library.check(_FORWARD[q.dtype](call, runs, len(queries), out.data_ptr(), lse.data_ptr()))
     return (out if dtype == q.dtype else out.to(dtype)), lse
 
 
@@ -95,32 +93,33 @@ def backward(
     scale: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the probabilities are computed again, from `lse`."""
-    dtype = accumulation_dtype(q.dtype)
-    kinds = q.dtype, k.dtype, v.dtype
-    shape = (*q.shape[:3], v.shape[3])
-    _guard("grad_out", grad_out, shape)
-    _guard("out", out, shape)
-    _guard("lse", lse, shape[:3])
-    grad_out, out, lse, q, k, v = (t.to(dtype) for t in (grad_out, out, lse, q, k, v))
+    kind, shape = q.dtype, (*q.shape[:3], v.shape[3])
+    if kind.itemsize < 4:
+        grad_out, out, q, k, v = (t.float() for t in (grad_out, out, q, k, v))
+    dtype = q.dtype
+    _guard("grad_out", grad_out, shape, dtype)
+    _guard("out", out, shape, dtype)
+    _guard("lse", lse, shape[:3], dtype)
     lse = lse.contiguous()
     if grad_lse is not None:
-        _guard("grad_lse", grad_lse, shape[:3])
-        grad_lse = grad_lse.to(dtype).contiguous()
-    grads = [torch.empty(t.shape, dtype=dtype) for t in (q, k, v)]
-    workspace, call = _call(q, k, v, index, (q_cos, q_sin, k_cos, k_sin), len(queries), sink, scale, backward=True)
+        _guard("grad_lse", grad_lse, shape[:3], dtype)
+        grad_lse = grad_lse.contiguous()
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _workspace_in_use, call = _call(q, k, v, index, q_cos, q_sin, k_cos, k_sin, len(queries), sink, scale, True)
     code = _BACKWARD[dtype](
         call,
-        _runs(queries, keys),
+        _runs(queries, keys) if queries else None,
         len(queries),
         _heads_bytes(out.data_ptr(), *out.stride()),
         _heads_bytes(grad_out.data_ptr(), *grad_out.stride()),
         lse.data_ptr(),
         None if grad_lse is None else grad_lse.data_ptr(),
-        *(t.data_ptr() for t in grads),
+        grad_q.data_ptr(),
+        grad_k.data_ptr(),
+        grad_v.data_ptr(),
     )
     library.check(code)
-    grad_q, grad_k, grad_v = (t if t.dtype == kind else t.to(kind) for t, kind in zip(grads, kinds, strict=True))
-    return grad_q, grad_k, grad_v
+    return (grad_q, grad_k, grad_v) if dtype == kind else (grad_q.to(kind), grad_k.to(kind), grad_v.to(kind))
 
 
 def _call(
@@ -128,17 +127,20 @@ def _call(
     k: Tensor,
     v: Tensor,
     index: Tensor | None,
-    rotary: tuple[Tensor | None, ...],
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
     runs: int,
     sink: bool,
     scale: Tensor | float | None,
-    *,
     backward: bool,
 ) -> tuple[Tensor, bytes]:
     """The workspace, which must outlive the call, and the library's description of the call."""
-    (b, h, nq, d), (_, _, nk, dv) = q.shape, v.shape
-    _guard("k", k, (b, h, nk, d), q.dtype)
-    _guard("v", v, (b, h, nk, dv), q.dtype)
+    (b, h, nq, d), (_, _, nk, dv), dtype = q.shape, v.shape, q.dtype
+    _guard("q", q, (b, h, nq, d), dtype)
+    _guard("k", k, (b, h, nk, d), dtype)
+    _guard("v", v, (b, h, nk, dv), dtype)
     groups, listed, lists = 1, nk, _NONE
     if index is not None:
         _, groups, listed = index.shape
@@ -146,12 +148,14 @@ def _call(
         if index.dtype.is_floating_point or index.element_size() < 4:
             raise TypeError(f"index must be int32 or int64, got {index.dtype}")
         lists = (index.data_ptr(), index.element_size(), *index.stride())
+    angles = _NO_ANGLES
+    if q_cos is not None or k_cos is not None:
+        q_shape, k_shape = (b, h, nq, d // 2), (b, h, nk, d // 2)
+        angles = _rotation(q_cos, q_shape, dtype) + _rotation(q_sin, q_shape, dtype)
+        angles += _rotation(k_cos, k_shape, dtype) + _rotation(k_sin, k_shape, dtype)
     slots = torch.get_num_threads()
-    size = _workspace_bytes(
-        b, h, nq, d, dv, groups, listed, index is not None, runs, slots, q.element_size(), backward
-    )
+    size = _workspace_bytes(b, h, nq, d, dv, groups, listed, index is not None, runs, slots, dtype.itemsize, backward)
     workspace = torch.empty(size, dtype=torch.uint8)
-    q_cos, q_sin, k_cos, k_sin = rotary
     call = _call_bytes(
         q.data_ptr(),
         *q.stride(),
@@ -159,10 +163,7 @@ def _call(
         *k.stride(),
         v.data_ptr(),
         *v.stride(),
-        *_rotation(q_cos, (b, h, nq, d // 2), q.dtype),
-        *_rotation(q_sin, (b, h, nq, d // 2), q.dtype),
-        *_rotation(k_cos, (b, h, nk, d // 2), q.dtype),
-        *_rotation(k_sin, (b, h, nk, d // 2), q.dtype),
+        *angles,
         *lists,
         b,
         h,
@@ -188,9 +189,7 @@ def _workspace_bytes(*sizes: int) -> int:
     return size.value
 
 
-def _runs(queries: list[int], keys: list[int]) -> bytes | None:
-    if not queries:
-        return None
+def _runs(queries: list[int], keys: list[int]) -> bytes:
     return struct.pack(f"{2 * len(queries)}q", *(n for run in zip(queries, keys, strict=True) for n in run))
 
 
@@ -210,10 +209,10 @@ def _rotation(turned: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype)
     )
 
 
-def _guard(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def _guard(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The last check before raw pointers: the library reads as much memory as the shapes promise."""
-    if tensor.shape != shape or not tensor.is_cpu or (dtype is not None and tensor.dtype != dtype):
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
         raise ValueError(
-            f"{name} must have shape {list(shape)} and be on the CPU, got {list(tensor.shape)} {tensor.dtype} "
+            f"{name} must have shape {list(shape)} and be {dtype} on the CPU, got {list(tensor.shape)} {tensor.dtype} "
             f"on {tensor.device}"
         )

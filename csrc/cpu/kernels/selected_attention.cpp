@@ -281,7 +281,8 @@ struct Forward {
                        first == 0 ? nullptr : factor, finish, to, stride);
         }
         for (int64_t r = 0; r < tile.rows; ++r) {
-            to_lse[r] = total[r] == 0 || std::isinf(most[r]) ? most[r] : most[r] + std::log(total[r]);
+            const bool nothing = total[r] == 0 || most[r] == static_cast<Real>(INFINITY);
+            to_lse[r] = nothing ? most[r] : most[r] + std::log(total[r]);
         }
     }
 
@@ -321,7 +322,7 @@ struct Forward {
             store(scores + j, e);
             sum += e;
         }
-        const Real factor = before == most ? 1 : std::exp(before - most);
+        const Real factor = before == most ? 1 : before == -infinity ? 0 : std::exp(before - most);
         total = total * factor + reduce<Real>(sum, [](Real a, Real b) { return a + b; });
         return factor;
     }
