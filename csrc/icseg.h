@@ -28,6 +28,7 @@ enum icseg_code {
     ICSEG_GROUPS = 10,
     ICSEG_ACTIVATION = 11,
     ICSEG_WINDOWS = 12,
+    ICSEG_RUNS = 13,
 };
 
 #ifdef __cplusplus
@@ -329,6 +330,66 @@ ICSEG_API int icseg_window_logits_backward_f32(const struct icseg_windows* windo
 ICSEG_API int icseg_window_logits_backward_f64(const struct icseg_windows* windows, const double* maps,
                                                const double* grad_logits, double* grad_maps, double* workspace,
                                                int64_t workspace_bytes);
+
+/* A tensor [batch, heads, rows, columns], strides given; data NULL: none. */
+typedef struct icseg_heads {
+    const void* data;
+    int64_t stride_batch, stride_head, stride_row, stride_column;
+} icseg_heads;
+
+/* Attention of queries over the keys that a list names; all fields are 8 bytes wide.
+ *
+ * q [batch, heads, queries, dim], k [batch, heads, keys, dim], v [batch, heads, keys, value_dim]
+ * q_cos, q_sin [batch, heads, queries, dim / 2], k_cos, k_sin [batch, heads, keys, dim / 2], or none: consecutive pairs
+ *          of columns of q and k are turned, (a, b) -> (a cos - b sin, a sin + b cos); dim is then even
+ * index    [batch, groups, listed] rows of k and v, integers of index_bytes = 4 or 8; those outside [0, keys) are no
+ *          keys. A list is for queries / groups consecutive queries. index_bytes = 0: groups = 1, and the first `listed`
+ *          rows are listed, in order
+ * sink     not 0: there is one more key of zeros, with a value of zeros
+ * slots    how many shares the work is cut into, at least 1: as many as threads that may serve it
+ */
+typedef struct icseg_attention {
+    icseg_heads q, k, v, q_cos, q_sin, k_cos, k_sin;
+    const void* index;
+    int64_t index_bytes, stride_index_batch, stride_index_group, stride_index_entry;
+    int64_t batch, heads, queries, keys, dim, value_dim, groups, listed;
+    int64_t sink;
+    double scale;
+    void* workspace;
+    int64_t workspace_bytes, slots;
+} icseg_attention;
+
+/* *bytes of workspace that a call needs, with `runs` runs of queries and elements of element_bytes. */
+ICSEG_API int icseg_selected_attention_workspace(int64_t batch, int64_t heads, int64_t queries, int64_t dim,
+                                                 int64_t value_dim, int64_t groups, int64_t listed, int64_t indexed,
+                                                 int64_t runs, int64_t slots, int64_t element_bytes, int64_t backward,
+                                                 int64_t* bytes);
+
+/* out  [batch, queries, heads, value_dim] contiguous: softmax(scale q k^T) v; 0 where a query has no key
+ * lse  [batch, heads, queries] contiguous: log(sum(exp(scale q k^T)))
+ * runs [run_count, 2]: as many queries, in order, attend to the first so many entries of their lists; they add up to
+ *      queries and cover whole groups, if groups > 1. None (0): all queries, whole lists.
+ */
+ICSEG_API int icseg_selected_attention_f32(const icseg_attention* call, const int64_t* runs, int64_t run_count,
+                                           float* out, float* lse);
+ICSEG_API int icseg_selected_attention_f64(const icseg_attention* call, const int64_t* runs, int64_t run_count,
+                                           double* out, double* lse);
+
+/* Gradients [batch, heads, rows, columns] contiguous of q, k and v, from those of out and of lse.
+ *
+ * out, grad_out  [batch, heads, queries, value_dim], strides given
+ * lse            [batch, heads, queries] contiguous, as the forward function wrote it; grad_lse the same, or NULL
+ */
+ICSEG_API int icseg_selected_attention_backward_f32(const icseg_attention* call, const int64_t* runs,
+                                                    int64_t run_count, const icseg_heads* out,
+                                                    const icseg_heads* grad_out, const float* lse,
+                                                    const float* grad_lse, float* grad_q, float* grad_k,
+                                                    float* grad_v);
+ICSEG_API int icseg_selected_attention_backward_f64(const icseg_attention* call, const int64_t* runs,
+                                                    int64_t run_count, const icseg_heads* out,
+                                                    const icseg_heads* grad_out, const double* lse,
+                                                    const double* grad_lse, double* grad_q, double* grad_k,
+                                                    double* grad_v);
 
 #ifdef __cplusplus
 }

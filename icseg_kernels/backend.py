@@ -42,10 +42,12 @@ class Backend:
 
     missing():           reasons why it cannot serve any call on this machine (not built, not importable).
     unsupported(*call):  reasons why it cannot serve this call (dtype, device, size); never reads values.
+    slower(*call):       whether the next backend is the better choice for this call, where none is named.
     """
 
     missing: Callable[[], list[str]] = list
     unsupported: Callable[..., list[str]] = lambda *call: []
+    slower: Callable[..., bool] = lambda *call: False
 
     def reasons(self, *call: Any) -> list[str]:
         return [*self.missing(), *self.unsupported(*call)]
@@ -74,7 +76,9 @@ def select(op: str, backend: str | None, *call: Any) -> str:
     if named is None:
         named, origin = _from_environment, f" from {ENVIRONMENT_VARIABLE}"
     if named is None:
-        return next(name for name, b in declared.items() if not (b.missing() or b.unsupported(*call)))
+        return next(
+            name for name, b in declared.items() if not (b.missing() or b.unsupported(*call) or b.slower(*call))
+        )
     if named not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}{origin}")
     if named not in declared:

@@ -104,6 +104,7 @@ const char* icseg_error(int code) {
         case ICSEG_ACTIVATION: return "activation must be from 0 to 3";
         case ICSEG_WORKSPACE: return "the workspace must be larger";
         case ICSEG_WINDOWS: return "a window must fit the map, its stride and the threads be positive, the taps an odd number";
+        case ICSEG_RUNS: return "runs must add up to the queries, cover whole groups and stay within the lists";
         default: return "unknown error code";
     }
 }
