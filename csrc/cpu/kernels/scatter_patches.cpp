@@ -8,16 +8,21 @@ namespace icseg {
 namespace ICSEG_ISA {
 namespace {
 
-// An image is written tile by tile, each once: its sums stay in the first-level cache meanwhile.
+// An image is written in bands of kRows rows. In a band, blocks of kBlock columns that no patch touches are filled;
+// runs of the others, at most kColumns wide, are tiles, whose sums stay in the first-level cache.
 constexpr int64_t kRows = 16;
+constexpr int64_t kBlock = 16;
 template <typename Real>
 constexpr int64_t kColumns = 512 / static_cast<int64_t>(sizeof(Real));
 // Patches of a fixed size are added with whole rows, also where they hang over the sides of a tile.
 constexpr int64_t kMargin = 16;
 template <typename Real>
 constexpr int64_t kPitch = kColumns<Real> + 2 * kMargin;
-
-// How many patches of a band of tiles, and of a tile, are listed. If there are more, all are tested again and again.
+// A band of a wider image is divided: it stays in the second-level cache, with all of its channels.
+constexpr int64_t kBandColumns = 4096;
+constexpr int64_t kBandBlocks = kBandColumns / kBlock;
+constexpr int64_t kBandBytes = 256 * 1024;
+// How many patches of a band, and of a tile, are listed. If there are more, all are tested again and again.
 constexpr int64_t kCandidates = 512;
 constexpr int64_t kHits = 128;
 
@@ -84,8 +89,44 @@ inline bool lies_in(int64_t value, int64_t least, int64_t end) {
     return static_cast<uint64_t>(value) - static_cast<uint64_t>(least) < static_cast<uint64_t>(end - least);
 }
 
-struct Tile {
+// Of an image: a band, a tile, or a part of a band that no patch touches.
+struct Area {
     int64_t top, left, rows, columns;
+
+    bool is_touched(int64_t y, int64_t x, int64_t patch) const {
+        return lies_in(y, top - patch + 1, top + rows) & lies_in(x, left - patch + 1, left + columns);
+    }
+};
+
+// Which patches touch a band, in their order, and which of its blocks they touch.
+struct Candidates {
+    int64_t listed[kCandidates];
+    bool touched[kBandBlocks];
+    int64_t count, blocks;
+    bool all;  // too many to list: every patch is a candidate, and every block counts as touched
+
+    template <typename Index>
+    Candidates(const Index* corners, int64_t patches, int64_t patch, const Area& band)
+        : count(0), blocks(0), all(false) {
+        std::memset(touched, 0, sizeof touched);
+        for (int64_t k = 0; k < patches; ++k) {
+            if (!band.is_touched(corners[2 * k], corners[2 * k + 1], patch)) continue;
+            if (count == kCandidates) {
+                all = true;
+                count = patches;
+                blocks = kBandBlocks;
+                std::memset(touched, 1, sizeof touched);
+                return;
+            }
+            listed[count++] = k;
+            const int64_t x = corners[2 * k + 1] - band.left;
+            const int64_t last = (smaller(x + patch, band.columns) - 1) / kBlock;
+            for (int64_t block = larger<int64_t>(x, 0) / kBlock; block <= last; ++block) {
+                blocks += !touched[block];
+                touched[block] = true;
+            }
+        }
+    }
 };
 
 // A patch that touches a tile: its number, and its corner as seen from the tile's.
@@ -93,55 +134,38 @@ struct Hit {
     int64_t index, y, x;
 };
 
-// Which patches touch the rows [top, bottom) of an image, in their order.
-struct Candidates {
-    int64_t listed[kCandidates];
-    int64_t count;
-    bool all;  // too many to list: every patch is a candidate
-
-    template <typename Index>
-    void find(const Index* corners, const ScatterSizes& s, int64_t top, int64_t bottom) {
-        int64_t n = 0;
-        all = false;
-        for (int64_t k = 0; k < s.count; ++k) {
-            if (n == kCandidates) {
-                all = true;
-                break;
-            }
-            listed[n] = k;
-            n += lies_in(corners[2 * k], top - s.patch + 1, bottom) &
-                 lies_in(corners[2 * k + 1], 1 - s.patch, s.width);
-        }
-        count = all ? s.count : n;
-    }
-};
-
 struct Hits {
     Hit listed[kHits];
     int64_t count;
 
-    // Lists those of candidates from `next` on, as many as fit: the first that was not tested.
+    // Lists those of the candidates from `next` on, as many as fit. Returns the first that was not tested.
     template <typename Index>
-    int64_t find(const Index* corners, const Candidates& candidates, int64_t next, const Tile& tile, int64_t patch) {
+    int64_t find(const Index* corners, const Candidates& candidates, int64_t next, const Area& tile, int64_t patch) {
         for (count = 0; next < candidates.count && count < kHits; ++next) {
             const int64_t k = candidates.all ? next : candidates.listed[next];
             const int64_t y = corners[2 * k], x = corners[2 * k + 1];
-            // Both differences may wrap around where there is no hit.
-            listed[count] = {k, static_cast<int64_t>(static_cast<uint64_t>(y) - static_cast<uint64_t>(tile.top)),
-                             static_cast<int64_t>(static_cast<uint64_t>(x) - static_cast<uint64_t>(tile.left))};
-            count += lies_in(y, tile.top - patch + 1, tile.top + tile.rows) &
-                     lies_in(x, tile.left - patch + 1, tile.left + tile.columns);
+            if (tile.is_touched(y, x, patch)) listed[count++] = {k, y - tile.top, x - tile.left};
         }
         return next;
     }
 };
 
+// body(row, column, Step) over a tile, row by row.
+template <typename Real, typename Body>
+inline void each_pixel(const Area& area, const Body& body) {
+    const int64_t rows = area.rows, columns = area.columns;
+    for (int64_t r = 0; r < rows; ++r) {
+        in_steps<Real>(0, columns, true, [&](int64_t j, auto step) { body(r, j, step); });
+    }
+}
+
 // sums += term(i, j, Step) over the pixels (i, j) of a patch that lie in the tile. kPatch: its size, 0 if any.
 template <typename Real, int64_t kPatch, typename Term>
-inline void add_patch(const Hit& hit, const Tile& tile, int64_t patch, bool vectors, Real* sums, const Term& term) {
-    const int64_t last = smaller(patch, tile.rows - hit.y);
-    for (int64_t i = larger<int64_t>(0, -hit.y); i < last; ++i) {
-        Real* to = sums + (hit.y + i) * kPitch<Real> + kMargin + hit.x;
+inline void add_patch(const Hit& hit, const Area& tile, int64_t patch, bool vectors, Real* sums, const Term& term) {
+    const int64_t first = larger<int64_t>(0, -hit.y), last = smaller(patch, tile.rows - hit.y);
+    const int64_t start = larger<int64_t>(0, -hit.x), end = smaller(patch, tile.columns - hit.x);
+    Real* to = sums + (hit.y + first) * kPitch<Real> + kMargin + hit.x;
+    for (int64_t i = first; i < last; ++i, to += kPitch<Real>) {
         const auto add = [&](int64_t j, auto step) {
             constexpr int64_t kStep = decltype(step)::count;
             put<kStep>(to + j, get<kStep>(to + j) + term(i, j, step));
@@ -149,7 +173,20 @@ inline void add_patch(const Hit& hit, const Tile& tile, int64_t patch, bool vect
         if constexpr (kPatch > 0) {
             in_fixed_steps<Real, kPatch>(add);
         } else {
-            in_steps<Real>(larger<int64_t>(0, -hit.x), smaller(patch, tile.columns - hit.x), vectors, add);
+            in_steps<Real>(start, end, vectors, add);
+        }
+    }
+}
+
+template <typename Real>
+inline void clear(const Area& tile, Real* sums) {
+    const int64_t rows = tile.rows, columns = tile.columns + 2 * kMargin;
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < columns; j += kBlock) {
+            in_fixed_steps<Real, kBlock>([&](int64_t n, auto step) {
+                constexpr int64_t kStep = decltype(step)::count;
+                put<kStep>(sums + r * kPitch<Real> + j + n, Some<Real, kStep>{});
+            });
         }
     }
 }
@@ -170,51 +207,62 @@ struct Image {
 
     template <typename Index>
     void write_band(const Index* corners, int64_t top) const {
-        Tile tile{top, 0, smaller(kRows, s.height - top), s.width};
-        Candidates candidates;
-        candidates.find(corners, s, top, top + tile.rows);
-        if (candidates.count == 0) {
-            write_empty(tile);
-            return;
-        }
-        for (; tile.left < s.width; tile.left += kColumns<Real>) {
-            tile.columns = smaller(kColumns<Real>, s.width - tile.left);
-            write_tile(corners, candidates, tile);
+        const int64_t pixel_bytes = s.channels * kRows * static_cast<int64_t>(sizeof(Stored)) + 1;
+        const int64_t most_columns = clamped(kBandBytes / pixel_bytes / kBlock * kBlock, kBlock, kBandColumns);
+        Area band{top, 0, smaller(kRows, s.height - top), 0};
+        for (; band.left < s.width; band.left += most_columns) {
+            band.columns = smaller(most_columns, s.width - band.left);
+            const Candidates candidates(corners, s.count, patch(), band);
+            // Long rows are written faster than short ones, even if a few pixels are then written again.
+            const bool is_sparse = candidates.blocks * kBlock * 4 < band.columns;
+            if (is_sparse) write_empty(band);
+            const bool* touched = candidates.touched;
+            for (int64_t first = 0, last; first * kBlock < band.columns; first = last) {
+                const int64_t most = touched[first] ? kColumns<Real> / kBlock : kBandBlocks;
+                for (last = first + 1; last < kBandBlocks && last - first < most && touched[last] == touched[first];) {
+                    ++last;
+                }
+                const int64_t end = smaller(last * kBlock, band.columns);
+                const Area area{band.top, band.left + first * kBlock, band.rows, end - first * kBlock};
+                if (touched[first]) {
+                    write_tile(corners, candidates, area);
+                } else if (!is_sparse) {
+                    write_empty(area);
+                }
+            }
         }
     }
 
     template <typename Index>
-    void write_tile(const Index* corners, const Candidates& candidates, const Tile& tile) const {
+    void write_tile(const Index* corners, const Candidates& candidates, const Area& tile) const {
         Hits hits;
-        const int64_t tested = hits.find(corners, candidates, 0, tile, s.patch);
+        const int64_t tested = hits.find(corners, candidates, 0, tile, patch());
         const bool all_listed = tested == candidates.count;
-        if (all_listed && hits.count == 0) {
-            write_empty(tile);
-            return;
-        }
         const auto each_hit = [&](const auto& body) {
-            int64_t next = all_listed ? tested : hits.find(corners, candidates, 0, tile, s.patch);
+            int64_t next = all_listed ? tested : hits.find(corners, candidates, 0, tile, patch());
             for (;;) {
                 for (int64_t n = 0; n < hits.count; ++n) body(hits.listed[n]);
                 if (next == candidates.count) return;
-                next = hits.find(corners, candidates, next, tile, s.patch);
+                next = hits.find(corners, candidates, next, tile, patch());
             }
         };
 
         alignas(64) Real totals[kRows * kPitch<Real>], sums[kRows * kPitch<Real>];
-        std::memset(totals, 0, tile.rows * kPitch<Real> * sizeof(Real));
+        const int64_t size = patch(), stride_y = stride.y, stride_x = kPatch ? 1 : stride.x;
+        const Real* const table = weight;
+        clear(tile, totals);
         each_hit([&](const Hit& hit) {
-            add_patch<Real, kPatch>(hit, tile, patch(), true, totals, [&](int64_t i, int64_t j, auto step) {
-                return counted_weight(i, j, step);
+            add_patch<Real, kPatch>(hit, tile, size, true, totals, [&](int64_t i, int64_t j, auto step) {
+                return counted_weight(table + i * size + j, step);
             });
         });
         write_totals(tile, totals);
         for (int64_t c = 0; c < s.channels; ++c) {
-            std::memset(sums, 0, tile.rows * kPitch<Real> * sizeof(Real));
+            clear(tile, sums);
             each_hit([&](const Hit& hit) {
-                const Stored* from = patches + hit.index * stride.count + c * stride.channel;
-                add_patch<Real, kPatch>(hit, tile, patch(), stride.x == 1, sums, [&](int64_t i, int64_t j, auto step) {
-                    return weighted_pixel(from + i * stride.y + j * (kPatch ? 1 : stride.x), i, j, step);
+                const Stored* const from = patches + hit.index * stride.count + c * stride.channel;
+                add_patch<Real, kPatch>(hit, tile, size, stride_x == 1, sums, [&](int64_t i, int64_t j, auto step) {
+                    return weighted_pixel(from + i * stride_y + j * stride_x, table + i * size + j, step);
                 });
             });
             write_means(tile, totals, sums, mean + c * s.height * s.width);
@@ -224,64 +272,76 @@ struct Image {
     int64_t patch() const { return kPatch ? kPatch : s.patch; }
 
     template <typename Step>
-    auto counted_weight(int64_t i, int64_t j, Step) const {
+    static auto counted_weight(const Real* at, Step) {
         constexpr int64_t kStep = Step::count;
-        if constexpr (!weighted) return Some<Real, kStep>{} + 1;
+        constexpr Some<Real, kStep> zero = {};
+        if constexpr (!weighted) return zero + 1;
         else {
-            const auto w = get<kStep>(weight + i * patch() + j);
-            return w > 0 ? w : Some<Real, kStep>{};
+            const auto w = get<kStep>(at);
+            return w > 0 ? w : zero;
         }
     }
 
     template <typename Step>
-    auto weighted_pixel(const Stored* from, int64_t i, int64_t j, Step) const {
+    static auto weighted_pixel(const Stored* from, const Real* at, Step) {
         constexpr int64_t kStep = Step::count;
         const Some<Real, kStep> value = get<kStep>(from);
         if constexpr (!weighted) return value;
         else {
-            const auto w = get<kStep>(weight + i * patch() + j);
+            const auto w = get<kStep>(at);
             return w > 0 ? value * w : Some<Real, kStep>{};  // without weight also a NaN is nothing
         }
     }
 
-    void write_totals(const Tile& tile, const Real* totals) const {
-        for (int64_t r = 0; r < tile.rows; ++r) {
-            const Real* from = totals + r * kPitch<Real> + kMargin;
-            const int64_t start = (tile.top + r) * s.width + tile.left;
-            if (total) std::memcpy(total + start, from, tile.columns * sizeof(Real));
-            uint8_t* covered = coverage + start;
-            for (int64_t j = 0; j < tile.columns; ++j) covered[j] = from[j] > 0;
-        }
+    void write_totals(const Area& tile, const Real* totals) const {
+        const int64_t width = s.width, start = tile.top * width + tile.left;
+        uint8_t* const covered = coverage + start;
+        each_pixel<Real>(tile, [&](int64_t r, int64_t j, auto step) {
+            constexpr int64_t kStep = decltype(step)::count;
+            const auto positive = get<kStep>(totals + r * kPitch<Real> + kMargin + j) > 0;
+            put<kStep>(covered + r * width + j, __builtin_convertvector(positive, Some<uint8_t, kStep>) & 1);
+        });
+        if (total == nullptr) return;
+        Real* const to = total + start;
+        each_pixel<Real>(tile, [&](int64_t r, int64_t j, auto step) {
+            constexpr int64_t kStep = decltype(step)::count;
+            put<kStep>(to + r * width + j, get<kStep>(totals + r * kPitch<Real> + kMargin + j));
+        });
     }
 
-    void write_means(const Tile& tile, const Real* totals, const Real* sums, Stored* plane) const {
-        for (int64_t r = 0; r < tile.rows; ++r) {
-            Stored* to = plane + (tile.top + r) * s.width + tile.left;
-            const int64_t from = r * kPitch<Real> + kMargin;
-            in_steps<Real>(0, tile.columns, true, [&](int64_t j, auto step) {
+    void write_means(const Area& tile, const Real* totals, const Real* sums, Stored* plane) const {
+        const int64_t width = s.width;
+        const Real otherwise = fill;
+        Stored* const to = plane + tile.top * width + tile.left;
+        each_pixel<Real>(tile, [&](int64_t r, int64_t j, auto step) {
+            constexpr int64_t kStep = decltype(step)::count;
+            const auto divisor = get<kStep>(totals + r * kPitch<Real> + kMargin + j);
+            const auto quotient = get<kStep>(sums + r * kPitch<Real> + kMargin + j) / divisor;
+            put<kStep>(to + r * width + j, divisor > 0 ? quotient : Some<Real, kStep>{} + otherwise);
+        });
+    }
+
+    void write_empty(const Area& area) const {
+        const int64_t width = s.width, start = area.top * width + area.left;
+        const Real otherwise = fill;
+        uint8_t* const covered = coverage + start;
+        each_pixel<Real>(area, [&](int64_t r, int64_t j, auto step) {
+            constexpr int64_t kStep = decltype(step)::count;
+            put<kStep>(covered + r * width + j, Some<uint8_t, kStep>{});
+        });
+        for (int64_t c = 0; c < s.channels; ++c) {
+            Stored* const to = mean + c * s.height * width + start;
+            each_pixel<Real>(area, [&](int64_t r, int64_t j, auto step) {
                 constexpr int64_t kStep = decltype(step)::count;
-                const auto divisor = get<kStep>(totals + from + j);
-                const auto quotient = get<kStep>(sums + from + j) / divisor;
-                put<kStep>(to + j, divisor > 0 ? quotient : Some<Real, kStep>{} + fill);
+                put<kStep>(to + r * width + j, Some<Real, kStep>{} + otherwise);
             });
         }
-    }
-
-    void write_empty(const Tile& tile) const {
-        for (int64_t r = 0; r < tile.rows; ++r) {
-            const int64_t start = (tile.top + r) * s.width + tile.left;
-            std::memset(coverage + start, 0, tile.columns);
-            if (total) std::memset(total + start, 0, tile.columns * sizeof(Real));
-        }
-        for (int64_t c = 0; c < s.channels; ++c) {
-            for (int64_t r = 0; r < tile.rows; ++r) {
-                Stored* to = mean + (c * s.height + tile.top + r) * s.width + tile.left;
-                in_steps<Real>(0, tile.columns, true, [&](int64_t j, auto step) {
-                    constexpr int64_t kStep = decltype(step)::count;
-                    put<kStep>(to + j, Some<Real, kStep>{} + fill);
-                });
-            }
-        }
+        if (total == nullptr) return;
+        Real* const to = total + start;
+        each_pixel<Real>(area, [&](int64_t r, int64_t j, auto step) {
+            constexpr int64_t kStep = decltype(step)::count;
+            put<kStep>(to + r * width + j, Some<Real, kStep>{});
+        });
     }
 };
 
