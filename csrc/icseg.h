@@ -266,17 +266,6 @@ ICSEG_API int icseg_group_norm_film_backward_f64(const double* grad, const doubl
                                                  int64_t samples, int64_t channels, int64_t length,
                                                  int64_t groups, int64_t gain_sample, int64_t gain_channel,
                                                  int64_t bias_sample, int64_t bias_channel, int64_t gelu);
-/* Draw k windows of patch x patch pixels of each map: zero padding, the maximum over every window, rescaling of a
- * map's maxima to [0, 1], a separable blur with zeros outside, every stride-th window, division by the temperature,
- * and a draw as by icseg_gumbel_topk. Pixels of NaN and -inf count as the map's lowest finite one, inf as its highest.
- *
- * maps        [batch, height, width], strides given
- * taps        tap_count of the blur, an odd number; with 1 there is none, and they are not read
- * noise       [batch, windows], rows noise_stride apart, or NULL; with seeded != 0 the library's own under `seed`
- * indices     [batch, k] contiguous, and scores likewise; -1 and -inf where none was left
- * coords      [batch, k, 2] contiguous: (y, x) of a window's corner in pixels of the unpadded map, -2^30 where none
- * workspace   bytes as icseg_sample_patches_workspace says for the same sizes and `threads`, into how many parts the
- *             work is divided; aligned to 64
 /* Maps and the windows on them that a draw chooses from: zero padding, the maximum over every window, rescaling of a
  * map's maxima to [0, 1], a separable blur with zeros outside, every stride-th window, division by the temperature.
  * Pixels of NaN and -inf count as their map's lowest finite one, inf as its highest.

@@ -249,7 +249,7 @@ void expect_close(const char* what, const Array<T>& found, const std::vector<dou
                   const std::vector<double>& absolute) {
     CHECK(found.count() == static_cast<int64_t>(expected.size()));
     for (int64_t i = 0; i < found.count(); ++i) {
-        const double bound = absolute[absolute.size() == 1 ? 0 : i], value = found[i], wanted = expected[i];
+        const double bound = absolute.at(absolute.size() == 1 ? 0 : i), value = found[i], wanted = expected[i];
         const bool near = std::isnan(wanted)                       ? std::isnan(value)
                           : std::isinf(static_cast<T>(wanted))     ? value == static_cast<T>(wanted)
                                                                    : std::fabs(value - wanted) <= bound;
