@@ -12,6 +12,7 @@ from icseg_kernels import (
     cross_conv2d,
     cross_conv2d_mean,
     gather_patches,
+    group_norm_film,
     gumbel_topk,
     sample_patches,
     scatter_patches,
@@ -105,6 +106,15 @@ def _cross_conv2d_mean(large: bool) -> Run:
     return _cross_conv2d(large, cross_conv2d_mean)
 
 
+def _group_norm_film(large: bool) -> Run:
+    samples, side = (64, 24) if large else (3, 4)
+
+    def norm(x: Tensor, gain: Tensor, bias: Tensor, **named: Any) -> Tensor:
+        return group_norm_film(x, 4, gain, bias, activation="gelu", **named)
+
+    return _run(norm, _normal(samples, 16, side, side), _normal(samples, 16, seed=1), _normal(samples, 16, seed=2))
+
+
 SAMPLES: dict[str, Callable[[bool], Run]] = {
     "gumbel_topk": _gumbel_topk,
     "sample_patches": _sample_patches,
@@ -115,5 +125,6 @@ SAMPLES: dict[str, Callable[[bool], Run]] = {
     "selected_attention": _selected_attention,
     "cross_conv2d": _cross_conv2d,
     "cross_conv2d_mean": _cross_conv2d_mean,
+    "group_norm_film": _group_norm_film,
 }
 """prepare(large): inputs of one call, of a second's fraction; large: enough for several threads."""
