@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,12 +83,14 @@ def compile_commands(compiler: list[str], directory: Path) -> list[list[str]]:
     ]
 
 
-def run(command: list[str]) -> None:
-    """Raises BuildError, after its messages, if `command` fails."""
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        print(f"icseg: {shlex.join(command)} failed:\n{result.stdout}{result.stderr}", file=sys.stderr)
-        raise BuildError(f"{command[0]} failed (its messages are above)")
+def run(*commands: list[str]) -> None:
+    """Run `commands` side by side. Raises BuildError, after its messages, if one fails; the rest is then left."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(lambda c: subprocess.run(c, cwd=ROOT, capture_output=True, text=True), commands):
+            if result.returncode:
+                pool.shutdown(cancel_futures=True)
+                print(f"icseg: {shlex.join(result.args)} failed:\n{result.stdout}{result.stderr}", file=sys.stderr)
+                raise BuildError(f"{result.args[0]} failed (its messages are above)")
 
 
 def build_library(output: Path) -> None:
@@ -97,12 +100,12 @@ def build_library(output: Path) -> None:
     if not (ROOT / "csrc" / "cpu").is_dir():
         raise BuildError(f"no sources in {ROOT / 'csrc' / 'cpu'}")
     compiler = find_compiler()
+    started = time.monotonic()
     openmp = openmp_flags(compiler)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         commands = compile_commands(compiler, Path(directory))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, commands))
+        run(*commands)
         unfinished = output.with_suffix(f".{os.getpid()}.so")
         objects = [command[-1] for command in commands]
         try:
@@ -111,7 +114,8 @@ def build_library(output: Path) -> None:
             unfinished.unlink(missing_ok=True)
             raise
     unfinished.replace(output)
-    print(f"icseg: built {output.name} with {shlex.join([*compiler, *FLAGS, *openmp])}")
+    seconds = time.monotonic() - started
+    print(f"icseg: built {output.name} in {seconds:.0f} s with {shlex.join([*compiler, *FLAGS, *openmp])}")
     if not openmp:
         print(f"icseg: built WITHOUT OpenMP, so of one thread: {compiler[0]} cannot use -fopenmp", file=sys.stderr)
 

@@ -12,7 +12,7 @@
 #define ICSEG_API __attribute__((visibility("default")))
 
 /* Raised with every change to a signature or a meaning below. */
-#define ICSEG_ABI_VERSION 3
+#define ICSEG_ABI_VERSION 4
 
 enum icseg_code {
     ICSEG_OK = 0,
@@ -22,8 +22,13 @@ enum icseg_code {
     ICSEG_TOO_LARGE = 4,
     ICSEG_ISA_UNKNOWN = 5,
     ICSEG_ISA_MISSING = 6,
-    ICSEG_DRAWS = 7,
-    ICSEG_WORKSPACE = 8,
+    ICSEG_COORDS_TYPE = 7,
+    ICSEG_DRAWS = 8,
+    ICSEG_WORKSPACE = 9,
+    ICSEG_GROUPS = 10,
+    ICSEG_ACTIVATION = 11,
+    ICSEG_WINDOWS = 12,
+    ICSEG_RUNS = 13,
 };
 
 #ifdef __cplusplus
@@ -47,34 +52,120 @@ ICSEG_API int icseg_select_isa(const char* name);
 /* One sentence for an error code. */
 ICSEG_API const char* icseg_error(int code);
 
+/* The type of coordinates. */
+enum icseg_coords {
+    ICSEG_COORDS_INT32 = 0,
+    ICSEG_COORDS_INT64 = 1,
+    ICSEG_COORDS_FLOAT32 = 2,
+    ICSEG_COORDS_FLOAT64 = 3,
+};
+
 /* Cut patches out of images: an exact copy, zero outside the image.
  *
  * source   [outer, inner, channels, height, width], strides given, elements of element_bytes = 1, 2, 4 or 8
- * coords   [outer, inner, count, 2] contiguous: (y, x) of a patch's top-left corner, any value
+ * coords   [outer, inner, count, 2] contiguous integers: (y, x) of a patch's top-left corner, any value
  * patches  [outer, inner, count, channels, patch, patch] contiguous, every element written
  */
-ICSEG_API int icseg_gather_patches(const void* source, const int64_t* coords, void* patches,
+ICSEG_API int icseg_gather_patches(const void* source, const void* coords, void* patches,
                                    int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
                                    int64_t count, int64_t patch,
                                    int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
-                                   int64_t stride_y, int64_t stride_x, int64_t element_bytes);
+                                   int64_t stride_y, int64_t stride_x, int64_t element_bytes, int coords_type);
 
 /* Its adjoint: add patches up into images, in the order of count; what lies outside is dropped.
  *
  * patches  [outer, inner, count, channels, patch, patch], strides given
- * coords   [outer, inner, count, 2] contiguous
+ * coords   [outer, inner, count, 2] contiguous integers
  * images   [outer, inner, channels, height, width] contiguous, every element written
  */
-ICSEG_API int icseg_gather_patches_backward_f32(const float* patches, const int64_t* coords, float* images,
+ICSEG_API int icseg_gather_patches_backward_f32(const float* patches, const void* coords, float* images,
                                                 int64_t outer, int64_t inner, int64_t count, int64_t channels,
                                                 int64_t patch, int64_t height, int64_t width,
                                                 int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
-                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x);
-ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const int64_t* coords, double* images,
+                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x,
+                                                int coords_type);
+ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const void* coords, double* images,
                                                 int64_t outer, int64_t inner, int64_t count, int64_t channels,
                                                 int64_t patch, int64_t height, int64_t width,
                                                 int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
-                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x);
+                                                int64_t stride_channel, int64_t stride_y, int64_t stride_x,
+                                                int coords_type);
+
+/* Resample patches of images bilinearly, borders replicated; zero for a patch wholly outside, or at NaN.
+ *
+ * A patch covers extent_y x extent_x pixels from its corner. Of its samples x samples samples, number i lies along
+ * an axis at corner + (i + 1/2) extent / samples - 1/2, in pixels from the first pixel's centre; with edge_to_edge
+ * at corner + extent / 2 - 1/2 + extent * line(i), `line` from -1/2 to 1/2 in equal steps (one sample: -1/2).
+ *
+ * source   [outer, inner, channels, height, width], strides given
+ * coords   [outer, inner, count, 2] contiguous, any type, any value
+ * patches  [outer, inner, count, channels, samples, samples] contiguous, every element written
+ */
+ICSEG_API int icseg_gather_patches_bilinear_f32(const float* source, const void* coords, float* patches,
+                                                int64_t outer, int64_t inner, int64_t channels, int64_t height,
+                                                int64_t width, int64_t count, int64_t samples,
+                                                int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                                int64_t stride_y, int64_t stride_x, int coords_type,
+                                                double extent_y, double extent_x, int edge_to_edge);
+ICSEG_API int icseg_gather_patches_bilinear_f64(const double* source, const void* coords, double* patches,
+                                                int64_t outer, int64_t inner, int64_t channels, int64_t height,
+                                                int64_t width, int64_t count, int64_t samples,
+                                                int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                                int64_t stride_y, int64_t stride_x, int coords_type,
+                                                double extent_y, double extent_x, int edge_to_edge);
+
+/* Its adjoint, added up in an order that depends on the sizes alone.
+ *
+ * patches  [outer, inner, count, channels, samples, samples], strides given
+ * coords   [outer, inner, count, 2] contiguous, any type
+ * images   [outer, inner, channels, height, width] contiguous, every element written
+ */
+ICSEG_API int icseg_gather_patches_bilinear_backward_f32(
+    const float* patches, const void* coords, float* images, int64_t outer, int64_t inner, int64_t count,
+    int64_t channels, int64_t samples, int64_t height, int64_t width, int64_t stride_outer, int64_t stride_inner,
+    int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
+    double extent_y, double extent_x, int edge_to_edge);
+ICSEG_API int icseg_gather_patches_bilinear_backward_f64(
+    const double* patches, const void* coords, double* images, int64_t outer, int64_t inner, int64_t count,
+    int64_t channels, int64_t samples, int64_t height, int64_t width, int64_t stride_outer, int64_t stride_inner,
+    int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
+    double extent_y, double extent_x, int edge_to_edge);
+
+/* Write patches into images: the weighted mean where they overlap, in the order of count, `fill` where none lies.
+ *
+ * patches   [batch, count, channels, patch, patch], strides given
+ * coords    [batch, count, 2] contiguous: (y, x) of a patch's top-left corner, any value; int32 if coords_are_32_bits
+ *           is not 0, else int64
+ * weight    [patch, patch] contiguous, or NULL: all ones. Where it is not positive a patch covers nothing.
+ * mean      [batch, channels, height, width] contiguous, every element written
+ * total     [batch, height, width] contiguous, every element written: the sum of the weights; NULL: not wanted
+ * coverage  [batch, height, width] contiguous, every element written: 1 where total is positive, else 0
+ *
+ * bf16: patches and mean are bfloat16; weight, total and the sums float32.
+ */
+#define ICSEG_SCATTER_PATCHES(name, stored, sum)                                                                   \
+    ICSEG_API int name(const stored* patches, const void* coords, const sum* weight, stored* mean, sum* total,     \
+                       uint8_t* coverage, double fill, int64_t batch, int64_t count, int64_t channels,             \
+                       int64_t patch, int64_t height, int64_t width, int64_t stride_batch, int64_t stride_count,   \
+                       int64_t stride_channel, int64_t stride_y, int64_t stride_x, int64_t coords_are_32_bits)
+ICSEG_SCATTER_PATCHES(icseg_scatter_patches_f32, float, float);
+ICSEG_SCATTER_PATCHES(icseg_scatter_patches_f64, double, double);
+ICSEG_SCATTER_PATCHES(icseg_scatter_patches_bf16, uint16_t, float);
+
+/* Its adjoint with respect to the patches.
+ *
+ * grad     [batch, channels, height, width], strides given
+ * total    as written forward
+ * patches  [batch, count, channels, patch, patch] contiguous, every element written
+ */
+#define ICSEG_SCATTER_PATCHES_BACKWARD(name, stored, sum)                                                          \
+    ICSEG_API int name(const stored* grad, const sum* total, const void* coords, const sum* weight,                \
+                       stored* patches, int64_t batch, int64_t count, int64_t channels, int64_t patch,             \
+                       int64_t height, int64_t width, int64_t stride_batch, int64_t stride_channel,                \
+                       int64_t stride_y, int64_t stride_x, int64_t coords_are_32_bits)
+ICSEG_SCATTER_PATCHES_BACKWARD(icseg_scatter_patches_backward_f32, float, float);
+ICSEG_SCATTER_PATCHES_BACKWARD(icseg_scatter_patches_backward_f64, double, double);
+ICSEG_SCATTER_PATCHES_BACKWARD(icseg_scatter_patches_backward_bf16, uint16_t, float);
 
 /* Draw k of count elements of each row without replacement: the k largest of logits + noise, descending, equal ones by
  * ascending index. The noise is `noise`, or with seeded != 0 the library's own under `seed`, or none.
@@ -116,6 +207,178 @@ ICSEG_API int icseg_gumbel_topk_backward_f64(const double* logits, const int64_t
 /* The noise alone: [rows, elements] contiguous. stream and offset from 0 to 2^32 - 1: independent noises under a seed. */
 ICSEG_API int icseg_gumbel_noise(float* noise, int64_t rows, int64_t elements, uint64_t seed, int64_t stream,
                                  int64_t offset);
+
+/* The tail of a convolution of pairs: z[b, i, j] = activation(zx[b, i] + zy[b, j]), and its mean over j.
+ *
+ * zx, zy     [batch, xs, length], [batch, ys, length] contiguous
+ * pairs      [batch, xs, ys, length] contiguous, every element written, or NULL; it may be zy where xs is 1
+ * mean       [batch, xs, length] contiguous, every element written if ys > 0, added up in the order of j, or NULL
+ * activation 0 none, 1 relu, 2 leaky relu (slope below 0: `slope`), 3 GELU
+ */
+ICSEG_API int icseg_cross_tail_f32(const float* zx, const float* zy, float* pairs, float* mean,
+                                   int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                   int64_t activation, double slope);
+ICSEG_API int icseg_cross_tail_f64(const double* zx, const double* zy, double* pairs, double* mean,
+                                   int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                   int64_t activation, double slope);
+
+/* Its gradients, from those of pairs and mean (either may be NULL, for zeros); added up in the order of i and j. */
+ICSEG_API int icseg_cross_tail_backward_f32(const float* zx, const float* zy, const float* grad_pairs,
+                                            const float* grad_mean, float* grad_zx, float* grad_zy,
+                                            int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                            int64_t activation, double slope);
+ICSEG_API int icseg_cross_tail_backward_f64(const double* zx, const double* zy, const double* grad_pairs,
+                                            const double* grad_mean, double* grad_zx, double* grad_zy,
+                                            int64_t batch, int64_t xs, int64_t ys, int64_t length,
+                                            int64_t activation, double slope);
+
+/* Group normalisation, gain and bias, activation: out = act(gain * (x - mean) * rstd + bias).
+ *
+ * x, out     [samples, channels, length] contiguous; mean and rstd = 1 / sqrt(variance + eps) are those of
+ *            channels / groups channels of a sample
+ * gain, bias one a channel, at data[sample * stride_sample + channel * stride_channel]; NULL: 1 and 0
+ * stats      [2, samples, groups] contiguous, written: mean, rstd
+ * gelu       not 0: act is GELU; else the identity
+ */
+ICSEG_API int icseg_group_norm_film_f32(const float* x, const float* gain, const float* bias, float* out,
+                                        float* stats, int64_t samples, int64_t channels, int64_t length,
+                                        int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                        int64_t bias_sample, int64_t bias_channel, int64_t gelu, double eps);
+ICSEG_API int icseg_group_norm_film_f64(const double* x, const double* gain, const double* bias, double* out,
+                                        double* stats, int64_t samples, int64_t channels, int64_t length,
+                                        int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                        int64_t bias_sample, int64_t bias_channel, int64_t gelu, double eps);
+
+/* Its gradients.
+ *
+ * grad       [samples, channels, length] contiguous, of out
+ * stats      as written by the forward
+ * grad_x     [samples, channels, length] contiguous, every element written
+ * sums       [2, samples, channels] contiguous, every element written: of gain and of bias, a sample at a time
+ */
+ICSEG_API int icseg_group_norm_film_backward_f32(const float* grad, const float* x, const float* stats,
+                                                 const float* gain, const float* bias, float* grad_x, float* sums,
+                                                 int64_t samples, int64_t channels, int64_t length,
+                                                 int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                                 int64_t bias_sample, int64_t bias_channel, int64_t gelu);
+ICSEG_API int icseg_group_norm_film_backward_f64(const double* grad, const double* x, const double* stats,
+                                                 const double* gain, const double* bias, double* grad_x, double* sums,
+                                                 int64_t samples, int64_t channels, int64_t length,
+                                                 int64_t groups, int64_t gain_sample, int64_t gain_channel,
+                                                 int64_t bias_sample, int64_t bias_channel, int64_t gelu);
+/* Maps and the windows on them that a draw chooses from: zero padding, the maximum over every window, rescaling of a
+ * map's maxima to [0, 1], a separable blur with zeros outside, every stride-th window, division by the temperature.
+ * Pixels of NaN and -inf count as their map's lowest finite one, inf as its highest.
+ */
+struct icseg_windows {
+    int64_t batch, height, width;               /* maps [batch, height, width] ... */
+    int64_t stride_batch, stride_y, stride_x;   /* ... with these strides */
+    int64_t patch, stride;
+    int64_t before, after;                      /* zeros around a map, on both axes */
+    const void* taps;                           /* tap_count elements of the maps' type; not read if that is 1 */
+    int64_t tap_count;                          /* odd; 1 is no blur */
+    double temperature;
+    int64_t threads;                            /* into how many parts a map's work may be divided, at least 1 */
+};
+
+/* The bytes of workspace that the functions below need for elements of 4 or 8 bytes. k is 0 but for
+ * icseg_sample_patches, backward 0 but for icseg_window_logits_backward. A workspace is aligned to 64 bytes. */
+ICSEG_API int icseg_sample_patches_workspace(const struct icseg_windows* windows, int64_t element_bytes, int64_t k,
+                                             int64_t backward, int64_t* bytes);
+
+/* Draw k windows of each map, as icseg_gumbel_topk draws from their logits.
+ *
+ * noise       [batch, candidates], rows noise_stride apart, or NULL; with seeded != 0 the library's own under `seed`
+ * indices     [batch, k] contiguous, row-major over the windows, and scores likewise; -1 and -inf where none was left
+ * coords      [batch, k, 2] contiguous: (y, x) of a window's corner in pixels of the unpadded map, -2^30 where none
+ */
+ICSEG_API int icseg_sample_patches_f32(const struct icseg_windows* windows, const float* maps, const float* noise,
+                                       int64_t noise_stride, int64_t k, int64_t seeded, uint64_t seed,
+                                       int64_t* indices, float* scores, int32_t* coords, float* workspace,
+                                       int64_t workspace_bytes);
+ICSEG_API int icseg_sample_patches_f64(const struct icseg_windows* windows, const double* maps, const double* noise,
+                                       int64_t noise_stride, int64_t k, int64_t seeded, uint64_t seed,
+                                       int64_t* indices, double* scores, int32_t* coords, double* workspace,
+                                       int64_t workspace_bytes);
+
+/* The logits that it draws from: [batch, candidates] contiguous. */
+ICSEG_API int icseg_window_logits_f32(const struct icseg_windows* windows, const float* maps, float* logits,
+                                      float* workspace, int64_t workspace_bytes);
+ICSEG_API int icseg_window_logits_f64(const struct icseg_windows* windows, const double* maps, double* logits,
+                                      double* workspace, int64_t workspace_bytes);
+
+/* The gradient of those logits to the maps: through a maximum to the first pixel that attains it, through the extremes
+ * in equal shares to all that do.
+ *
+ * grad_logits [batch, candidates] contiguous
+ * grad_maps   [batch, height, width] contiguous, every element written
+ */
+ICSEG_API int icseg_window_logits_backward_f32(const struct icseg_windows* windows, const float* maps,
+                                               const float* grad_logits, float* grad_maps, float* workspace,
+                                               int64_t workspace_bytes);
+ICSEG_API int icseg_window_logits_backward_f64(const struct icseg_windows* windows, const double* maps,
+                                               const double* grad_logits, double* grad_maps, double* workspace,
+                                               int64_t workspace_bytes);
+
+/* A tensor [batch, heads, rows, columns], strides given; data NULL: none. */
+typedef struct icseg_heads {
+    const void* data;
+    int64_t stride_batch, stride_head, stride_row, stride_column;
+} icseg_heads;
+
+/* Attention of queries over the keys that a list names; all fields are 8 bytes wide.
+ *
+ * q [batch, heads, queries, dim], k [batch, heads, keys, dim], v [batch, heads, keys, value_dim]
+ * q_cos, q_sin [batch, heads, queries, dim / 2], k_cos, k_sin [batch, heads, keys, dim / 2], or none: consecutive pairs
+ *          of columns of q and k are turned, (a, b) -> (a cos - b sin, a sin + b cos); dim is then even
+ * index    [batch, groups, listed] rows of k and v, integers of index_bytes = 4 or 8; those outside [0, keys) are no
+ *          keys. A list is for queries / groups consecutive queries. index_bytes = 0: groups = 1, and the first `listed`
+ *          rows are listed, in order
+ * sink     not 0: there is one more key of zeros, with a value of zeros
+ * slots    how many shares the work is cut into, at least 1: as many as threads that may serve it
+ */
+typedef struct icseg_attention {
+    icseg_heads q, k, v, q_cos, q_sin, k_cos, k_sin;
+    const void* index;
+    int64_t index_bytes, stride_index_batch, stride_index_group, stride_index_entry;
+    int64_t batch, heads, queries, keys, dim, value_dim, groups, listed;
+    int64_t sink;
+    double scale;
+    void* workspace;
+    int64_t workspace_bytes, slots;
+} icseg_attention;
+
+/* *bytes of workspace that a call needs, with `runs` runs of queries and elements of element_bytes. */
+ICSEG_API int icseg_selected_attention_workspace(int64_t batch, int64_t heads, int64_t queries, int64_t dim,
+                                                 int64_t value_dim, int64_t groups, int64_t listed, int64_t indexed,
+                                                 int64_t runs, int64_t slots, int64_t element_bytes, int64_t backward,
+                                                 int64_t* bytes);
+
+/* out  [batch, queries, heads, value_dim] contiguous: softmax(scale q k^T) v; 0 where a query has no key
+ * lse  [batch, heads, queries] contiguous: log(sum(exp(scale q k^T)))
+ * runs [run_count, 2]: as many queries, in order, attend to the first so many entries of their lists; they add up to
+ *      queries and cover whole groups, if groups > 1. None (0): all queries, whole lists.
+ */
+ICSEG_API int icseg_selected_attention_f32(const icseg_attention* call, const int64_t* runs, int64_t run_count,
+                                           float* out, float* lse);
+ICSEG_API int icseg_selected_attention_f64(const icseg_attention* call, const int64_t* runs, int64_t run_count,
+                                           double* out, double* lse);
+
+/* Gradients [batch, heads, rows, columns] contiguous of q, k and v, from those of out and of lse.
+ *
+ * out, grad_out  [batch, heads, queries, value_dim], strides given
+ * lse            [batch, heads, queries] contiguous, as the forward function wrote it; grad_lse the same, or NULL
+ */
+ICSEG_API int icseg_selected_attention_backward_f32(const icseg_attention* call, const int64_t* runs,
+                                                    int64_t run_count, const icseg_heads* out,
+                                                    const icseg_heads* grad_out, const float* lse,
+                                                    const float* grad_lse, float* grad_q, float* grad_k,
+                                                    float* grad_v);
+ICSEG_API int icseg_selected_attention_backward_f64(const icseg_attention* call, const int64_t* runs,
+                                                    int64_t run_count, const icseg_heads* out,
+                                                    const icseg_heads* grad_out, const double* lse,
+                                                    const double* grad_lse, double* grad_q, double* grad_k,
+                                                    double* grad_v);
 
 #ifdef __cplusplus
 }

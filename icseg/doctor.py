@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
         "devices": ["cpu", *_cuda_devices()],
         "native_library": _native_library(),
         "ops": backend.status(),
-        "backend_forced": os.environ.get(backend.ENVIRONMENT_VARIABLE),
+        "backend_forced": backend.named_by_environment(),
         "weights": _weights(),
     }
 
@@ -65,8 +65,10 @@ def format_report(report: dict[str, Any]) -> str:
         f"{'weights':<16}{_sentence(report['weights'])}",
         "",
     ]
-    if report["backend_forced"]:
-        lines.append(f"{backend.ENVIRONMENT_VARIABLE}={report['backend_forced']} names the backend of every op")
+    if forced := report["backend_forced"]:
+        known = forced in backend.BACKENDS
+        problem = "" if known else f", but must be one of {', '.join(backend.BACKENDS)}: every call fails"
+        lines.append(f"{backend.ENVIRONMENT_VARIABLE}={forced} names the backend of every op{problem}")
     for op, backends in report["ops"].items():
         lines.append(op)
         lines += [f"  {name:<12}{'; '.join(reasons) or 'available'}" for name, reasons in backends.items()]
@@ -106,6 +108,7 @@ def _native_library() -> dict[str, Any]:
         "path": str(library.PATH),
         "abi": library.ABI_VERSION,
         "build": None if reasons else library.build(),
+        "instruction set": None if reasons else library.isa(),
         "problem": "; ".join(reasons) or None,
     }
 

@@ -3,20 +3,23 @@
 Each op has a reference in plain PyTorch and, where built, faster backends; see `icseg_kernels.backend`.
 """
 
-from icseg_kernels.attention import selected_attention
+from icseg_kernels.attention import Rotation, selected_attention
 from icseg_kernels.backend import BackendError, use_backend
 from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_mean
+from icseg_kernels.group_norm_film import group_norm_film
 from icseg_kernels.gumbel_topk import TopK, gumbel_topk
 from icseg_kernels.patches import PatchSample, Scatter, gather_patches, sample_patches, scatter_patches
 
 __all__ = [
     "BackendError",
     "PatchSample",
+    "Rotation",
     "Scatter",
     "TopK",
     "cross_conv2d",
     "cross_conv2d_mean",
     "gather_patches",
+    "group_norm_film",
     "gumbel_topk",
     "sample_patches",
     "scatter_patches",

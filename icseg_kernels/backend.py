@@ -42,10 +42,12 @@ class Backend:
 
     missing():           reasons why it cannot serve any call on this machine (not built, not importable).
     unsupported(*call):  reasons why it cannot serve this call (dtype, device, size); never reads values.
+    slower(*call):       whether the next backend is the better choice for this call, where none is named.
     """
 
     missing: Callable[[], list[str]] = list
     unsupported: Callable[..., list[str]] = lambda *call: []
+    slower: Callable[..., bool] = lambda *call: False
 
     def reasons(self, *call: Any) -> list[str]:
         return [*self.missing(), *self.unsupported(*call)]
@@ -74,7 +76,9 @@ def select(op: str, backend: str | None, *call: Any) -> str:
     if named is None:
         named, origin = _from_environment, f" from {ENVIRONMENT_VARIABLE}"
     if named is None:
-        return next(name for name, b in declared.items() if not (b.missing() or b.unsupported(*call)))
+        return next(
+            name for name, b in declared.items() if not (b.missing() or b.unsupported(*call) or b.slower(*call))
+        )
     if named not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}{origin}")
     if named not in declared:
@@ -102,6 +106,11 @@ def use_backend(name: str | None) -> Iterator[None]:
     finally:
         _forced.reset(token)
         _forced_in_graphs = _forced.get()
+
+
+def named_by_environment() -> str | None:
+    """The backend that ICSEG_BACKEND named at import, which is in force where nothing else names one."""
+    return _from_environment
 
 
 def status() -> dict[str, dict[str, list[str]]]:
@@ -140,7 +149,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
     The Function also serves where no argument requires a gradient: it refuses forward-mode differentiation, which
     the op alone would take for zero.
     """
-    if _unwatched(arguments):
+    if unwatched(arguments):
         return _implementations[overload](*arguments)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     arguments = tuple(
@@ -148,10 +157,15 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
         for a, is_tensor in zip(arguments, _tensor_arguments[overload], strict=True)
     )
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
-    return function.apply(*arguments) if differentiated else overload(*arguments)
+    if not differentiated:
+        return overload(*arguments)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    # What Function.apply comes to after inspecting the signature, which costs more than all else here.
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-def _unwatched(arguments: tuple[Any, ...]) -> bool:
+def unwatched(arguments: tuple[Any, ...]) -> bool:
     """Whether no gradient, compiler, tracer, mode, transform or profiler needs to see a call."""
     if (
         torch.compiler.is_compiling()
@@ -166,7 +180,12 @@ def _unwatched(arguments: tuple[Any, ...]) -> bool:
     differentiating = torch.is_grad_enabled()
     for a in arguments:
         if isinstance(a, Tensor) and (
-            type(a) not in _PLAIN or a.is_meta or a.is_neg() or a.is_conj() or (differentiating and a.requires_grad)
+            type(a) not in _PLAIN
+            or a.is_meta
+            or a.is_neg()
+            or a.is_conj()
+            or a._is_zerotensor()
+            or (differentiating and a.requires_grad)
         ):
             return False
     return True

@@ -54,6 +54,8 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 
 def pair(name: str, value: Any, least: int | None = None) -> tuple[int, int]:
     """`value` as two ints of at least `least`, if it is a sequence of two."""
+    if type(value) is tuple and [type(side) for side in value] == [int, int] and min(value) >= (least or 0):
+        return value  # the usual case, without building names
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a pair of integers, got {shown(value)}")
     if len(value) != 2:
@@ -72,7 +74,7 @@ def one_or_pair(name: str, value: Any, least: int | None = None) -> tuple[int, i
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
     """`value` as a finite float, not below `least` and greater than `above`, if it is one; never a bool or a tensor."""
     real = isinstance(value, int | float | torch.SymInt | torch.SymFloat)
-    if isinstance(value, bool | Tensor) or not (real or isinstance(value, numbers.Real)):
+    if isinstance(value, bool) or not (real or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {_number_in(least, above)}, got {shown(value)}")
     found = float(value)
     if (

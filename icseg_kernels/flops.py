@@ -4,7 +4,7 @@
 k) and sizes in pixels (patch_size, out_size, height, width, kernel); `itemsize` is bytes per element.
 
 A multiply-add is two FLOPs. Comparisons, copies and index arithmetic are none, nor, as in torch's own
-counter, elementwise operations in the attention and convolution ops.
+counter, normalisations and the elementwise operations in the attention and convolution ops.
 Bytes are compulsory traffic: every input read once, every output written once.
 """
 
@@ -143,6 +143,16 @@ def cross_conv2d_bytes(
     weight = (x_channels + y_channels) * out_channels * kernel[0] * kernel[1]
     written = batch * x_images * (1 if mean else y_images) * out_channels * out_size[0] * out_size[1]
     return (read + weight + written) * itemsize
+
+
+def group_norm_film_flops() -> int:
+    """FLOPs: none, as in torch's own counter, which counts neither normalisations nor activations."""
+    return 0
+
+
+def group_norm_film_bytes(samples: int, channels: int, length: int, film: int = 0, itemsize: int = 4) -> int:
+    """Bytes: x in, as much out; film: values of gain and bias together."""
+    return (2 * samples * channels * length + film) * itemsize
 
 
 def register(overload: Any, formula: Formula) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 # torch loads its OpenMP runtime, which the library then shares: torch.set_num_threads holds for both.
 import torch  # noqa: F401
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 PATH = Path(__file__).with_name("libicseg.so")
 
 ISA_VARIABLE = "ICSEG_CPU_ISA"
@@ -76,8 +76,8 @@ def isa() -> str:
 def select_isa(name: str | None) -> None:
     """Serve every thread's calls with the instruction set `name`; None: with the widest that the machine has.
 
-    The environment variable ICSEG_CPU_ISA does so at import. Raises ValueError for an unknown name, or one that this
-    machine lacks.
+    The environment variable ICSEG_CPU_ISA does so at import, which fails alike. Raises ValueError for an unknown name,
+    or one that this machine lacks.
     """
     if code := get().icseg_select_isa(None if name is None else name.encode()):
         raise ValueError(f"{get().icseg_error(code).decode()}, got {name!r}")
@@ -102,7 +102,7 @@ def function(name: str, arguments: list[Any]) -> Callable[..., int]:
     functions[name] = arguments
     found = getattr(_library, name, None)
     if found is None:
-        if _library is not None:
+        if _library is not None and not _reasons:
             _reasons.append(f"{PATH} lacks {name}: install icseg again")
 
         def refuse(*_: Any) -> int:
@@ -129,4 +129,7 @@ try:
 except OSError as error:
     _reasons.append(str(error))
 else:
-    select_isa(os.environ.get(ISA_VARIABLE) or None)
+    try:
+        select_isa(os.environ.get(ISA_VARIABLE) or None)
+    except ValueError as error:
+        raise ValueError(f"{ISA_VARIABLE}: {error}") from None

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from ctypes import byref, c_int64
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from icseg_kernels import attention, selected_attention
-from icseg_kernels.attention import KeyBounds
+from icseg_kernels import Rotation, attention, library, selected_attention, use_backend
+from icseg_kernels.attention import KeyBounds, native
 
 B, H, NQ, NK, D, DV = 2, 3, 6, 9, 8, 5
 INT64 = torch.iinfo(torch.int64)
 SCALE = torch.tensor(0.3, dtype=torch.float64)
+BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
+needs_library = pytest.mark.skipif(bool(library.missing()), reason="needs the native library")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every call without backend= is served by this one."""
+    with use_backend(request.param):
+        yield request.param
+
+
+on_every_backend = pytest.mark.usefixtures("backend")
 
 
 def tokens(
@@ -76,6 +92,12 @@ def oracle(
     return out, lse
 
 
+def rotation(n: int, dtype: torch.dtype = torch.float64, *, seed: int = 7) -> Rotation:
+    """Of heads with angles of their own, split from [B, n, h * D / 2] without a copy."""
+    angles = torch.randn(B, n, H * D // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Rotation(*(t.to(dtype).view(B, n, H, D // 2).transpose(1, 2) for t in (angles.cos(), angles.sin())))
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
@@ -91,6 +113,7 @@ LISTS: dict[str, Callable[[], Tensor | None]] = {
 BOUNDS: dict[str, KeyBounds | None] = {"none": None, "int": 4, "zero": 0, "runs": [(2, 3), (0, 0), (4, 7)]}
 
 
+@on_every_backend
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("lists", LISTS)
@@ -106,6 +129,7 @@ def test_matches_oracle(lists: str, bounds: str, sink: bool) -> None:
     close(both[1], lse)
 
 
+@on_every_backend
 def test_worked_example_by_hand() -> None:
     q = torch.tensor([[[[1.0], [1.0]]]])
     k = torch.tensor([[[[0.0], [float(torch.log(torch.tensor(3.0)))]]]])
@@ -115,6 +139,7 @@ def test_worked_example_by_hand() -> None:
     close(lse.flatten().exp(), torch.tensor([4.0, 7.0]), 1e-6)
 
 
+@on_every_backend
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_scale(scale: float, indexed: bool) -> None:
@@ -127,9 +152,13 @@ def test_scale(scale: float, indexed: bool) -> None:
 @pytest.mark.parametrize("dv", [D, DV])
 def test_without_index_is_sdpa(dtype: torch.dtype, dv: int) -> None:
     q, k, v = tokens(dtype=dtype, dv=dv)
-    assert torch.equal(selected_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(selected_attention(q, k, v, backend="reference"), expected)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(selected_attention(q, k, v), expected, rtol=tolerance, atol=tolerance)
 
 
+@on_every_backend
 def test_asymmetric_layout_is_masked_attention() -> None:
     support, registers, target = 3, 2, 4
     n = support + registers + target
@@ -140,6 +169,7 @@ def test_asymmetric_layout_is_masked_attention() -> None:
     close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
+@on_every_backend
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_sink_is_add_zero_attn(return_lse: bool) -> None:
     """Against torch.nn.MultiheadAttention with identity projections."""
@@ -154,6 +184,7 @@ def test_sink_is_add_zero_attn(return_lse: bool) -> None:
     close(out[0] if return_lse else out, expected)
 
 
+@on_every_backend
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_sink_scales_the_output_by_sigmoid_of_lse(indexed: bool, return_lse: bool) -> None:
@@ -164,6 +195,7 @@ def test_sink_scales_the_output_by_sigmoid_of_lse(indexed: bool, return_lse: boo
     close(sunk[0] if return_lse else sunk, out * lse.sigmoid()[..., None])
 
 
+@on_every_backend
 def test_rows_that_no_list_names_may_be_nan() -> None:
     q, k, v = tokens()
     index = hostile_index()
@@ -183,6 +215,7 @@ def test_rows_that_no_list_names_may_be_nan() -> None:
         assert torch.equal(grad == 0, unnamed[:, None, :, None].expand_as(grad))
 
 
+@on_every_backend
 @pytest.mark.parametrize("sink", [False, True])
 def test_no_valid_key_gives_zero(sink: bool) -> None:
     q, k, v = tokens(grad=True)
@@ -195,6 +228,7 @@ def test_no_valid_key_gives_zero(sink: bool) -> None:
         assert torch.equal(t.grad, torch.zeros_like(t))
 
 
+@on_every_backend
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("dv", [D, DV])
@@ -211,6 +245,7 @@ def test_empty_sizes(sizes: tuple[int, int, int | None], dv: int, sink: bool, re
         assert torch.equal(t.grad, torch.zeros_like(t))
 
 
+@on_every_backend
 @pytest.mark.parametrize("dv", [D, DV])
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("bounds", ["no_rows", "zero", "run"])
@@ -230,6 +265,7 @@ def test_no_key_gives_zero_even_for_a_query_of_nan(bounds: str, return_lse: bool
         assert grad.isfinite().all()
 
 
+@on_every_backend
 @pytest.mark.parametrize("options", [{}, {"sink": True}, {"kv_end": 4}, {"return_lse": True}])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_tokens_without_features_are_averaged(indexed: bool, options: dict[str, Any]) -> None:
@@ -244,6 +280,7 @@ def test_tokens_without_features_are_averaged(indexed: bool, options: dict[str, 
     close(result[0] if options.get("return_lse") else result, expected)
 
 
+@on_every_backend
 def test_empty_batch_and_groups_without_queries() -> None:
     q, k, v = tokens()
     assert selected_attention(q[:0], k[:0], v[:0], index=hostile_index()[:0]).shape == (0, H, NQ, DV)
@@ -251,6 +288,7 @@ def test_empty_batch_and_groups_without_queries() -> None:
     assert selected_attention(q[:, :, :0], k, v, index=index, kv_end=[]).shape == (B, H, 0, DV)
 
 
+@on_every_backend
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bounds", ["none", "runs"])
 @pytest.mark.parametrize("lists", ["all", "hostile", "groups"])
@@ -268,13 +306,15 @@ def test_gradients(lists: str, bounds: str, sink: bool) -> None:
 
 def test_gradients_of_both_paths_agree() -> None:
     plain, written = tokens(grad=True), tokens(grad=True)
-    selected_attention(*plain, kv_end=[(2, 3), (4, 9)], sink=True).square().sum().backward()
-    out, _ = selected_attention(*written, kv_end=[(2, 3), (4, 9)], sink=True, return_lse=True)
+    bounds, options = [(2, 3), (4, 9)], {"sink": True, "backend": "reference"}
+    selected_attention(*plain, kv_end=bounds, **options).square().sum().backward()
+    out, _ = selected_attention(*written, kv_end=bounds, return_lse=True, **options)
     out.square().sum().backward()
     for a, b in zip(plain, written, strict=True):
         close(a.grad, b.grad)
 
 
+@on_every_backend
 def test_second_derivative_of_a_list_is_refused() -> None:
     q, k, v = tokens(grad=True)
     out = selected_attention(q, k, v, index=hostile_index())
@@ -293,13 +333,14 @@ def test_functional_transforms(options: dict[str, Any]) -> None:
         return (result[0] if isinstance(result, tuple) else result).square().sum()
 
     (expected,) = torch.autograd.grad(loss(q), q)
-    assert torch.equal(torch.func.grad(loss)(q.detach()), expected)
+    close(torch.func.grad(loss)(q.detach()), expected)
     if options:  # without, it is SDPA, which differentiates in float64
         for grad_mode in (torch.enable_grad(), torch.no_grad()):  # forward mode heeds neither
             with grad_mode, pytest.raises(NotImplementedError, match="forward"):
                 torch.func.jvp(loss, (q.detach(),), (torch.ones_like(q),))
 
 
+@on_every_backend
 def test_logsumexp_merges_disjoint_keys() -> None:
     q, k, v = tokens()
     parts = [selected_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 4), slice(4, NK))]
@@ -308,6 +349,7 @@ def test_logsumexp_merges_disjoint_keys() -> None:
     close(merged, selected_attention(q, k, v))
 
 
+@on_every_backend
 def test_order_of_the_list_does_not_matter() -> None:
     q, k, v = tokens()
     index = hostile_index()
@@ -315,6 +357,7 @@ def test_order_of_the_list_does_not_matter() -> None:
     close(selected_attention(q, k, v, index=shuffled), selected_attention(q, k, v, index=index))
 
 
+@on_every_backend
 def test_one_list_is_the_same_list_for_every_group() -> None:
     q, k, v = tokens()
     index = hostile_index()
@@ -322,6 +365,7 @@ def test_one_list_is_the_same_list_for_every_group() -> None:
     close(out, selected_attention(q, k, v, index=index))
 
 
+@on_every_backend
 def test_batch_rows_are_independent() -> None:
     q, k, v = tokens()
     index = hostile_index()
@@ -339,6 +383,7 @@ def strided(t: Tensor) -> Tensor:
     return view
 
 
+@on_every_backend
 @pytest.mark.parametrize("indexed", [False, True])
 def test_strided_views(indexed: bool) -> None:
     q, k, v = tokens()
@@ -355,6 +400,7 @@ def test_strided_views(indexed: bool) -> None:
         close(a.grad, b.grad)
 
 
+@on_every_backend
 def test_keys_shared_by_heads_and_batch() -> None:
     q, k, v = tokens()
     k, v = k[:1, :1].clone().requires_grad_(), v[:1, :1].clone().requires_grad_()
@@ -366,6 +412,7 @@ def test_keys_shared_by_heads_and_batch() -> None:
     )
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_error_is_no_larger_than_that_of_sdpa(dtype: torch.dtype) -> None:
     """Output and gradients against float64, with the rows that the list names gathered for SDPA."""
@@ -390,6 +437,7 @@ def test_error_is_no_larger_than_that_of_sdpa(dtype: torch.dtype) -> None:
         assert (a - e).abs().max() <= (b - e).abs().max() + rounding
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_keep_dtype_and_return_float32_lse(dtype: torch.dtype) -> None:
     q, k, v = tokens(dtype=dtype)
@@ -399,6 +447,7 @@ def test_half_types_keep_dtype_and_return_float32_lse(dtype: torch.dtype) -> Non
     close(lse, oracle(q, k, v, hostile_index())[1], 1e-5)
 
 
+@on_every_backend
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = tokens(dtype=torch.float32)
     q, k = (200 * (3 * t).round() for t in (q, k))  # scores of up to 1e7, all exact in float32
@@ -406,6 +455,7 @@ def test_large_scores_do_not_overflow() -> None:
     close(out, oracle(q, k, v, hostile_index(), scale=1.0)[0], 1e-6)
 
 
+@on_every_backend
 @pytest.mark.parametrize("indexed", [False, True])
 def test_autocast_computes_as_sdpa_does(indexed: bool) -> None:
     q, k, v = tokens(dtype=torch.float32, grad=True)
@@ -419,6 +469,7 @@ def test_autocast_computes_as_sdpa_does(indexed: bool) -> None:
     assert q.grad.dtype == torch.float32
 
 
+@on_every_backend
 def test_same_bits_twice_and_for_any_thread_count() -> None:
     index = torch.arange(400).remainder(7).expand(B, 400)
 
@@ -441,17 +492,25 @@ def test_same_bits_twice_and_for_any_thread_count() -> None:
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("runs", [([], []), ([2, 4], [3, 8])])
-@pytest.mark.parametrize(("indexed", "scale"), [(False, SCALE), (True, SCALE), (True, None)])
-def test_opcheck(indexed: bool, scale: Tensor | None, runs: tuple[list[int], list[int]]) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+@pytest.mark.parametrize(
+    ("indexed", "turned", "scale", "runs"),
+    [(False, True, SCALE, ([], [])), (True, True, None, ([2, 4], [3, 8])), (True, False, SCALE, ([], []))],
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_opcheck(
+    name: str, indexed: bool, turned: bool, scale: Tensor | None, runs: tuple[list[int], list[int]]
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + indexed]:
         q, k, v = (strided(t) for t in tokens(dtype=dtype))
         index = hostile_index()[:, None] if indexed else None
-        opcheck(attention._forward_op, (q, k, v, index, *runs, True, scale))
-        out, lse = attention._forward_op(q, k, v, index, *runs, True, scale)
-        opcheck(attention._backward_op, (out, lse, q, k, v, index, *runs, True, scale))
+        angles = (*rotation(NQ, torch.float32), *rotation(NK, torch.float32)) if turned else (None,) * 4
+        call = (q, k, v, index, *angles, *runs, True, scale, name)
+        opcheck(attention._forward_op, call)
+        out, lse = attention._forward_op(*call)
+        opcheck(attention._backward_op, (out, None if turned else lse, out, lse, *call))
 
 
+@on_every_backend
 @pytest.mark.parametrize("kv_end", [None, 5, ((2, 3), (4, 8))])
 @pytest.mark.parametrize("lists", ["all", "hostile", "groups"])
 def test_compile_fullgraph(lists: str, kv_end: KeyBounds | None) -> None:
@@ -472,6 +531,7 @@ def test_compile_fullgraph(lists: str, kv_end: KeyBounds | None) -> None:
         close(a.grad, b.grad)
 
 
+@on_every_backend
 def test_compile_serves_new_values_and_sizes_without_recompiling() -> None:
     graphs = 0
 
@@ -494,6 +554,7 @@ def test_compile_serves_new_values_and_sizes_without_recompiling() -> None:
     assert graphs == 1
 
 
+@on_every_backend
 @pytest.mark.parametrize("options", [{}, {"index": hostile_index()}, {"return_lse": True}])
 def test_compile_serves_new_scales_without_recompiling(options: dict[str, Any]) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -553,6 +614,23 @@ def bad(**changes: object) -> dict[str, object]:
             ValueError,
             "whole groups of 2 queries",
         ),
+        (lambda: bad(rotary=rotation(NQ)[0]), TypeError, "rotary must be a pair of rotations, .* got Tensor"),
+        (lambda: bad(rotary=(None, 1.0)), TypeError, r"rotary\[1\] must be a Rotation or None, got 1.0"),
+        (
+            lambda: bad(rotary=(rotation(NQ), None)),
+            TypeError,
+            r"rotary\[0\].cos must be torch.float32 .*, got torch.float64",
+        ),
+        (
+            lambda: bad(rotary=(None, rotation(NQ, torch.float32))),
+            ValueError,
+            r"rotary\[1\].cos must be broadcastable to \[2, 3, 9, 4\], got shape \[2, 3, 6, 4\]",
+        ),
+        (
+            lambda: bad(q=torch.zeros(2, 3, 6, 5), k=torch.zeros(2, 3, 9, 5), rotary=(rotation(NQ), None)),
+            ValueError,
+            "D must be even, got 5",
+        ),
         (lambda: bad(backend="triton"), NotImplementedError, "selected_attention has no triton backend"),
         (lambda: bad(backend="fast"), ValueError, "backend must be one of"),
     ],
@@ -560,6 +638,289 @@ def bad(**changes: object) -> dict[str, object]:
 def test_errors(call: Callable[[], dict[str, object]], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         selected_attention(**call())  # type: ignore[call-overload]
+
+
+# --- rotary -----------------------------------------------------------------------------------------
+
+
+def turned_by_loop(x: Tensor, turn: Rotation) -> Tensor:
+    """x [B, h, N, D] as complex numbers times e^(i angle)."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(turn.cos.double(), turn.sin.double())).flatten(-2)
+
+
+@on_every_backend
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("lists", LISTS)
+def test_rotary_turns_pairs_of_channels(lists: str, return_lse: bool) -> None:
+    q, k, v = tokens()
+    index, turns = LISTS[lists](), (rotation(NQ), rotation(NK, seed=8))
+    expected, lse = oracle(turned_by_loop(q, turns[0]), turned_by_loop(k, turns[1]), v, index, sink=True)
+    result = selected_attention(q, k, v, index=index, sink=True, rotary=turns, return_lse=return_lse)
+    close(result[0] if return_lse else result, expected)
+    if return_lse:
+        close(result[1], lse)
+    alone = selected_attention(q, k, v, index=index, rotary=(None, turns[1]), return_lse=True)[0]
+    close(alone, oracle(q, turned_by_loop(k, turns[1]), v, index)[0])
+
+
+@on_every_backend
+@pytest.mark.parametrize("shape", [(NQ, D // 2), (1, NQ, 1), (B, 1, 1, D // 2), ()])
+def test_rotary_is_broadcast(shape: tuple[int, ...]) -> None:
+    q, k, v = tokens()
+    angle = torch.linspace(0, 3, max(1, torch.Size(shape).numel()), dtype=torch.float64).view(shape)
+    turn = Rotation(angle.cos(), angle.sin())
+    whole = Rotation(*(t.expand(B, H, NQ, D // 2) for t in turn))
+    out = selected_attention(q, k, v, index=hostile_index(), rotary=(turn, None))
+    close(out, oracle(turned_by_loop(q, whole), k, v, hostile_index())[0])
+
+
+@on_every_backend
+@pytest.mark.parametrize("indexed", [False, True])
+def test_gradients_are_turned_back(indexed: bool) -> None:
+    index = hostile_index() if indexed else None
+    turns = (rotation(NQ), rotation(NK, seed=8))
+
+    def attend(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return selected_attention(*qkv, index=index, sink=True, rotary=turns, return_lse=True)
+
+    assert torch.autograd.gradcheck(attend, tokens(grad=True), nondet_tol=0)
+    if not indexed:
+        assert torch.autograd.gradcheck(lambda *qkv: selected_attention(*qkv, rotary=turns), tokens(grad=True))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_turned_in_float32(dtype: torch.dtype) -> None:
+    q, k, v = tokens(dtype=dtype)
+    turns = (rotation(NQ, torch.float32), rotation(NK, torch.float32))
+    out = selected_attention(q, k, v, index=hostile_index(), rotary=turns)
+    assert out.dtype == dtype
+    expected = oracle(turned_by_loop(q, turns[0]), turned_by_loop(k, turns[1]), v, hostile_index())[0]
+    close(out, expected, 2 * torch.finfo(dtype).eps)
+
+
+@on_every_backend
+def test_rotation_gets_no_gradient() -> None:
+    q, k, v = tokens(grad=True)
+    turn = Rotation(*(t.requires_grad_() for t in rotation(NQ)))
+    for options in ({}, {"index": hostile_index()}):
+        selected_attention(q, k, v, rotary=(turn, None), **options).sum().backward()
+    assert turn.cos.grad is None
+    assert turn.sin.grad is None
+
+
+# --- native against reference -----------------------------------------------------------------------
+
+
+def random_case(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tokens and options of any kind, sizes about those of tiles, panels and blocks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    b, h, per, groups = draw(1, 2), draw(1, 3), draw(1, 5, 12, 13, 49), draw(1, 1, 3)
+    nq, nk, d, dv = per * groups, draw(1, 31, 33, 97, 500), draw(2, 8, 16, 34), draw(1, 16, 17, 40)
+    q, k, v = (
+        torch.randn(b, h, n, width, generator=generator, dtype=torch.float64).to(dtype)
+        for n, width in ((nq, d), (nk, d), (nk, dv))
+    )
+    options: dict[str, Any] = {"sink": draw(False, True), "scale": draw(None, 0.3)}
+    listed = nk
+    if draw(True, True, False) or groups > 1:
+        listed = draw(0, 1, 33, 96, 200, 1000)
+        kind = draw(torch.int32, torch.int64)
+        options["index"] = torch.randint(-2, nk + 2, (b, groups, listed), generator=generator).to(kind)
+    if draw(True, False):
+        first = per if groups > 1 else draw(1, nq // 2 + 1)
+        options["kv_end"] = [(first, listed // 2), (nq - first, listed)] if nq > first else listed // 3
+    if draw(True, False):
+        angles = torch.randn(b, h, nk, d // 2, generator=generator, dtype=torch.float64)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        turn = Rotation(angles.cos().to(wide), angles.sin().to(wide))
+        options["rotary"] = (Rotation(turn.cos[:, :, :1], turn.sin[:, :, :1]), turn)
+    return [strided(t) if draw(True, False) else t for t in (q, k, v)], options
+
+
+def outputs_and_gradients(call: tuple[list[Tensor], dict[str, Any]], name: str) -> list[Tensor]:
+    tensors, options = call
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    out, lse = selected_attention(*inputs, **options, return_lse=True, backend=name)
+    generator = torch.Generator().manual_seed(3)
+    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, lse)]
+    grads[1].masked_fill_(lse.isinf(), 0)
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], inputs, grads)]
+
+
+def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 30 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().nan_to_num(0, 0, 0).max().item() if b.numel() else 0)
+        )
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_native_equals_reference(isa: str, dtype: torch.dtype) -> None:
+    for seed in range(25):
+        case = random_case(seed, dtype)
+        agree(outputs_and_gradients(case, "native"), outputs_and_gradients(case, "reference"), dtype)
+
+
+@needs_library
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(seed=strategies.integers(100, 10**9))
+def test_native_equals_reference_on_any_case(seed: int) -> None:
+    case = random_case(seed, torch.float64)
+    agree(outputs_and_gradients(case, "native"), outputs_and_gradients(case, "reference"), torch.float64)
+
+
+@needs_library
+@pytest.mark.parametrize("sizes", [(1, 2, 250, 700, 32), (3, 1, 70, 600, 48), (1, 1, 600, 600, 64), (5, 5, 70, 90, 16)])
+def test_native_bits_do_not_depend_on_threads(sizes: tuple[int, ...]) -> None:
+    """Units that divide among the threads and that do not, with few keys and many."""
+    b, h, nq, nk, d = sizes
+    generator = torch.Generator().manual_seed(0)
+    case = ([torch.randn(b, h, n, d, generator=generator) for n in (nq, nk, nk)], {"sink": True})
+    lists = torch.randint(-1, nk + 1, (b, nk), generator=generator)
+    threads = torch.get_num_threads()
+    for options in ({}, {"index": lists}, {"index": lists, "kv_end": [(nq // 3, 50), (nq - nq // 3, nk)]}):
+        results = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(outputs_and_gradients((case[0], case[1] | options), "native"))
+        finally:
+            torch.set_num_threads(threads)
+        for a, b, c in zip(*results, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_special_values(isa: str, dtype: torch.dtype) -> None:
+    """Infinite and NaN scores do as they do in the reference, in their own rows only."""
+    q, k, v = (t.to(dtype) for t in tokens(nq=30, nk=40))
+    q[:, :, 3, 0], q[:, :, 5], q[:, :, 7] = torch.inf, torch.nan, 0
+    q[:, :, 9] *= 1e4
+    for index in (None, hostile_index().remainder(40)):
+        found, expected = (
+            selected_attention(q, k, v, index=index, return_lse=True, backend=name) for name in ("native", "reference")
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+    nothing = torch.full((B, H, 40, D), -torch.inf, dtype=dtype)
+    out, lse = selected_attention(q[:, :, :2].abs() + 1, nothing, v, return_lse=True, backend="native")
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
+@needs_library
+def test_native_exponential(isa: str) -> None:
+    """softmax of two keys, one of score 0 and value 0: v e^s / (1 + e^s)."""
+    s = torch.linspace(-120, 0, 4001)
+    one = torch.ones(1, 1, 1, 1)
+    out = selected_attention(s.view(1, 1, -1, 1), one, one, sink=True, scale=1.0, backend="native")
+    exact = s.double().sigmoid().view_as(out)
+    assert ((out - exact).abs() <= 3 * torch.finfo(torch.float32).eps * exact + 2e-38).all()
+
+
+@needs_library
+def test_native_reads_beyond_2_to_the_31_elements() -> None:
+    """Rows far apart, in memory that is reserved and never touched but for them."""
+    q, k, v = tokens(nq=2, nk=3, dv=D, dtype=torch.float32)
+    far = 2**30 + 5
+    storage = torch.empty(3 * far + B * H * D, dtype=torch.float32)
+    apart = storage.as_strided(k.shape, (H * D, D, far, 1)).copy_(k)
+    index = torch.tensor([[2, 0], [1, 2]])
+    found = selected_attention(q, apart, v, index=index, backend="native")
+    assert torch.equal(found, selected_attention(q, k, v, index=index, backend="native"))
+
+
+@needs_library
+def test_native_output_joins_heads_without_a_copy() -> None:
+    out = selected_attention(*tokens(), index=hostile_index(), backend="native")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@needs_library
+def test_none_takes_native_where_torch_is_not_faster() -> None:
+    q, k, v = tokens(dtype=torch.float32)
+
+    def chosen(*, by_sdpa: bool = True, compiling: bool = False, **changes: Tensor) -> str:
+        given = {"q": q, "k": k, "v": v, "index": None} | changes
+        return attention.backends.select("selected_attention", None, *given.values(), by_sdpa)
+
+    assert chosen() == "native"
+    assert chosen(by_sdpa=False, index=hostile_index()) == "native"
+    assert chosen(q=q.half()) == "reference"
+    assert chosen(q=q.half(), by_sdpa=False, index=hostile_index()) == "native"
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, 0),
+        ({"batch": -1}, 1),
+        ({"queries": 2**62}, 4),
+        ({"batch": 2**40, "heads": 2**40}, 4),
+        ({"dim": 2**40, "listed": 2**40}, 4),
+        ({"element_bytes": 2}, 3),
+        ({"groups": 4}, 8),
+        ({"slots": 0}, 8),
+        ({"indexed": 0, "groups": 2}, 8),
+    ],
+)
+@pytest.mark.parametrize("backward", [0, 1])
+def test_native_codes_of_impossible_sizes(changes: dict[str, int], code: int, backward: int) -> None:
+    sizes = {"batch": 1, "heads": 2, "queries": 6, "dim": 8, "value_dim": 8, "groups": 1, "listed": 9, "indexed": 1}
+    sizes |= {"runs": 0, "slots": 2, "element_bytes": 4}
+    assert native._workspace(*(sizes | changes).values(), backward, byref(c_int64())) == code
+
+
+@needs_library
+def test_native_codes_of_impossible_calls() -> None:
+    q, k, v = tokens(dtype=torch.float32)
+    index, none = hostile_index()[:, None], (None,) * 4
+    out, lse = torch.zeros(B, NQ, H, DV), torch.zeros(B, H, NQ)
+
+    def code(index: Tensor | None = index, runs: list[int] | None = None, workspace: int | None = None) -> int:
+        _workspace, call = native._call(q, k, v, index, *none, len(runs or []) // 2, False, None, False)
+        if workspace is not None:
+            call = call[:-16] + workspace.to_bytes(8, "little") + call[-8:]
+        given = None if runs is None else struct.pack(f"{len(runs)}q", *runs)
+        count = 0 if runs is None else len(runs) // 2
+        return native._FORWARD[q.dtype](call, given, count, out.data_ptr(), lse.data_ptr())
+
+    assert code() == 0
+    assert code(runs=[2, 3, 4, 8]) == 0
+    for runs in ([2, 3], [2, 3, 5, 8], [2, 3, 4, 9], [0, 3, 6, 8], [-2, 3, 8, 8], [2, -1, 4, 8]):
+        assert code(runs=runs) == 8
+    assert code(index=index.expand(B, 3, 8), runs=[3, 1, 3, 8]) == 8
+    assert code(workspace=100) == 7
+
+
+@needs_library
+def test_native_op_refuses_what_the_shapes_do_not_promise() -> None:
+    q, k, v = tokens(dtype=torch.float32)
+    options: tuple[Any, ...] = (None, None, None, None, [], [], False, None)
+    with pytest.raises(ValueError, match="k must have shape"):
+        native.forward(q, k[:, :2], v, None, *options)
+    with pytest.raises(ValueError, match="index must have shape"):
+        native.forward(q, k, v, hostile_index()[:1, None], *options)
+    with pytest.raises(TypeError, match="index must be int32 or int64"):
+        native.forward(q, k, v, hostile_index()[:, None].double(), *options)
+    with pytest.raises(ValueError, match="a rotation must be broadcastable"):
+        native.forward(q, k, v, None, torch.ones(7, 4), torch.ones(7, 4), *options[2:])
+    out, lse = native.forward(q, k, v, None, *options)
+    with pytest.raises(ValueError, match="grad_out must have shape"):
+        native.backward(out[:, :, 1:], None, out, lse, q, k, v, None, *options)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from icseg_kernels import backend as backends
 from icseg_kernels.backend import Backend, declare, select, status
 
 OP = "test_op"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def even_only(x: Tensor) -> list[str]:
@@ -29,7 +34,7 @@ def float32_only(x: Tensor) -> list[str]:
 def declared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An op with a missing, two particular and one general backend; no choice in the environment."""
     monkeypatch.setattr(backends, "_registry", dict(backends._registry))
-    monkeypatch.delenv("ICSEG_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_from_environment", None)
     declare(
         OP,
         {
@@ -85,7 +90,7 @@ def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=message), use_backend(name):
         pass
     if name:
-        monkeypatch.setenv("ICSEG_BACKEND", name)
+        monkeypatch.setattr(backends, "_from_environment", name)
         with pytest.raises(ValueError, match=f"{message} from ICSEG_BACKEND"):
             select(OP, None, torch.zeros(2))
 
@@ -115,16 +120,28 @@ def test_use_backend_does_not_fall_back() -> None:
 
 def test_argument_before_scope_before_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2)
-    monkeypatch.setenv("ICSEG_BACKEND", "cuda")
+    monkeypatch.setattr(backends, "_from_environment", "cuda")
     with pytest.raises(BackendError, match="the cuda backend cannot serve"):
         select(OP, None, x)
     with use_backend("reference"):
         assert select(OP, None, x) == "reference"
         assert select(OP, "native", x) == "native"
-    monkeypatch.setenv("ICSEG_BACKEND", "reference")
+    monkeypatch.setattr(backends, "_from_environment", "reference")
     assert select(OP, None, x) == "reference"
-    monkeypatch.setenv("ICSEG_BACKEND", "")
-    assert select(OP, None, x) == "native"
+
+
+@pytest.mark.parametrize(("value", "named"), [(None, None), ("", None), ("reference", "reference"), ("fast", "fast")])
+def test_environment_is_read_once_at_import(value: str | None, named: str | None) -> None:
+    program = """if True:
+        import os
+        from icseg_kernels import backend
+        os.environ["ICSEG_BACKEND"] = "cuda"
+        print(backend.named_by_environment())"""
+    environment = {name: given for name, given in os.environ.items() if name != "ICSEG_BACKEND"}
+    environment |= {} if value is None else {"ICSEG_BACKEND": value}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(named)
 
 
 def test_threads_choose_apart() -> None:

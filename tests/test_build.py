@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import os
+import pkgutil
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import icseg_kernels
 from icseg_kernels import backend, library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,10 +33,29 @@ def setup() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def built(setup, tmp_path_factory) -> Path:
+def quick(setup, tmp_path_factory) -> str:
+    """A compiler that optimises nothing, for tests of all else."""
+    path = tmp_path_factory.mktemp("compiler") / "quick"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(setup.find_compiler())} "$@" -O0\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def built(setup, quick, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("built") / "libicseg.so"
-    setup.build_library(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", quick)
+        setup.build_library(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def objects(setup, tmp_path_factory) -> list[Path]:
+    """The objects of the library, compiled as shipped."""
+    directory = tmp_path_factory.mktemp("objects")
+    setup.run(*setup.compile_commands(setup.find_compiler(), directory))
+    return sorted(directory.iterdir())
 
 
 @pytest.fixture
@@ -62,14 +86,84 @@ def test_built_library_loads_and_says_what_it_is(built):
     assert list(built.parent.iterdir()) == [built]
 
 
-def test_header_and_signatures_name_the_same_functions():
-    header = (ROOT / "csrc" / "icseg.h").read_text()
-    declared = dict(re.findall(r"ICSEG_API [^;(]*?(icseg_\w+)\(([^;]*)\);", header))
-    assert set(declared) == set(library._SIGNATURES)
+CTYPES = {
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+
+
+def ctype(declaration: str) -> type:
+    """The ctypes type of a parameter as the header declares it; of every pointer c_void_p."""
+    return ctypes.c_void_p if "*" in declaration else CTYPES[declaration.split()[0]]
+
+
+@pytest.fixture(scope="module")
+def declared(setup) -> dict[str, list[type]]:
+    """The ctypes arguments of every function that the header declares."""
+    command = [*setup.find_compiler(), "-E", "-P", str(ROOT / "csrc" / "icseg.h")]
+    header = " ".join(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    found = re.findall(r"\b(icseg_\w+) ?\(([^()]*)\);", header)
+    return {
+        name: [] if given.strip() == "void" else [ctype(a.strip()) for a in given.split(",")] for name, given in found
+    }
+
+
+def test_header_and_signatures_agree(declared):
+    for module in pkgutil.walk_packages(icseg_kernels.__path__, "icseg_kernels."):
+        if module.name.endswith("native"):
+            importlib.import_module(module.name)
+    bound = {name: arguments for name, (_, arguments) in library._OF_THE_LIBRARY.items()} | library.functions
+    assert len(bound) > len(library._OF_THE_LIBRARY)
+    assert set(declared) == set(bound)
     for name, arguments in declared.items():
-        count = 0 if arguments == "void" else arguments.count(",") + 1
-        assert count == len(library._SIGNATURES[name][1]), name
+        assert arguments == [ctypes.c_void_p if a is ctypes.c_char_p else a for a in bound[name]], name
+    header = (ROOT / "csrc" / "icseg.h").read_text()
     assert f"#define ICSEG_ABI_VERSION {library.ABI_VERSION}\n" in header
+
+
+def listed(*command: str | Path) -> list[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_library_exports_what_the_header_declares_and_nothing_else(built, declared):
+    exported = {line.split()[-1] for line in listed("nm", "--dynamic", "--defined-only", built)}
+    mangled = {name for name in exported if name.startswith("_")}  # of std:: where nothing is inlined
+    assert exported - mangled == set(declared)
+    assert not [name for name in mangled if name.startswith("_ZN5icseg")]
+
+
+def test_kernels_are_compiled_for_every_instruction_set(setup, objects):
+    sets = setup.instruction_sets(setup.find_compiler())
+    kernels = {path.stem for path in (ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")}
+    assert {f"kernel.{name}.{isa}.o" for name in kernels for isa in sets} <= {path.name for path in objects}
+    assert sets[0] == "portable"
+
+
+def test_no_function_of_wide_instructions_can_replace_a_narrow_one(objects):
+    """Of a weak function the linker keeps any one copy: wide objects may have none but their own kernels."""
+    for path in objects:
+        isa = path.stem.rpartition(".")[2]
+        if isa not in ("avx2", "avx512"):
+            continue
+        symbols = [line.split()[-2:] for line in listed("nm", "--defined-only", path)]
+        weak = [name for kind, name in symbols if kind in "WwVvu"]
+        assert not [name for name in weak if not name.startswith(f"_ZN5icseg{len(isa)}{isa}")], path.name
+
+
+def test_nothing_but_the_wide_kernels_needs_wide_instructions(objects):
+    """Instructions that begin with v are of AVX and later; %zmm and mask registers are of AVX-512."""
+    for path in objects:
+        isa = path.stem.rpartition(".")[2]
+        if isa == "avx512":
+            continue
+        too_wide = r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])" if isa == "avx2" else r"^\s*\w+:\s+v(?!err|erw)|%[yz]mm"
+        code = listed("objdump", "--disassemble", "--no-show-raw-insn", path)
+        assert not [line for line in code if re.search(too_wide, line)], path.name
+        assert len(code) > 10
 
 
 def test_threads_are_those_of_torch(built):
@@ -86,45 +180,15 @@ def test_threads_are_those_of_torch(built):
         torch.set_num_threads(before)
 
 
-HUGE = 2**62
-TOO_LARGE = "sizes must not multiply beyond 63 bits of bytes"
-
-
-@pytest.mark.parametrize(
-    ("sizes", "element_bytes", "message"),
-    [  # outer, inner, channels, height, width, count, patch
-        ((1, 1, 1, -4, 4, 1, 2), 4, "sizes must not be negative"),
-        ((1, 1, 1, 4, 4, 1, 0), 4, "patch must be at least 1"),
-        ((1, 1, 1, 4, 4, 1, 2), 3, "element_bytes must be 1, 2, 4 or 8"),
-        ((1, 1, 1, 4, 4, 1, 2), 16, "element_bytes must be 1, 2, 4 or 8"),
-        ((1, 1, 1, HUGE, HUGE, 1, 2), 4, TOO_LARGE),
-        ((1, 1, HUGE, 4, 4, 1, 2), 4, TOO_LARGE),
-        ((2**32, 2**31, 1, 1, 1, 1, 1), 4, TOO_LARGE),
-        ((1, 1, 1, 4, 4, 1, HUGE), 4, TOO_LARGE),
-        ((1, 1, 1, 4, 4, HUGE, 2), 4, TOO_LARGE),
-        ((1, 1, 0, 4, 4, HUGE, 2), 4, TOO_LARGE),
-        ((1, 1, 1, HUGE, 0, 1, HUGE), 4, TOO_LARGE),
-        ((1, 1, 0, HUGE, 0, 1, HUGE), 4, TOO_LARGE),
-        ((HUGE, HUGE, 0, 4, 4, 0, 2), 4, None),  # nothing to do
-        ((1, 1, 1, HUGE, 0, 0, 2), 4, None),
-    ],
-)
-def test_impossible_sizes_are_refused_by_every_entry_point(built, monkeypatch, sizes, element_bytes, message):
+def test_error_codes_have_sentences(built):
     loaded = library.open_library(built)
-    monkeypatch.setattr(library, "_library", loaded)
-    outer, inner, channels, height, width, count, patch = sizes
-    codes = [loaded.icseg_gather_patches(None, None, None, *sizes, *(0,) * 5, element_bytes)]
-    if element_bytes == 4:
-        arguments = (outer, inner, count, channels, patch, height, width, *(0,) * 6)
-        codes.append(loaded.icseg_gather_patches_backward_f32(None, None, None, *arguments))
-        codes.append(loaded.icseg_gather_patches_backward_f64(None, None, None, *arguments))
-    for code in codes:
-        if message is None:
-            library.check(code)
-        else:
-            with pytest.raises(RuntimeError, match=message):
-                library.check(code)
+    (listing,) = re.findall(r"enum icseg_code \{([^}]*)\}", (ROOT / "csrc" / "icseg.h").read_text())
+    codes = dict(re.findall(r"(ICSEG_\w+) = (\d+)", listing))
+    sentences = {loaded.icseg_error(int(code)).decode() for code in codes.values()}
+    assert len(sentences) == len(codes) == max(map(int, codes.values())) + 1
+    assert "unknown error code" not in sentences
     assert loaded.icseg_error(99).decode() == "unknown error code"
+    assert loaded.icseg_error(-1).decode() == "unknown error code"
 
 
 def test_a_library_that_cannot_serve_is_named(built, tmp_path, monkeypatch):
@@ -140,13 +204,16 @@ def test_a_library_that_cannot_serve_is_named(built, tmp_path, monkeypatch):
         library.open_library(built)
 
 
-def compiled_stub(setup: SimpleNamespace, path: Path, version: int) -> Path:
-    """A library that gives its version and nothing else."""
+def compiled_stub(setup: SimpleNamespace, path: Path, version: int, *, complete: bool = False) -> Path:
+    """A library that gives its version and nothing else; of no op, if `complete`."""
     source = path.with_suffix(".cpp")
-    source.write_text(
-        f'extern "C" __attribute__((visibility("default"))) int icseg_abi_version() {{ return {version}; }}'
-    )
-    subprocess.run([*setup.find_compiler(), *setup.FLAGS, str(source), "-o", str(path)], check=True)
+    text = f'extern "C" __attribute__((visibility("default"))) int icseg_abi_version() {{ return {version}; }}'
+    sources = [str(source)]
+    if complete:
+        text = f"#include <{ROOT / 'csrc' / 'icseg.h'}>\n"
+        sources += [str(ROOT / "csrc" / "cpu" / "library.cpp")]
+    source.write_text(text)
+    subprocess.run([*setup.find_compiler(), *setup.FLAGS, "-shared", *sources, "-o", str(path)], check=True)
     return path
 
 
@@ -159,13 +226,36 @@ def test_a_stale_library_of_the_right_version_is_named(setup, tmp_path):
         library.open_library(older)
 
 
-def test_a_stale_library_beside_the_package_does_not_break_its_import(setup, project):
-    compiled_stub(setup, project / "icseg_kernels" / "libicseg.so", library.ABI_VERSION)
-    program = "from icseg_kernels import library; print(library.__file__); print(library.missing()[0])"
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_stale_library_beside_the_package_does_not_break_its_import(setup, project, complete):
+    """One that lacks the ops' functions, and one that lacks even its own."""
+    compiled_stub(setup, project / "icseg_kernels" / "libicseg.so", library.ABI_VERSION, complete=complete)
+    program = """if True:
+        import torch
+        import icseg_kernels
+        from icseg_kernels import backend, library
+        from icseg_kernels.patches import native
+        print(library.__file__)
+        print("; ".join(library.missing()))
+        given = torch.ones(1, 4, 4), torch.zeros(1, 2).long(), 2
+        print(icseg_kernels.gather_patches(*given).sum().item())
+        for reasons in backend.status().values():
+            assert reasons.get("native", library.missing()) == library.missing(), reasons
+        for call in (lambda: icseg_kernels.gather_patches(*given, backend="native"), lambda: native.gather(*given)):
+            try:
+                call()
+            except (backend.BackendError, OSError) as error:
+                print(type(error).__name__, error)"""
     done = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True)
-    file, reason = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    file, reason, total, by_name, by_module = done.stdout.splitlines()
     assert Path(file).is_relative_to(project)
-    assert "libicseg.so cannot be loaded" in reason
+    expected = r"libicseg.so lacks icseg_\w+: install icseg again" if complete else "libicseg.so cannot be loaded"
+    assert re.search(expected, reason)
+    assert total == "4.0"
+    assert by_name.startswith("BackendError the native backend cannot serve gather_patches")
+    assert by_name.endswith(reason)
+    assert by_module == f"OSError {reason}"
 
 
 def test_the_installed_library_is_there_or_its_absence_is_explained():
@@ -221,10 +311,9 @@ def test_an_error_in_the_sources_is_not_taken_for_missing_openmp(setup, monkeypa
     assert "WITHOUT OpenMP" not in error
 
 
-def test_a_compiler_without_openmp_gives_a_library_and_says_so(setup, monkeypatch, tmp_path, capfd):
+def test_a_compiler_without_openmp_gives_a_library_and_says_so(setup, quick, monkeypatch, tmp_path, capfd):
     compiler = tmp_path / "plain"
-    real = shutil.which(setup.find_compiler()[0])
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {real} -O0 "$@"\n')
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {quick} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     setup.build_library(tmp_path / "libicseg.so")
@@ -234,11 +323,15 @@ def test_a_compiler_without_openmp_gives_a_library_and_says_so(setup, monkeypatc
     assert loaded.icseg_threads() == 1
 
 
-def test_wheel_holds_the_library_and_any_python_takes_it(project):
-    done, wheel = run_hook("build_wheel", project)
+def test_wheel_holds_the_library_and_any_python_takes_it(project, quick):
+    done, wheel = run_hook("build_wheel", project, CXX=quick)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"icseg: built libicseg.so in \d+ s with ", done.stdout)
     assert re.fullmatch(r"icseg-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
-    assert "icseg_kernels/libicseg.so" in zipfile.ZipFile(wheel).namelist()
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(project)) for path in (project / "icseg_kernels").rglob("*.py")}
+    assert {"icseg_kernels/libicseg.so", "icseg_kernels/py.typed"} | modules <= names
+    assert {Path(name).parts[0] for name in names} == {"icseg_kernels", f"icseg-{wheel.name.split('-')[1]}.dist-info"}
 
 
 def test_without_a_compiler_the_wheel_is_pure_python_and_imports(project, tmp_path):
@@ -280,8 +373,8 @@ def test_a_required_library_that_cannot_be_built_is_an_error(project):
     assert "CXX names /nonexistent/c++" in done.stderr
 
 
-def test_editable_install_puts_the_library_beside_the_package(project):
-    done, _ = run_hook("build_editable", project)
+def test_editable_install_puts_the_library_beside_the_package(project, quick):
+    done, _ = run_hook("build_editable", project, CXX=quick)
     assert done.returncode == 0, done.stderr
     assert library.open_library(project / "icseg_kernels" / "libicseg.so").icseg_abi_version() == library.ABI_VERSION
 
@@ -299,7 +392,8 @@ def test_source_distribution_holds_the_sources_and_nothing_built(project):
     assert done.returncode == 0, done.stderr
     with tarfile.open(archive) as tar:
         names = {str(Path(*Path(name).parts[1:])) for name in tar.getnames()}
-    assert {"setup.py", "csrc/icseg.h", "csrc/cpu/library.cpp", "csrc/cpu/gather_patches.cpp"} <= names
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if "__pycache__" not in path.parts}
+    assert {"setup.py", "csrc/icseg.h", "csrc/cpu/kernels/simd.h"} <= sources | {"setup.py"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 

@@ -29,19 +29,31 @@ def test_json_holds_everything(capsys):
     for backends in report["ops"].values():
         assert backends["reference"] == []
     assert report["native_library"]["abi"] == library.ABI_VERSION
+    assert report["native_library"]["instruction set"] == (None if library.missing() else library.isa())
+
+
+def test_instruction_set_in_use(capsys, isa):
+    assert f", instruction set {isa})" in run_doctor(capsys)
 
 
 def test_text_names_each_backend_and_why_one_is_missing(capsys, monkeypatch):
     ops = {"gather_patches": {"native": ["it was not built"], "reference": []}}
     monkeypatch.setattr(backend, "status", lambda: ops)
     monkeypatch.setattr(library, "missing", lambda: ["it was not built"])
-    monkeypatch.setenv("ICSEG_BACKEND", "reference")
+    monkeypatch.setattr(backend, "_from_environment", "reference")
+    monkeypatch.setenv("ICSEG_BACKEND", "native")  # too late: read at import
     lines = run_doctor(capsys).splitlines()
     place = lines.index("gather_patches")
     assert lines[place + 1].split(maxsplit=1) == ["native", "it was not built"]
     assert lines[place + 2].split() == ["reference", "available"]
     assert f"{'library':<16}{library.PATH}: it was not built" in lines
     assert "ICSEG_BACKEND=reference names the backend of every op" in lines
+
+
+def test_an_unknown_backend_in_the_environment_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(backend, "_from_environment", "fast")
+    line = "ICSEG_BACKEND=fast names the backend of every op, but must be one of cuda, triton, native, reference"
+    assert f"{line}: every call fails" in run_doctor(capsys).splitlines()
 
 
 def test_missing_packages_and_weights_are_named(capsys, monkeypatch, tmp_path):

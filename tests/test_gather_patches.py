@@ -13,11 +13,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from icseg_kernels import BackendError, flops, gather_patches, library, use_backend
-from icseg_kernels.patches import NO_PATCH, native
+from icseg_kernels.patches import NO_PATCH, gather_native
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
-RESAMPLED = [("reference", {"out_size": 3}), ("reference", {"out_size": 6, "alignment": "published"})]
-FORMS = [*((backend, {}) for backend in BACKENDS), *RESAMPLED]
+OPTIONS = [{}, {"out_size": 3}, {"out_size": 6, "alignment": "published"}]
+FORMS = list(itertools.product(BACKENDS, OPTIONS))
 INT64 = torch.iinfo(torch.int64)
 INT32 = torch.iinfo(torch.int32)
 HOSTILE = [
@@ -161,7 +161,7 @@ def test_the_backward_op_takes_floats_only(backend, dtype):
         torch.ops.icseg.gather_patches_backward(grad, torch.zeros(1, 2, dtype=torch.int64), 64, 64, backend)
     if "native" in BACKENDS:
         with pytest.raises(TypeError, match=r"must be a floating-point tensor, got torch.int8"):
-            native.gather_backward(grad.to(torch.int8), torch.zeros(1, 2, dtype=torch.int64), 64, 64)
+            gather_native.gather_backward(grad.to(torch.int8), torch.zeros(1, 2, dtype=torch.int64), 64, 64)
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native library was not built")
@@ -264,7 +264,7 @@ def test_offsets_beyond_32_bits(backend):
 )
 def test_empty_inputs_give_empty_or_zero_patches_and_zero_gradients(backend, source, coords, options):
     source, coords = torch.ones(source, requires_grad=True), torch.zeros(coords, dtype=torch.int64)
-    patches = gather_patches(source, coords, 4, backend="reference" if options else backend, **options)
+    patches = gather_patches(source, coords, 4, backend=backend, **options)
     assert torch.equal(patches, torch.zeros(*coords.shape[:-1], source.shape[1], 4, 4))
     patches.sum().backward()
     assert torch.equal(source.grad, torch.zeros_like(source))
@@ -314,35 +314,37 @@ def offsets(extent: float, n: int, alignment: str) -> Tensor:
 
 @pytest.mark.parametrize("alignment", ["pixel", "published"])
 @pytest.mark.parametrize(("extent", "n"), [(4, 8), (6, 3), (3.5, 5), (5, 1), (4, 4)])
-def test_resampling_equals_a_loop_over_samples(alignment, extent, n):
+def test_resampling_equals_a_loop_over_samples(backend, alignment, extent, n):
     source, coords = random_image(3, 7, 9), torch.tensor([[0, 0], [2, 3], [-1.25, 0.5], [5.75, -2], [-3, 8]])
-    patches = gather_patches(source, coords, extent, out_size=n, alignment=alignment)
+    patches = gather_patches(source, coords, extent, out_size=n, backend=backend, alignment=alignment)
     expected = sampled_by_loop(source, coords, offsets(extent, n, alignment))
     torch.testing.assert_close(patches, expected, atol=2e-6, rtol=0)
 
 
-def test_pixel_alignment_is_the_copy_inside_the_image():
+def test_pixel_alignment_is_the_copy_inside_the_image(backend):
     source, coords = random_image(3, 9, 9), torch.tensor([[0, 0], [2, 4], [5, 5]])
-    assert torch.equal(gather_patches(source, coords, 4, out_size=4), gather_patches(source, coords, 4))
+    assert torch.equal(
+        gather_patches(source, coords, 4, out_size=4, backend=backend), gather_patches(source, coords, 4)
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
-def test_a_coordinate_ramp_comes_back_exact(n):
+def test_a_coordinate_ramp_comes_back_exact(backend, n):
     ramp = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij"))
     coords = torch.tensor([[3, 17], [8, 1], [22.5, 9.25]])
-    patches = gather_patches(ramp, coords, 8, out_size=n)
+    patches = gather_patches(ramp, coords, 8, out_size=n, backend=backend)
     cell = (torch.arange(n) + 0.5) * 8 / n - 0.5
     assert torch.equal(patches[:, 0], (coords[:, :1] + cell)[:, :, None].expand(3, n, n))
     assert torch.equal(patches[:, 1], (coords[:, 1:] + cell)[:, None, :].expand(3, n, n))
 
 
 @pytest.mark.parametrize(("level", "grid", "patch_size"), [(24, 32, 8), (24, 128, 8), (64, 32, 8), (32, 32, 8)])
-def test_published_alignment_is_grid_sample_from_edge_to_edge(level, grid, patch_size):
+def test_published_alignment_is_grid_sample_from_edge_to_edge(backend, level, grid, patch_size):
     """Patches of a level on a feature grid of another resolution, their extent in whole pixels."""
     features, coords = random_image(2, 5, grid, grid), random_coords(2, 6, low=-2, high=level - 5)
     scale = grid / level
     extent = max(1, int(patch_size * scale))
-    patches = gather_patches(features, coords * scale, extent, out_size=8, alignment="published")
+    patches = gather_patches(features, coords * scale, extent, out_size=8, backend=backend, alignment="published")
 
     centre = (coords * scale + extent / 2) / grid * 2 - 1
     line = torch.linspace(-extent / grid, extent / grid, 8)
@@ -354,30 +356,34 @@ def test_published_alignment_is_grid_sample_from_edge_to_edge(level, grid, patch
     torch.testing.assert_close(patches, expected.unflatten(2, (6, 8)).movedim(2, 1), atol=2e-5, rtol=0)
 
 
-def test_patches_wholly_outside_resample_to_zero():
+def test_patches_wholly_outside_resample_to_zero(backend):
     source = torch.ones(1, 6, 6)
     nowhere = float("nan")
     coords = torch.tensor([[NO_PATCH, 0.0], [6, 0], [0, -4], [nowhere, 0], [0, float("inf")]])
-    assert not gather_patches(source, coords, 4, out_size=3).any()
-    assert not gather_patches(source, torch.tensor([[INT64.min, 0], [INT64.max, 0]]), 4, out_size=3).any()
-    assert gather_patches(source, torch.tensor([[5.9, -3.9]]), 4, out_size=3).all()
+    assert not gather_patches(source, coords, 4, out_size=3, backend=backend).any()
+    assert not gather_patches(
+        source, torch.tensor([[INT64.min, 0], [INT64.max, 0]]), 4, out_size=3, backend=backend
+    ).any()
+    assert gather_patches(source, torch.tensor([[5.9, -3.9]]), 4, out_size=3, backend=backend).all()
 
 
-def test_extent_may_differ_by_axis():
+def test_extent_may_differ_by_axis(backend):
     source, coords = random_image(2, 20, 20), torch.tensor([[3.0, 5.0]])
-    patches = gather_patches(source, coords, (8, 4), out_size=4)
+    patches = gather_patches(source, coords, (8, 4), out_size=4, backend=backend)
     assert torch.equal(patches[0, :, :, 0], source[:, 3:11, 5].unflatten(-1, (4, 2)).mean(-1))
     assert torch.equal(patches[0, :, 0, :], source[:, 3:5, 5:9].mean(-2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_resampling_of_16_bit_types_is_computed_in_float32(dtype):
+def test_resampling_of_16_bit_types_is_computed_in_float32(backend, dtype):
     source, coords = random_image(2, 3, 7, 9, dtype=dtype), random_coords(2, 5)
     upstream = random_image(2, 5, 3, 3, 3, dtype=dtype)
-    patches = gather_patches(source, coords, 4, out_size=3)
-    assert torch.equal(patches, gather_patches(source.float(), coords, 4, out_size=3).to(dtype))
-    found = gradient(source, coords, 4, upstream=upstream, out_size=3)
-    assert torch.equal(found, gradient(source.float(), coords, 4, upstream=upstream.float(), out_size=3).to(dtype))
+    patches = gather_patches(source, coords, 4, out_size=3, backend=backend)
+    assert torch.equal(patches, gather_patches(source.float(), coords, 4, out_size=3, backend=backend).to(dtype))
+    found = gradient(source, coords, 4, upstream=upstream, out_size=3, backend=backend)
+    assert torch.equal(
+        found, gradient(source.float(), coords, 4, upstream=upstream.float(), out_size=3, backend=backend).to(dtype)
+    )
 
 
 @pytest.mark.parametrize(("backend", "options"), FORMS)
@@ -473,13 +479,13 @@ def test_compiles_into_one_graph(backend, options):
 
 
 @pytest.mark.parametrize("alignment", ["pixel", "published"])
-def test_new_values_of_patch_size_do_not_recompile(alignment):
+def test_new_values_of_patch_size_do_not_recompile(backend, alignment):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     source, coords = random_image(2, 3, 7, 9).requires_grad_(), random_coords(2, 5) * 0.5
 
     def cut(source: Tensor, patch_size: float) -> Tensor:
-        return gather_patches(source, coords, patch_size, out_size=3, alignment=alignment)
+        return gather_patches(source, coords, patch_size, out_size=3, backend=backend, alignment=alignment)
 
     compiled = torch.compile(cut, fullgraph=True, backend=counter)
     for patch_size in (2.5 + 0.37 * i for i in range(10)):
@@ -497,7 +503,7 @@ def test_new_values_of_integer_sizes_do_not_recompile(backend):
 
     def cut(patch_size: int, out_size: int) -> tuple[Tensor, Tensor]:
         copied = gather_patches(source, coords, patch_size, backend=backend)
-        return copied, gather_patches(source, coords, patch_size, out_size=out_size)
+        return copied, gather_patches(source, coords, patch_size, out_size=out_size, backend=backend)
 
     compiled = torch.compile(cut, fullgraph=True, backend=counter)
     for size in range(3, 13):
@@ -507,10 +513,10 @@ def test_new_values_of_integer_sizes_do_not_recompile(backend):
     assert counter.frame_count <= 2
 
 
-def test_coords_get_no_gradient():
+def test_coords_get_no_gradient(backend):
     source, coords = random_image(1, 5, 5), torch.tensor([[1.0, 1.5]], requires_grad=True)
-    assert not gather_patches(source, coords, 3, out_size=3).requires_grad
-    patches = gather_patches(source.requires_grad_(), coords, 3, out_size=3)
+    assert not gather_patches(source, coords, 3, out_size=3, backend=backend).requires_grad
+    patches = gather_patches(source.requires_grad_(), coords, 3, out_size=3, backend=backend)
     patches.sum().backward()
     assert coords.grad is None
     assert source.grad.any()
@@ -521,17 +527,20 @@ def test_ops_are_registered_as_torch_expects(backend):
     ops = torch.ops.icseg
     torch.library.opcheck(ops.gather_patches.default, (source, coords, 4, backend))
     torch.library.opcheck(ops.gather_patches_backward.default, (random_image(2, 5, 3, 4, 4), coords, 7, 9, backend))
-    positions = random_image(2, 5, 2, 6) * 5
-    positions[0, 1, 0] = torch.nan
-    torch.library.opcheck(ops.gather_patches_bilinear.default, (source, positions))
-    torch.library.opcheck(ops.gather_patches_bilinear_backward.default, (random_image(2, 5, 3, 6, 6), positions, 7, 9))
+    corners = random_image(2, 5, 2) * 5
+    corners[0, 1, 0] = torch.nan
+    for where in (coords, corners):
+        grid = (where, torch.tensor(4.0), torch.tensor(2.5))
+        torch.library.opcheck(ops.gather_patches_bilinear.default, (source, *grid, 6, False, backend))
+        arguments = (random_image(2, 5, 3, 6, 6), *grid, True, 7, 9, backend)
+        torch.library.opcheck(ops.gather_patches_bilinear_backward.default, arguments)
 
 
 def test_autocast_changes_nothing(backend):
     source, coords = random_image(1, 7, 9), random_coords(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gather_patches(source, coords, 4, backend=backend).dtype == torch.float32
-        assert gather_patches(source, coords, 4, out_size=3).dtype == torch.float32
+        assert gather_patches(source, coords, 4, out_size=3, backend=backend).dtype == torch.float32
 
 
 def test_functorch_gradient(backend):
@@ -563,9 +572,6 @@ def test_backend_is_chosen_and_refused_with_reasons(monkeypatch):
     with use_backend("native"), pytest.raises(BackendError, match="it was not built"):
         gather_patches(source, coords, 3)
     assert torch.equal(gather_patches(source, coords, 3)[0], source[:, 1:4, 1:4])  # unnamed: the reference serves
-    monkeypatch.setattr(library, "_reasons", [])
-    with pytest.raises(BackendError, match="does not resample"):
-        gather_patches(source, coords, 3, out_size=3, backend="native")
 
 
 IMAGE, CORNERS = torch.zeros(1, 5, 5), torch.zeros(1, 2, dtype=torch.int64)

@@ -1,19 +1,21 @@
-// gather_patches: an exact copy of patches, and its adjoint.
+// gather_patches: an exact copy of patches, their resampling, and the adjoints of both.
 #include "kernels/gather_patches.h"
 
 #include "checks.h"
+#include "memory.h"
 
 namespace icseg {
 namespace {
 
 // Fills in the bytes; an error code if sizes are impossible. Past it, no product or sum of sizes overflows.
-int checked(GatherSizes& s, int64_t element_bytes) {
+int checked(GatherSizes& s, int64_t element_bytes, int coords_type, int last_type) {
     if (any_negative({s.outer, s.inner, s.channels, s.height, s.width, s.count})) return ICSEG_NEGATIVE_SIZE;
     if (s.patch < 1) return ICSEG_PATCH_SIZE;
+    if (coords_type < ICSEG_COORDS_INT32 || coords_type > last_type) return ICSEG_COORDS_TYPE;
     int64_t coords_bytes, sum;
     const bool fits =
         multiply({s.channels, s.height, s.width, element_bytes, s.inner, s.outer}, &s.images_bytes) &&
-        multiply({s.channels, s.patch, s.patch, element_bytes, s.count, s.inner, s.outer}, &s.patches_bytes) &&
+        multiply({s.patch, s.patch, element_bytes, s.channels, s.count, s.inner, s.outer}, &s.patches_bytes) &&
         multiply({s.count, 2, sizeof(int64_t), s.inner, s.outer}, &coords_bytes) &&
         !__builtin_add_overflow(s.images_bytes, s.patches_bytes, &sum) &&
         !__builtin_add_overflow(std::max(s.height, s.width), s.patch, &sum);
@@ -21,29 +23,49 @@ int checked(GatherSizes& s, int64_t element_bytes) {
 }
 
 template <typename Real>
-int gather_backward_checked(const Real* patches, const int64_t* coords, Real* images, GatherSizes sizes,
-                            const GatherStrides& strides) {
-    if (const int code = checked(sizes, sizeof(Real))) return code;
+int backward(const Real* patches, const GatherCoords& coords, Real* images, GatherSizes sizes,
+             const GatherStrides& strides) {
+    if (const int code = checked(sizes, sizeof(Real), coords.type, ICSEG_COORDS_INT64)) return code;
+    prefer_huge_pages(images, sizes.images_bytes);
     ICSEG_CHOSEN(gather_backward<Real>)(patches, coords, images, sizes, strides);
+    return ICSEG_OK;
+}
+
+template <typename Real>
+int bilinear(const Real* source, const GatherCoords& coords, Real* patches, GatherSizes sizes,
+             const GatherStrides& strides, const GatherGrid& grid) {
+    if (const int code = checked(sizes, sizeof(Real), coords.type, ICSEG_COORDS_FLOAT64)) return code;
+    prefer_huge_pages(patches, sizes.patches_bytes);
+    ICSEG_CHOSEN(gather_bilinear<Real>)(source, coords, patches, sizes, strides, grid);
+    return ICSEG_OK;
+}
+
+template <typename Real>
+int bilinear_backward(const Real* patches, const GatherCoords& coords, Real* images, GatherSizes sizes,
+                      const GatherStrides& strides, const GatherGrid& grid) {
+    if (const int code = checked(sizes, sizeof(Real), coords.type, ICSEG_COORDS_FLOAT64)) return code;
+    prefer_huge_pages(images, sizes.images_bytes);
+    ICSEG_CHOSEN(gather_bilinear_backward<Real>)(patches, coords, images, sizes, strides, grid);
     return ICSEG_OK;
 }
 
 }  // namespace
 }  // namespace icseg
 
-int icseg_gather_patches(const void* source, const int64_t* coords, void* patches,
+int icseg_gather_patches(const void* source, const void* coords, void* patches,
                          int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
                          int64_t count, int64_t patch,
                          int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
-                         int64_t stride_y, int64_t stride_x, int64_t element_bytes) {
+                         int64_t stride_y, int64_t stride_x, int64_t element_bytes, int coords_type) {
     using namespace icseg;
     GatherSizes sizes{outer, inner, channels, height, width, count, patch, 0, 0};
-    if (const int code = checked(sizes, element_bytes)) return code;
+    if (const int code = checked(sizes, element_bytes, coords_type, ICSEG_COORDS_INT64)) return code;
     const GatherStrides strides{stride_outer, stride_inner, 0, stride_channel, stride_y, stride_x};
     const auto run = [&](auto element) {
         using Element = decltype(element);
+        prefer_huge_pages(patches, sizes.patches_bytes);
         ICSEG_CHOSEN(gather<Element>)
-        (static_cast<const Element*>(source), coords, static_cast<Element*>(patches), sizes, strides);
+        (static_cast<const Element*>(source), {coords, coords_type}, static_cast<Element*>(patches), sizes, strides);
         return ICSEG_OK;
     };
     switch (element_bytes) {
@@ -55,22 +77,68 @@ int icseg_gather_patches(const void* source, const int64_t* coords, void* patche
     }
 }
 
-int icseg_gather_patches_backward_f32(const float* patches, const int64_t* coords, float* images,
+int icseg_gather_patches_backward_f32(const float* patches, const void* coords, float* images,
                                       int64_t outer, int64_t inner, int64_t count, int64_t channels,
                                       int64_t patch, int64_t height, int64_t width,
                                       int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
-                                      int64_t stride_channel, int64_t stride_y, int64_t stride_x) {
-    return icseg::gather_backward_checked(
-        patches, coords, images, {outer, inner, channels, height, width, count, patch, 0, 0},
-        {stride_outer, stride_inner, stride_count, stride_channel, stride_y, stride_x});
+                                      int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type) {
+    return icseg::backward(patches, {coords, coords_type}, images,
+                           {outer, inner, channels, height, width, count, patch, 0, 0},
+                           {stride_outer, stride_inner, stride_count, stride_channel, stride_y, stride_x});
 }
 
-int icseg_gather_patches_backward_f64(const double* patches, const int64_t* coords, double* images,
+int icseg_gather_patches_backward_f64(const double* patches, const void* coords, double* images,
                                       int64_t outer, int64_t inner, int64_t count, int64_t channels,
                                       int64_t patch, int64_t height, int64_t width,
                                       int64_t stride_outer, int64_t stride_inner, int64_t stride_count,
-                                      int64_t stride_channel, int64_t stride_y, int64_t stride_x) {
-    return icseg::gather_backward_checked(
-        patches, coords, images, {outer, inner, channels, height, width, count, patch, 0, 0},
-        {stride_outer, stride_inner, stride_count, stride_channel, stride_y, stride_x});
+                                      int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type) {
+    return icseg::backward(patches, {coords, coords_type}, images,
+                           {outer, inner, channels, height, width, count, patch, 0, 0},
+                           {stride_outer, stride_inner, stride_count, stride_channel, stride_y, stride_x});
+}
+
+int icseg_gather_patches_bilinear_f32(const float* source, const void* coords, float* patches,
+                                      int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
+                                      int64_t count, int64_t samples,
+                                      int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                      int64_t stride_y, int64_t stride_x, int coords_type,
+                                      double extent_y, double extent_x, int edge_to_edge) {
+    return icseg::bilinear(source, {coords, coords_type}, patches,
+                           {outer, inner, channels, height, width, count, samples, 0, 0},
+                           {stride_outer, stride_inner, 0, stride_channel, stride_y, stride_x},
+                           {extent_y, extent_x, edge_to_edge != 0});
+}
+
+int icseg_gather_patches_bilinear_f64(const double* source, const void* coords, double* patches,
+                                      int64_t outer, int64_t inner, int64_t channels, int64_t height, int64_t width,
+                                      int64_t count, int64_t samples,
+                                      int64_t stride_outer, int64_t stride_inner, int64_t stride_channel,
+                                      int64_t stride_y, int64_t stride_x, int coords_type,
+                                      double extent_y, double extent_x, int edge_to_edge) {
+    return icseg::bilinear(source, {coords, coords_type}, patches,
+                           {outer, inner, channels, height, width, count, samples, 0, 0},
+                           {stride_outer, stride_inner, 0, stride_channel, stride_y, stride_x},
+                           {extent_y, extent_x, edge_to_edge != 0});
+}
+
+int icseg_gather_patches_bilinear_backward_f32(
+    const float* patches, const void* coords, float* images, int64_t outer, int64_t inner, int64_t count,
+    int64_t channels, int64_t samples, int64_t height, int64_t width, int64_t stride_outer, int64_t stride_inner,
+    int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
+    double extent_y, double extent_x, int edge_to_edge) {
+    return icseg::bilinear_backward(patches, {coords, coords_type}, images,
+                                    {outer, inner, channels, height, width, count, samples, 0, 0},
+                                    {stride_outer, stride_inner, stride_count, stride_channel, stride_y, stride_x},
+                                    {extent_y, extent_x, edge_to_edge != 0});
+}
+
+int icseg_gather_patches_bilinear_backward_f64(
+    const double* patches, const void* coords, double* images, int64_t outer, int64_t inner, int64_t count,
+    int64_t channels, int64_t samples, int64_t height, int64_t width, int64_t stride_outer, int64_t stride_inner,
+    int64_t stride_count, int64_t stride_channel, int64_t stride_y, int64_t stride_x, int coords_type,
+    double extent_y, double extent_x, int edge_to_edge) {
+    return icseg::bilinear_backward(patches, {coords, coords_type}, images,
+                                    {outer, inner, channels, height, width, count, samples, 0, 0},
+                                    {stride_outer, stride_inner, stride_count, stride_channel, stride_y, stride_x},
+                                    {extent_y, extent_x, edge_to_edge != 0});
 }

@@ -98,8 +98,13 @@ const char* icseg_error(int code) {
         case ICSEG_TOO_LARGE: return "sizes must not multiply beyond 63 bits of bytes";
         case ICSEG_ISA_UNKNOWN: return "the instruction set must be portable, avx2 or avx512";
         case ICSEG_ISA_MISSING: return "this machine has no such instruction set";
+        case ICSEG_COORDS_TYPE: return "coords_type must be that of integers, or of floats where patches are resampled";
         case ICSEG_DRAWS: return "draws must not outnumber the elements";
-        case ICSEG_WORKSPACE: return "the workspace must hold one row's keys";
+        case ICSEG_GROUPS: return "groups must be at least 1 and divide the channels";
+        case ICSEG_ACTIVATION: return "activation must be from 0 to 3";
+        case ICSEG_WORKSPACE: return "the workspace must be larger";
+        case ICSEG_WINDOWS: return "a window must fit the map, its stride and the threads be positive, the taps an odd number";
+        case ICSEG_RUNS: return "runs must add up to the queries, cover whole groups and stay within the lists";
         default: return "unknown error code";
     }
 }

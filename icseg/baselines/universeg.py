@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from icseg_kernels import cross_conv2d
+from icseg_kernels.cross_conv import cross_conv2d_and_mean, cross_conv2d_mean
 
 # The published state dict's names, and ours.
 _PUBLISHED_NAMES = (
@@ -48,19 +48,19 @@ class CrossBlock(nn.Module):
         keep_support=False says that the new support will not be read; it may come back as it was given.
         """
         if self.factorised and not keep_support:
-            support = support.mean(dim=1, keepdim=True)
-        pairs = self._pairs(target, support)
-        target = F.leaky_relu(self.target(pairs.mean(dim=1)))
-        if self.factorised and not keep_support:
-            return target, support
-        new = F.leaky_relu(self.support(pairs.flatten(0, 1)))
-        return target, new.unflatten(0, pairs.shape[:2])
+            mean = cross_conv2d_mean(target[:, None], support, self.cross.weight, self.cross.bias)
+            return F.leaky_relu(self.target(mean.squeeze(1)), inplace=True), support
+        pairs, mean = self._pairs_and_mean(target, support)
+        new = F.leaky_relu(self.support(pairs.flatten(0, 1)), inplace=True).unflatten(0, pairs.shape[:2])
+        return F.leaky_relu(self.target(mean), inplace=True), new
 
-    def _pairs(self, target: Tensor, support: Tensor) -> Tensor:
+    def _pairs_and_mean(self, target: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
         if self.factorised:
-            return cross_conv2d(target[:, None], support, self.cross.weight, self.cross.bias).squeeze(1)
+            pairs, mean = cross_conv2d_and_mean(target[:, None], support, self.cross.weight, self.cross.bias)
+            return pairs.squeeze(1), mean.squeeze(1)
         copies = target[:, None].expand(-1, support.shape[1], -1, -1, -1)
-        return self.cross(torch.cat([copies, support], dim=2).flatten(0, 1)).unflatten(0, support.shape[:2])
+        pairs = self.cross(torch.cat([copies, support], dim=2).flatten(0, 1)).unflatten(0, support.shape[:2])
+        return pairs, pairs.mean(dim=1)
 
 
 class UniverSegEncoder(nn.Module):

@@ -25,7 +25,7 @@ class DecoderStage(nn.Module):
         x = self.up(x)
         if skips:
             x = torch.cat([x, skips[x.shape[-1]]], dim=1)
-        return F.gelu(self.norm(self.conv(x), scale))
+        return self.norm(self.conv(x), scale)
 
 
 class PatchDecoder(nn.Module):

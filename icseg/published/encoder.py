@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icseg.published.config import BackboneConfig
+from icseg_kernels import group_norm_film
 
 GROUPS = 8
 
@@ -27,7 +28,7 @@ class ScaleEncoding(nn.Module):
 
 
 class FilmNorm(nn.Module):
-    """Group normalisation whose gain and bias are linear in the scale embedding; at first the identity."""
+    """Group normalisation whose gain and bias are linear in the scale embedding, at first 1 and 0; then GELU."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -38,12 +39,12 @@ class FilmNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """x: [N, D, h, w]; scale: [D]."""
-        gain, bias = self.film(scale).view(2, -1, 1, 1)
-        return gain * F.group_norm(x, GROUPS) + bias
+        gain, bias = self.film(scale).chunk(2)
+        return group_norm_film(x, GROUPS, gain, bias, activation="gelu")
 
 
 class EncoderStage(nn.Module):
-    """Convolution, conditioned normalisation, GELU."""
+    """Convolution, then conditioned normalisation and GELU."""
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class EncoderStage(nn.Module):
         self.norm = FilmNorm(dim)
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return F.gelu(self.norm(self.conv(x), scale))
+        return self.norm(self.conv(x), scale)
 
 
 class PatchEncoder(nn.Module):

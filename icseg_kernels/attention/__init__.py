@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, numerics
-from icseg_kernels.attention import reference
+from icseg_kernels import checks, flops, library, numerics
+from icseg_kernels.attention import native, reference
 
-__all__ = ["KeyBounds", "selected_attention"]
+__all__ = ["KeyBounds", "Rotation", "selected_attention"]
 
 KeyBounds = int | Sequence[tuple[int, int]]
 
-backends.declare("selected_attention", {"reference": backends.Backend()})
+
+class Rotation(NamedTuple):
+    """Cosines and sines [B, h, N, D / 2] of the angles by which consecutive pairs of channels are turned."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+Rotary = tuple[Rotation | None, Rotation | None]
+
+_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
+_NO_ANGLES = (None,) * 4
+
+backends.declare(
+    "selected_attention",
+    {
+        "native": backends.Backend(library.missing, native.unsupported, native.slower),
+        "reference": backends.Backend(),
+    },
+)
 
 
 @overload
@@ -30,6 +49,7 @@ def selected_attention(
     kv_end: KeyBounds | None = None,
     sink: bool = False,
     scale: float | None = None,
+    rotary: Rotary | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -45,6 +65,7 @@ def selected_attention(
     kv_end: KeyBounds | None = None,
     sink: bool = False,
     scale: float | None = None,
+    rotary: Rotary | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -59,6 +80,7 @@ def selected_attention(
     kv_end: KeyBounds | None = None,
     sink: bool = False,
     scale: float | None = None,
+    rotary: Rotary | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -74,9 +96,14 @@ def selected_attention(
     sink:       a query may also attend to a key of zeros with a value of zeros (torch.nn.MultiheadAttention's
                 add_zero_attn), wherever kv_end lies.
     scale:      factor of q k^T, finite; None is D ** -0.5. New values do not compile anew.
+    rotary:     rotary position embedding, (rotation of q, rotation of k), each a `Rotation` of cosines and sines or
+                None: channels (2i, 2i + 1) of a token become (a cos - b sin, a sin + b cos) before the scores, in
+                float32 or wider. Tensors broadcastable to [B, h, N, D / 2], float32 (float64 for float64), of any
+                strides; they get no gradient. Rows of k that no list names are not turned.
     return_lse: also return log(sum(exp(scores))) [B, h, Nq], sink included; float32, or float64 for float64.
                 Two results over disjoint keys, without sinks, merge exactly with it.
-    backend:    None or "reference".
+    backend:    None, "native" or "reference". Without index and logsumexp, the reference is torch's SDPA, and None
+                takes it where it is the faster one (`native.slower`).
 
     Returns [B, h, Nq, Dv] in the dtype of q, always a new tensor (there is no `out=`). A query with no key gives
     0, and logsumexp -inf (0 with a sink). Once differentiable in q, k and v, also through logsumexp; not in forward
@@ -97,18 +124,16 @@ def selected_attention(
         index = _checked_index(index, q)
     queries: list[int] = []  # no runs: all queries, all listed keys
     keys: list[int] = []
-    if isinstance(kv_end, Sequence):
+    if kv_end is not None:
         queries, keys = _checked_runs(kv_end, q, k, index)
-    elif kv_end is not None:
-        k, v, index = _first_keys(k, v, index, kv_end)
     scale = None if scale is None else checks.number("scale", scale)
-    backends.select("selected_attention", backend, q, k, v, index)
     # SDPA of no key would be NaN where q is, and of no feature NaN everywhere.
-    served_by_sdpa = index is None and q.shape[3] > 0 and (sink or 0 not in (keys or [k.shape[2]]))
-    if served_by_sdpa and not return_lse:
-        return reference.dense(q, k, v, queries, keys, sink, scale)
-    factor = None if scale is None else numerics.scalar(scale, q.device)
-    out, lse = backends.call(_SelectedAttention, _forward_op, q, k, v, index, queries, keys, sink, factor)
+    by_sdpa = index is None and not return_lse and q.shape[3] > 0 and (sink or 0 not in (keys or [k.shape[2]]))
+    name = backends.select("selected_attention", backend, q, k, v, index, by_sdpa)
+    angles = _NO_ANGLES if rotary is None else _checked_rotary(rotary, q, k)
+    if by_sdpa and name == "reference":
+        return reference.dense(q, k, v, *angles, queries, keys, sink, scale)
+    out, lse = backends.call(_SelectedAttention, _forward_op, q, k, v, index, *angles, queries, keys, sink, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -119,42 +144,90 @@ class _SelectedAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         index: Tensor | None,
+        q_cos: Tensor | None,
+        q_sin: Tensor | None,
+        k_cos: Tensor | None,
+        k_sin: Tensor | None,
         queries: list[int],
         keys: list[int],
         sink: bool,
         scale: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return _forward_op(q, k, v, index, queries, keys, sink, scale)
+        call = q, k, v, index, q_cos, q_sin, k_cos, k_sin, queries, keys, sink, scale, backend
+        return _forward_implementation(*call) if backends.unwatched(call) else _forward_op(*call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, index, *ctx.settings, scale = inputs
-        ctx.save_for_backward(q, k, v, index, scale)
+        *tensors, queries, keys, sink, scale, backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.settings = queries, keys, sink, backend
+        ctx.save_for_backward(*output, *tensors, scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        queries, keys, sink, backend = ctx.settings
         *tensors, scale = ctx.saved_tensors
-        return *_backward_op(grad_out, grad_lse, *tensors, *ctx.settings, scale), *(None,) * 5
+        if grad_out is None:
+            grad_out = torch.zeros_like(tensors[0])
+        call = grad_out, grad_lse, *tensors, queries, keys, sink, scale, backend
+        grads = _backward_implementation(*call) if backends.unwatched(call) else _backward_op(*call)
+        return *grads, *(None,) * 10
 
 
 def _checked_tokens(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as autocast has them."""
-    q, k, v = (numerics.autocast(checks.floating(name, t)) for name, t in (("q", q), ("k", k), ("v", v)))
-    checks.device("k", k, q.device)
-    checks.device("v", v, q.device)
-    if q.ndim != 4:
-        raise ValueError(f"q must have shape [B, h, Nq, D], got {list(q.shape)}")
-    b, h, _, d = q.shape
-    if k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != d:
-        raise ValueError(f"k must have shape [B, h, Nk, D] with B, h, D = {b}, {h}, {d}, got {list(k.shape)}")
-    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+    checks.floating("q", q), checks.floating("k", k), checks.floating("v", v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (numerics.autocast(t) for t in (q, k, v))
+    device = q.device
+    if k.device != device or v.device != device:
+        checks.device("k", k, device)
+        checks.device("v", v, device)
+    shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(shape) != 4:
+        raise ValueError(f"q must have shape [B, h, Nq, D], got {list(shape)}")
+    b, h, _, d = shape
+    if len(k_shape) != 4 or (k_shape[0], k_shape[1], k_shape[3]) != (b, h, d):
+        raise ValueError(f"k must have shape [B, h, Nk, D] with B, h, D = {b}, {h}, {d}, got {list(k_shape)}")
+    if len(v_shape) != 4 or v_shape[:3] != k_shape[:3]:
         raise ValueError(
-            f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k.shape[2]}, got {list(v.shape)}"
+            f"v must have shape [B, h, Nk, Dv] with B, h, Nk = {b}, {h}, {k_shape[2]}, got {list(v_shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     return q, k, v
+
+
+def _checked_rotary(
+    rotary: Rotary, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Cosines and sines for q, then for k."""
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        raise TypeError(f"rotary must be a pair of rotations, of q and of k, got {checks.shown(rotary)}")
+    angles: list[Tensor | None] = []
+    for name, tokens, rotation in (("rotary[0]", q, rotary[0]), ("rotary[1]", k, rotary[1])):
+        if rotation is None:
+            angles += [None, None]
+            continue
+        if not isinstance(rotation, tuple) or len(rotation) != 2:
+            raise TypeError(f"{name} must be a Rotation or None, got {checks.shown(rotation)}")
+        b, h, n, d = tokens.shape
+        wanted = numerics.accumulation_dtype(tokens.dtype)
+        if d % 2:
+            raise ValueError(f"{name} turns pairs of channels, so D must be even, got {d}")
+        for part, t in zip(("cos", "sin"), rotation, strict=True):
+            checks.device(f"{name}.{part}", checks.tensor(f"{name}.{part}", t), tokens.device)
+            if t.dtype != wanted:
+                raise TypeError(f"{name}.{part} must be {wanted} for tokens of {tokens.dtype}, got {t.dtype}")
+            if t.ndim > 4 or any(size not in (1, n) for size, n in zip(t.shape[::-1], (d // 2, n, h, b), strict=False)):
+                raise ValueError(
+                    f"{name}.{part} must be broadcastable to {[b, h, n, d // 2]}, got shape {list(t.shape)}"
+                )
+            angles.append(t.detach())
+    q_cos, q_sin, k_cos, k_sin = angles
+    return q_cos, q_sin, k_cos, k_sin
 
 
 def _checked_index(index: Tensor, q: Tensor) -> Tensor:
@@ -172,19 +245,14 @@ def _checked_index(index: Tensor, q: Tensor) -> Tensor:
     return index if nq else index[:, :1]
 
 
-def _first_keys(k: Tensor, v: Tensor, index: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    listed = k.shape[2] if index is None else index.shape[2]
-    n = checks.integer("kv_end", n, 0, listed, otherwise=" or a sequence of (queries, keys) pairs of integers")
-    return (k[:, :, :n], v[:, :, :n], None) if index is None else (k, v, index[:, :, :n])
-
-
-def _checked_runs(
-    kv_end: Sequence[tuple[int, int]], q: Tensor, k: Tensor, index: Tensor | None
-) -> tuple[list[int], list[int]]:
+def _checked_runs(kv_end: KeyBounds, q: Tensor, k: Tensor, index: Tensor | None) -> tuple[list[int], list[int]]:
     """Queries and keys of each run."""
     nq, groups, listed = q.shape[2], 1, k.shape[2]
     if index is not None:
         groups, listed = index.shape[1:]
+    if not isinstance(kv_end, Sequence):
+        n = checks.integer("kv_end", kv_end, 0, listed, otherwise=" or a sequence of (queries, keys) pairs of integers")
+        return ([nq], [n]) if nq else ([], [])
     pairs = [checks.pair(f"kv_end[{i}]", run) for i, run in enumerate(kv_end)]
     queries = [count for count, _ in pairs if count != 0]
     keys = [n for count, n in pairs if count != 0]
@@ -202,80 +270,84 @@ def _fake_forward(
     k: Tensor,
     v: Tensor,
     index: Tensor | None,
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: Tensor | None,
+    scale: Tensor | float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    b, h, nq, _ = q.shape
+    (b, h, nq, _), dv = q.shape, v.shape[3]
     lse = q.new_empty(b, h, nq, dtype=numerics.accumulation_dtype(q.dtype))
-    return q.new_empty(b, h, nq, v.shape[3]), lse
+    if backend == "native":
+        return q.new_empty(b, nq, h, dv).transpose(1, 2), lse
+    return q.new_empty(b, h, nq, dv), lse
 
 
 def _fake_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     index: Tensor | None,
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
     queries: list[int],
     keys: list[int],
     sink: bool,
-    scale: Tensor | None,
+    scale: Tensor | float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _forward_implementation(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = arguments
+    return _IMPLEMENTATIONS[backend].forward(*rest)
+
+
+def _backward_implementation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend = arguments
+    return _IMPLEMENTATIONS[backend].backward(*rest)
+
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? index, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, "
+    "SymInt[] queries, SymInt[] keys, bool sink, Tensor? scale, str backend"
+)
 _forward_op = backends.register(
-    "selected_attention(Tensor q, Tensor k, Tensor v, Tensor? index, SymInt[] queries, SymInt[] keys, "
-    "bool sink, Tensor? scale) -> (Tensor, Tensor)",
-    reference.forward,
-    _fake_forward,
+    f"selected_attention({_CALL}) -> (Tensor, Tensor)", _forward_implementation, _fake_forward
 )
 _backward_op = backends.register(
-    "selected_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
-    "Tensor? index, SymInt[] queries, SymInt[] keys, bool sink, Tensor? scale) -> (Tensor, Tensor, Tensor)",
-    reference.backward,
+    f"selected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_CALL}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_implementation,
     _fake_backward,
 )
 
+_Shape = tuple[int, ...]
 
-def _count_forward(
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    index: tuple[int, ...] | None,
-    queries: list[int],
-    keys: list[int],
-    sink: bool,
-    scale: Any,
-    *,
-    out_shape: Any,
-) -> int:
+
+def _count_forward(q: _Shape, k: _Shape, v: _Shape, index: _Shape | None, *rest: Any, out_shape: Any) -> int:
+    queries, keys = rest[4:6]
     return flops.selected_attention_flops(q[0], q[1], _pairs(q, k, index, queries, keys), q[3], v[3])
 
 
-def _count_backward(
-    grad_out: tuple[int, ...],
-    grad_lse: tuple[int, ...],
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    index: tuple[int, ...] | None,
-    queries: list[int],
-    keys: list[int],
-    sink: bool,
-    scale: Any,
-    *,
-    out_shape: Any,
-) -> int:
+def _count_backward(*arguments: Any, out_shape: Any) -> int:
+    q, k, v, index, *rest = arguments[4:]
+    queries, keys = rest[4:6]
     return flops.selected_attention_backward_flops(q[0], q[1], _pairs(q, k, index, queries, keys), q[3], v[3])
 
 
-def _pairs(
-    q: tuple[int, ...], k: tuple[int, ...], index: tuple[int, ...] | None, queries: list[int], keys: list[int]
-) -> int:
+def _pairs(q: _Shape, k: _Shape, index: _Shape | None, queries: list[int], keys: list[int]) -> int:
     if not queries:
         return q[2] * (k[2] if index is None else index[2])
     return sum(count * n for count, n in zip(queries, keys, strict=True))

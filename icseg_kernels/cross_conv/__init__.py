@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks
-from icseg_kernels.cross_conv import reference
-from icseg_kernels.cross_conv.reference import Geometry
+from icseg_kernels import checks, flops, library
+from icseg_kernels.cross_conv import native, reference
+from icseg_kernels.cross_conv.convolution import Geometry, convolve_both
 from icseg_kernels.numerics import autocast
 
-__all__ = ["cross_conv2d", "cross_conv2d_mean"]
+__all__ = ["cross_conv2d", "cross_conv2d_and_mean", "cross_conv2d_mean"]
 
 # torch.nn.Conv2d's names -> torch.nn.functional.pad's
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+_ACTIVATIONS = ("relu", "leaky_relu", "gelu")
+_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
 
 for _op in ("cross_conv2d", "cross_conv2d_mean"):
-    backends.declare(_op, {"reference": backends.Backend()})
+    backends.declare(
+        _op, {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()}
+    )
 
 
 def cross_conv2d(
@@ -29,9 +37,11 @@ def cross_conv2d(
     padding: str | int | tuple[int, int] = "same",
     dilation: int | tuple[int, int] = 1,
     padding_mode: str = "zeros",
+    activation: str | None = None,
+    negative_slope: float = 0.01,
     backend: str | None = None,
 ) -> Tensor:
-    """Convolve every x concatenated with every y, along channels: out[b, i, j] = conv([x[b, i]; y[b, j]]).
+    """Convolve every x concatenated with every y, along channels: out[b, i, j] = act(conv([x[b, i]; y[b, j]])).
 
     UniverSeg's CrossConv2d (arXiv 2304.06131, section 3.2) as conv_x(x[b, i]) + conv_y(y[b, j]): exact,
     Sx + Sy convolutions instead of Sx * Sy, and the concatenation never exists.
@@ -41,10 +51,11 @@ def cross_conv2d(
     weight:       [Co, Cx + Cy, kh, kw], none of them 0, the channels of x first, as for torch.nn.Conv2d.
     bias:         [Co] or None. All of one dtype, unless autocast is enabled, which acts as on torch.nn.Conv2d.
     stride, dilation, padding, padding_mode: as torch.nn.Conv2d; padding="same", the default, needs stride 1.
-    backend:      None or "reference".
-    Returns [B, Sx, Sy, Co, Ho, Wo]. Differentiable, any number of times, also in forward mode. Raises TypeError or
-    ValueError for an argument of another type, dtype, shape, device or range, BackendError if the named backend
-    cannot serve.
+    activation:   of every pair: None, "relu", "leaky_relu" (slope `negative_slope` below 0) or "gelu" (exact).
+    backend:      None, "native" (CPU) or "reference": of what follows the convolutions, which are torch's.
+    Returns [B, Sx, Sy, Co, Ho, Wo]. Differentiable, any number of times, also in forward mode; with an activation
+    once, and in reverse mode only. Raises TypeError or ValueError for an argument of another type, dtype, shape,
+    device or range, BackendError if the named backend cannot serve.
 
     ```
     x, y = torch.randn(2, 1, 64, 32, 32), torch.randn(2, 8, 64, 32, 32)     # one target, eight supports
@@ -53,8 +64,12 @@ def cross_conv2d(
     """
     x, y, weight, bias = _checked_tensors(x, y, weight, bias)
     geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
-    backends.select("cross_conv2d", backend, x, y, weight)
-    return reference.cross_conv2d(x, y, weight, bias, geometry)
+    slope = _checked_activation(activation, negative_slope)
+    name = backends.select("cross_conv2d", backend, x)
+    zx, zy = convolve_both(x, y, weight, bias, geometry)
+    if activation is None and not _serves_sum(zx, zy, name):
+        return zx[:, :, None] + zy[:, None]
+    return _activated(zx, zy, True, False, activation, slope, name)[0]
 
 
 def cross_conv2d_mean(
@@ -67,19 +82,160 @@ def cross_conv2d_mean(
     padding: str | int | tuple[int, int] = "same",
     dilation: int | tuple[int, int] = 1,
     padding_mode: str = "zeros",
+    activation: str | None = None,
+    negative_slope: float = 0.01,
     backend: str | None = None,
 ) -> Tensor:
-    """The mean over y of `cross_conv2d`, [B, Sx, Co, Ho, Wo], by convolving the mean of y.
+    """The mean over y of `cross_conv2d`, [B, Sx, Co, Ho, Wo].
 
-    Arguments as for `cross_conv2d`. Exact because the convolution is linear; it is not the mean of anything
-    applied after a nonlinearity. Sy must be at least 1. Raises as `cross_conv2d` does.
+    Arguments as for `cross_conv2d`. Without an activation by convolving the mean of y, exact because the convolution
+    is linear; with one it is the mean of the activated pairs, added up in the order of y, which never exist at once.
+    Sy must be at least 1. Raises as `cross_conv2d` does.
     """
     x, y, weight, bias = _checked_tensors(x, y, weight, bias)
+    _check_not_empty(y)
+    geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
+    slope = _checked_activation(activation, negative_slope)
+    name = backends.select("cross_conv2d_mean", backend, x)
+    if activation is None:
+        zx, zy = convolve_both(x, y.mean(dim=1, keepdim=True), weight, bias, geometry)
+        return zx + zy
+    zx, zy = convolve_both(x, y, weight, bias, geometry)
+    return _activated(zx, zy, False, True, activation, slope, name)[1]
+
+
+def cross_conv2d_and_mean(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = "same",
+    dilation: int | tuple[int, int] = 1,
+    padding_mode: str = "zeros",
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`cross_conv2d` and its mean over y, [B, Sx, Sy, Co, Ho, Wo] and [B, Sx, Co, Ho, Wo], in one pass.
+
+    Arguments as for `cross_conv2d`. Once differentiable, also without an activation. Sy must be at least 1. Raises
+    as `cross_conv2d` does.
+    """
+    x, y, weight, bias = _checked_tensors(x, y, weight, bias)
+    _check_not_empty(y)
+    geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
+    slope = _checked_activation(activation, negative_slope)
+    name = backends.select("cross_conv2d", backend, x)
+    zx, zy = convolve_both(x, y, weight, bias, geometry)
+    return _activated(zx, zy, True, True, activation, slope, name)
+
+
+def _serves_sum(zx: Tensor, zy: Tensor, backend: str) -> bool:
+    """Whether the tail is to add without an activation: where it adds in place, and nobody differentiates."""
+    return backend == "native" and zx.shape[1] == 1 and zx.dtype.itemsize >= 4 and backends.unwatched((zx, zy))
+
+
+def _activated(
+    zx: Tensor, zy: Tensor, pairs: bool, mean: bool, activation: str | None, slope: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Pairs and their mean, whichever are wanted; zy is ours to overwrite."""
+    if zx.shape[2:] != zy.shape[2:]:  # one of them comes of no channels
+        image = torch.broadcast_shapes(zx.shape[2:], zy.shape[2:])
+        zx, zy = zx.expand(*zx.shape[:2], *image), zy.expand(*zy.shape[:2], *image)
+    elif _channels_last(zx) and _channels_last(zy):  # what follows is elementwise
+        results = _activated(zx.movedim(2, -1), zy.movedim(2, -1), pairs, mean, activation, slope, backend)
+        return results[0].movedim(-1, 3) if pairs else results[0], results[1].movedim(-1, 2) if mean else results[1]
+    if backend == "native" and backends.unwatched((zx, zy)):
+        return native.tail(zx, zy, pairs, mean, activation, slope, overwrite=True)
+    return backends.call(_CrossTail, _tail, zx, zy, pairs, mean, activation, slope, backend)
+
+
+def _channels_last(z: Tensor) -> bool:
+    return not z.is_contiguous() and z.movedim(2, -1).is_contiguous()
+
+
+class _CrossTail(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        zx: Tensor, zy: Tensor, pairs: bool, mean: bool, activation: str | None, slope: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        return _tail(zx, zy, pairs, mean, activation, slope, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        zx, zy, ctx.pairs, ctx.mean, ctx.activation, ctx.slope, ctx.backend = inputs
+        ctx.save_for_backward(zx, zy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_pairs: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = grad_pairs if ctx.pairs else None, grad_mean if ctx.mean else None
+        grads = _tail_backward(*ctx.saved_tensors, *wanted, ctx.activation, ctx.slope, ctx.backend)
+        return *grads, None, None, None, None, None
+
+
+def _tail_implementation(
+    zx: Tensor, zy: Tensor, pairs: bool, mean: bool, activation: str | None, slope: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _IMPLEMENTATIONS[backend].tail(zx, zy, pairs, mean, activation, slope)
+
+
+def _tail_fake(zx: Tensor, zy: Tensor, pairs: bool, mean: bool, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, xs, *image = zx.shape
+    return zx.new_empty((batch, xs, zy.shape[1], *image) if pairs else 0), zx.new_empty(zx.shape if mean else 0)
+
+
+def _tail_backward_implementation(
+    zx: Tensor,
+    zy: Tensor,
+    grad_pairs: Tensor | None,
+    grad_mean: Tensor | None,
+    activation: str | None,
+    slope: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _IMPLEMENTATIONS[backend].tail_backward(zx, zy, grad_pairs, grad_mean, activation, slope)
+
+
+def _tail_backward_fake(zx: Tensor, zy: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return zx.new_empty(zx.shape), zy.new_empty(zy.shape)
+
+
+_tail = backends.register(
+    "cross_conv2d_tail(Tensor zx, Tensor zy, bool pairs, bool mean, str? activation, float slope, str backend)"
+    " -> (Tensor, Tensor)",
+    _tail_implementation,
+    _tail_fake,
+)
+_tail_backward = backends.register(
+    "cross_conv2d_tail_backward(Tensor zx, Tensor zy, Tensor? grad_pairs, Tensor? grad_mean, str? activation,"
+    " float slope, str backend) -> (Tensor, Tensor)",
+    _tail_backward_implementation,
+    _tail_backward_fake,
+)
+
+
+def _no_flops(*_: Any, **__: Any) -> int:
+    """Elementwise: the convolutions count themselves."""
+    return 0
+
+
+flops.register(_tail, _no_flops)
+flops.register(_tail_backward, _no_flops)
+
+
+def _check_not_empty(y: Tensor) -> None:
     if y.shape[1] == 0:
         raise ValueError("y must hold at least one image to take the mean of, got Sy = 0")
-    geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
-    backends.select("cross_conv2d_mean", backend, x, y, weight)
-    return reference.cross_conv2d_mean(x, y, weight, bias, geometry)
+
+
+def _checked_activation(activation: Any, negative_slope: Any) -> float:
+    """The slope."""
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)} or None, got {activation!r}")
+    return checks.number("negative_slope", negative_slope)
 
 
 def _checked_tensors(

@@ -1,42 +1,62 @@
-"""The convolution of every pair, by splitting the weight over its input channels."""
+"""The tail of a convolution of pairs, and its gradients: in plain PyTorch.
+
+zx [B, Sx, Co, Ho, Wo] and zy [B, Sy, Co, Ho, Wo] are the convolutions of the images; pairs[b, i, j] =
+activation(zx[b, i] + zy[b, j]), and mean[b, i] is the mean of those over j.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Geometry(NamedTuple):
-    """How a convolution moves over the images."""
-
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    pads: tuple[int, int, int, int]  # left, right, top, bottom
-    pad_mode: str  # as in torch.nn.functional.pad
+from icseg_kernels.numerics import accumulation_dtype
 
 
-def cross_conv2d(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """[B, Sx, Sy, Co, Ho, Wo]; x or y may have no channels."""
-    wx, wy = weight.split([x.shape[2], y.shape[2]], dim=1)
-    zx, zy = _convolve_images(x, wx, bias, geometry), _convolve_images(y, wy, None, geometry)
-    return zx[:, :, None] + zy[:, None]
+def tail(
+    zx: Tensor, zy: Tensor, pairs: bool, mean: bool, activation: str | None, slope: float
+) -> tuple[Tensor, Tensor]:
+    """Pairs and mean; without elements where not wanted."""
+    z = _sums(zx, zy)
+    match activation:
+        case "relu":
+            z = z.relu()
+        case "leaky_relu":
+            z = F.leaky_relu(z, slope)
+        case "gelu":
+            z = F.gelu(z)
+    return z.to(zx.dtype) if pairs else zx.new_empty(0), z.mean(dim=2).to(zx.dtype) if mean else zx.new_empty(0)
 
 
-def cross_conv2d_mean(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """[B, Sx, Co, Ho, Wo]: convolution is linear, so the mean over y may be taken before it."""
-    return cross_conv2d(x, y.mean(dim=1, keepdim=True), weight, bias, geometry).squeeze(2)
+def tail_backward(
+    zx: Tensor,
+    zy: Tensor,
+    grad_pairs: Tensor | None,
+    grad_mean: Tensor | None,
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of zx and zy; None: nothing depends on it."""
+    z = _sums(zx, zy)
+    grad = torch.zeros_like(z)
+    if grad_pairs is not None:
+        grad = grad + grad_pairs
+    if grad_mean is not None:
+        grad = grad + grad_mean[:, :, None].to(z.dtype) / max(z.shape[2], 1)
+    match activation:
+        case "relu":
+            grad = grad.masked_fill(z <= 0, 0)
+        case "leaky_relu":
+            grad = torch.where(z > 0, grad, grad * slope)
+        case "gelu":
+            below = 0.5 * torch.erfc(z * -math.sqrt(0.5))
+            grad = grad * (below + z * torch.exp(-0.5 * z * z) * math.sqrt(0.5 / math.pi))
+    return grad.sum(dim=2).to(zx.dtype), grad.sum(dim=1).to(zy.dtype)
 
 
-def _convolve_images(images: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """[B, S, Co, Ho, Wo]; of images without channels the same in every pixel: [B, S, Co, 1, 1]."""
-    if images.shape[2] == 0:
-        constant = images.new_zeros(*images.shape[:2], weight.shape[0], 1, 1)
-        return constant if bias is None else constant + bias[:, None, None]
-    left, right, top, bottom = geometry.pads
-    flat, padding = images.flatten(0, 1), (top, left)  # [B * S, C, H, W]
-    if geometry.pad_mode != "constant" or (left, top) != (right, bottom):
-        flat, padding = F.pad(flat, geometry.pads, mode=geometry.pad_mode), (0, 0)
-    z = F.conv2d(flat, weight, bias, geometry.stride, padding, geometry.dilation)
-    return z.unflatten(0, images.shape[:2])
+def _sums(zx: Tensor, zy: Tensor) -> Tensor:
+    """[B, Sx, Sy, Co, Ho, Wo]"""
+    dtype = accumulation_dtype(zx.dtype)
+    return (zx.to(dtype)[:, :, None] + zy.to(dtype)[:, None]).contiguous()

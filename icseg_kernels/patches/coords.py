@@ -20,7 +20,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def check_coords(coords: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> None:
     """Raise unless `coords` is a tensor of shape `expected`, `layout` in words, of numbers, on `device`."""
     checks.tensor("coords", coords)
-    if tuple(coords.shape) != expected:
+    if coords.shape != expected:
         raise ValueError(f"coords must have shape {layout} = {list(expected)}, got {list(coords.shape)}")
     if coords.dtype not in INTEGERS and coords.dtype not in checks.FLOATING:
         raise TypeError(f"coords must be a tensor of int64, int32, int16, int8, uint8 or floats, got {coords.dtype}")
@@ -35,7 +35,7 @@ def check_integer(coords: Tensor, otherwise: str) -> None:
 
 def sample_positions(
     coords: Tensor,
-    extent: tuple[float, float],
+    extent: tuple[Tensor | float, Tensor | float],
     out_size: int,
     edge_to_edge: bool,
     size: tuple[int, int],
@@ -52,16 +52,15 @@ def sample_positions(
 
 
 def _positions_along(
-    corner: Tensor, extent: float, out_size: int, edge_to_edge: bool, length: int, dtype: torch.dtype
+    corner: Tensor, extent: Tensor | float, out_size: int, edge_to_edge: bool, length: int, dtype: torch.dtype
 ) -> Tensor:
-    # `extent` only where torch.compile keeps a float as an input of the graph: sums, products, comparisons.
+    number = torch.arange(out_size, dtype=dtype, device=corner.device)
     if edge_to_edge:
-        line = torch.linspace(-0.5, 0.5, out_size, dtype=dtype, device=corner.device)
+        steps = max(out_size - 1, 1)
+        line = (2 * number - steps) / (2 * steps)  # from -1/2 to 1/2
         offsets = line * extent + (extent / 2 - 0.5)
     else:
-        cells = torch.arange(out_size, dtype=dtype, device=corner.device) + 0.5
-        offsets = cells * extent / out_size - 0.5
+        offsets = (number + 0.5) * extent / out_size - 0.5
+    corner = corner.double()  # integers may be too large for `dtype`
     inside = (corner > -extent) & (corner < length)
-    # An integer may be too large for `dtype`, and masked before it is cast.
-    start = torch.where(inside, corner, 0).to(dtype).masked_fill(~inside, torch.nan)
-    return start[..., None] + offsets
+    return corner.masked_fill(~inside, torch.nan).to(dtype)[..., None] + offsets

@@ -11,12 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
 from icseg_kernels import checks, flops, library
-from icseg_kernels.numerics import accumulation_dtype
-from icseg_kernels.patches import native, reference
-from icseg_kernels.patches.coords import check_coords, check_integer, sample_positions
+from icseg_kernels.patches import gather_native, reference
+from icseg_kernels.patches.coords import check_coords, check_integer
 
 ALIGNMENTS = ("pixel", "published")
-_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"native": gather_native, "reference": reference}
 
 
 def gather_patches(
@@ -54,29 +53,30 @@ def gather_patches(
         patch_size: p, in pixels. With `out_size` it may be a fraction, or a pair (height, width).
         out_size: n, samples a side; None copies.
         alignment: "pixel" or "published"; only with `out_size`.
-        backend: see `icseg_kernels.backend`.
+        backend: "native" (real dtypes on the CPU), "reference", or None; see `icseg_kernels.backend`. They copy the
+            same bits, and their gradients of copies are the same; what they resample differs by rounding.
 
     Returns:
         [..., K, C, p, p], or [..., K, C, n, n]; the dtype of `source`. Resampling is computed in float32 for
-        the 16-bit types, and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
+        the 16-bit types (to which the whole `source` is converted), and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
         there is no out= yet.
 
     Once differentiable with respect to `source`, if that is complex or of a dtype that can be resampled; the
-    gradient is bitwise reproducible.
+    gradient is bitwise reproducible, with any number of threads.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         BackendError: the named backend cannot serve the call.
     """
-    checks.tensor("source", source)
-    if source.ndim < 3:
-        raise ValueError(f"source must have shape [..., C, H, W], got {list(source.shape)}")
+    shape = checks.tensor("source", source).shape
+    if len(shape) < 3:
+        raise ValueError(f"source must have shape [..., C, H, W], got {list(shape)}")
     k = coords.shape[-2] if isinstance(coords, Tensor) and coords.ndim > 1 else 0
     layout = "[..., K, 2] with the leading dimensions of source"
-    check_coords(coords, (*source.shape[:-3], k, 2), layout, source.device)
+    check_coords(coords, (*shape[:-3], k, 2), layout, source.device)
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
-    name = backends.select("gather_patches", backend, source, out_size is not None)
+    name = backends.select("gather_patches", backend, source)
     if out_size is None:
         check_integer(coords, " (floating-point coords need out_size)")
         side = checks.integer("patch_size", patch_size, 1, otherwise=" (a fraction or a pair needs out_size)")
@@ -84,15 +84,11 @@ def gather_patches(
             raise ValueError(f"alignment={alignment!r} needs out_size: a copied patch has nothing to align")
         return backends.call(_GatherPatches, _gather, source, coords, side, name)
     checks.floating("source with out_size", source)
-    positions = sample_positions(
-        coords.detach(),
-        _extent(patch_size),
-        checks.integer("out_size", out_size, 1),
-        alignment == "published",
-        (source.shape[-2], source.shape[-1]),
-        accumulation_dtype(source.dtype),
-    )
-    return backends.call(_GatherPatchesBilinear, _bilinear, source, positions)
+    extent = _extent(patch_size)
+    side = checks.integer("out_size", out_size, 1)
+    edge_to_edge = alignment == "published"
+    corners = coords.detach() if coords.requires_grad else coords
+    return backends.call(_GatherPatchesBilinear, _bilinear, source, corners, *extent, side, edge_to_edge, name)
 
 
 def _extent(patch_size: Any) -> tuple[float, float]:
@@ -126,20 +122,28 @@ class _GatherPatches(torch.autograd.Function):
 
 class _GatherPatchesBilinear(torch.autograd.Function):
     @staticmethod
-    def forward(source: Tensor, positions: Tensor) -> Tensor:
-        return _bilinear(source, positions)
+    def forward(
+        source: Tensor,
+        coords: Tensor,
+        extent_y: Tensor,
+        extent_x: Tensor,
+        out_size: int,
+        edge_to_edge: bool,
+        backend: str,
+    ) -> Tensor:
+        return _bilinear(source, coords, extent_y, extent_x, out_size, edge_to_edge, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        source, positions = inputs
+        source, coords, extent_y, extent_x, _, ctx.edge_to_edge, ctx.backend = inputs
         ctx.size = source.shape[-2:]
-        ctx.save_for_backward(positions)
+        ctx.save_for_backward(coords, extent_y, extent_x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (positions,) = ctx.saved_tensors
-        return _bilinear_backward(grad, positions, *ctx.size), None
+        where = ctx.saved_tensors
+        return _bilinear_backward(grad, *where, ctx.edge_to_edge, *ctx.size, ctx.backend), *(None,) * 6
 
 
 def _gather_implementation(source: Tensor, coords: Tensor, patch_size: int, backend: str) -> Tensor:
@@ -156,12 +160,26 @@ def _gather_backward_implementation(grad: Tensor, coords: Tensor, height: int, w
     return _IMPLEMENTATIONS[backend].gather_backward(grad, coords, height, width)
 
 
-def _bilinear_fake(source: Tensor, positions: Tensor) -> Tensor:
-    n = positions.shape[-1]
-    return source.new_empty(*positions.shape[:-2], source.shape[-3], n, n)
+def _backward_fake(grad: Tensor, coords: Tensor, height: int, width: int, backend: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-4], grad.shape[-3], height, width)
 
 
-def _backward_fake(grad: Tensor, where: Tensor, height: int, width: int, backend: str = "") -> Tensor:
+def _bilinear_implementation(source: Tensor, *arguments: Any) -> Tensor:
+    *where, backend = arguments
+    return _IMPLEMENTATIONS[backend].gather_bilinear(source, *where)
+
+
+def _bilinear_fake(source: Tensor, coords: Tensor, y: Tensor, x: Tensor, out_size: int, *_: object) -> Tensor:
+    return source.new_empty(*coords.shape[:-1], source.shape[-3], out_size, out_size)
+
+
+def _bilinear_backward_implementation(grad: Tensor, *arguments: Any) -> Tensor:
+    *where, backend = arguments
+    return _IMPLEMENTATIONS[backend].gather_bilinear_backward(grad, *where)
+
+
+def _bilinear_backward_fake(grad: Tensor, *arguments: Any) -> Tensor:
+    *_, height, width, _backend = arguments
     return grad.new_empty(*grad.shape[:-4], grad.shape[-3], height, width)
 
 
@@ -176,18 +194,20 @@ _gather_backward = backends.register(
     _backward_fake,
 )
 _bilinear = backends.register(
-    "gather_patches_bilinear(Tensor source, Tensor positions) -> Tensor",
-    reference.gather_bilinear,
+    "gather_patches_bilinear(Tensor source, Tensor coords, Tensor extent_y, Tensor extent_x, SymInt out_size, "
+    "bool edge_to_edge, str backend) -> Tensor",
+    _bilinear_implementation,
     _bilinear_fake,
 )
 _bilinear_backward = backends.register(
-    "gather_patches_bilinear_backward(Tensor grad, Tensor positions, SymInt height, SymInt width) -> Tensor",
-    reference.gather_bilinear_backward,
-    _backward_fake,
+    "gather_patches_bilinear_backward(Tensor grad, Tensor coords, Tensor extent_y, Tensor extent_x, "
+    "bool edge_to_edge, SymInt height, SymInt width, str backend) -> Tensor",
+    _bilinear_backward_implementation,
+    _bilinear_backward_fake,
 )
 backends.declare(
     "gather_patches",
-    {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()},
+    {"native": backends.Backend(library.missing, gather_native.unsupported), "reference": backends.Backend()},
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from icseg_kernels.numerics import accumulation_dtype, deterministic_add
+from icseg_kernels.patches.coords import sample_positions
 
 # A copy moves bits; torch indexes these dtypes, but not every other of their size.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -32,23 +33,41 @@ def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Te
     return _add(values, rows, cols, height, width).to(grad.dtype)
 
 
-def gather_bilinear(source: Tensor, positions: Tensor) -> Tensor:
-    """[..., C, H, W], [..., K, 2, n] -> [..., K, C, n, n]: samples at rows x columns, borders replicated.
-
-    Zero where a position is NaN.
-    """
+def gather_bilinear(
+    source: Tensor,
+    coords: Tensor,
+    extent_y: Tensor | float,
+    extent_x: Tensor | float,
+    out_size: int,
+    edge_to_edge: bool,
+) -> Tensor:
+    """[..., C, H, W], [..., K, 2] -> [..., K, C, n, n]: samples of patches of the given extent, borders replicated."""
     image = source.to(accumulation_dtype(source.dtype))
-    taps, inside = _taps(positions, *source.shape[-2:])
+    height, width = image.shape[-2:]
+    positions = sample_positions(coords, (extent_y, extent_x), out_size, edge_to_edge, (height, width), image.dtype)
+    taps, inside = _taps(positions, height, width)
     total = image.new_zeros(*positions.shape[:-2], image.shape[-3], *inside.shape[-2:])
     for rows, cols, weight in taps:
         total += weight * _take(image, rows, cols)
     return total.masked_fill_(~inside, 0).to(source.dtype)
 
 
-def gather_bilinear_backward(grad: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
+def gather_bilinear_backward(
+    grad: Tensor,
+    coords: Tensor,
+    extent_y: Tensor | float,
+    extent_x: Tensor | float,
+    edge_to_edge: bool,
+    height: int,
+    width: int,
+) -> Tensor:
     """Adjoint of `gather_bilinear` with respect to its source: [..., K, C, n, n] -> [..., C, H, W]."""
+    values = grad.to(accumulation_dtype(grad.dtype))
+    positions = sample_positions(
+        coords, (extent_y, extent_x), grad.shape[-1], edge_to_edge, (height, width), values.dtype
+    )
     taps, inside = _taps(positions, height, width)
-    values = grad.to(accumulation_dtype(grad.dtype)).masked_fill(~inside, 0)
+    values = values.masked_fill(~inside, 0)
     total = values.new_zeros(*grad.shape[:-4], grad.shape[-3], height, width)
     for rows, cols, weight in taps:
         total += _add(weight * values, rows, cols, height, width)
@@ -56,23 +75,38 @@ def gather_bilinear_backward(grad: Tensor, positions: Tensor, height: int, width
 
 
 def scatter(
-    patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """[B, K, C, p, p], [B, K, 2], [p, p], [] -> weighted mean [B, C, H, W], total weight [B, 1, H, W]."""
+    patches: Tensor,
+    coords: Tensor,
+    weight: Tensor | None,
+    fill: float | Tensor,
+    height: int,
+    width: int,
+    keep_total: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, K, C, p, p], [B, K, 2], [p, p] (None: ones) -> weighted mean [B, C, H, W], total weight [B, 1, H, W],
+    empty unless it is to be kept, and where that is positive."""
+    weight = _ones(patches) if weight is None else weight
     rows, cols, inside = _pixels(coords, patches.shape[-1], height, width)
     counted = inside & (weight > 0)  # [B, K, 1, p, p]
     weights = weight.expand_as(counted).masked_fill(~counted, 0)
     weighted = (patches.to(weight.dtype) * weight).masked_fill_(~counted, 0)
     sums = _add(torch.cat([weighted, weights], dim=-3), rows, cols, height, width)
-    total = sums[:, -1:].contiguous()
-    return torch.where(total > 0, sums[:, :-1] / total, fill).to(patches.dtype), total
+    total = sums[:, -1:]
+    coverage = total > 0
+    mean = torch.where(coverage, sums[:, :-1] / total, fill).to(patches.dtype)
+    return mean, total.contiguous() if keep_total else total.new_empty(0), coverage
 
 
-def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor) -> Tensor:
+def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, patch_size: int) -> Tensor:
     """Adjoint of `scatter` with respect to its patches: [B, C, H, W] -> [B, K, C, p, p]."""
     share = torch.where(total > 0, grad.to(total.dtype) / total, 0)
-    shares = gather(share, coords, weight.shape[-1])
-    return torch.where(weight > 0, shares * weight, 0).to(grad.dtype)
+    shares = gather(share, coords, patch_size)
+    return (shares if weight is None else torch.where(weight > 0, shares * weight, 0)).to(grad.dtype)
+
+
+def _ones(patches: Tensor) -> Tensor:
+    """[p, p] in the dtype of the sums."""
+    return patches.new_ones(patches.shape[-2:], dtype=accumulation_dtype(patches.dtype))
 
 
 def _pixels(coords: Tensor, patch_size: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops
+from icseg_kernels import checks, flops, library
 from icseg_kernels.gumbel_topk import gumbel_topk, noise_source
 from icseg_kernels.numerics import accumulation_dtype, scalar
-from icseg_kernels.patches import sample_reference
-from icseg_kernels.patches.coords import NO_PATCH
-from icseg_kernels.patches.sample_reference import Windows
-from icseg_kernels.philox import seed_tensor
+from icseg_kernels.patches import sample_native, sample_reference
+from icseg_kernels.patches.windows import Windows, blur_taps, candidate_grid
 
-_IMPLEMENTATIONS = {"reference": sample_reference.sample_patches}
+_IMPLEMENTATIONS: dict[str, Any] = {"native": sample_native, "reference": sample_reference}
 
 _LEAST_TEMPERATURE = 1e-30  # far below any use; below 1e-38 the logits would not be finite in float32
 
-backends.declare("sample_patches", {"reference": backends.Backend()})
+backends.declare(
+    "sample_patches",
+    {"native": backends.Backend(library.missing, sample_native.unsupported), "reference": backends.Backend()},
+)
 
 
 class PatchSample(NamedTuple):
@@ -37,12 +40,6 @@ class PatchSample(NamedTuple):
     scores: Tensor
     indices: Tensor
     weights: Tensor | None
-
-
-def candidate_grid(height: int, width: int, patch_size: int, stride: int, padding: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the grid of windows that `sample_patches` draws from; 0 where no window fits."""
-    slack = sum(padding) - patch_size
-    return max(0, (height + slack) // stride + 1), max(0, (width + slack) // stride + 1)
 
 
 def sample_patches(
@@ -78,51 +75,77 @@ def sample_patches(
     differentiable: also return weights: the softmax of the perturbed scores over all windows, taken at the
                     drawn ones and renormalised to sum 1, which is the softmax over the drawn ones. scores and
                     weights then carry gradients to the map and to noise; otherwise nothing does.
-    backend:        "reference", or None for the best.
+    backend:        "native" (C++, on the CPU), "reference", or None for the best.
 
     Raises TypeError or ValueError for arguments of other types, shapes, devices or ranges, BackendError if the
     named backend cannot serve.
     """
-    _check_map(weights)
+    batch, height, width = _checked_size(weights)
     k = checks.integer("k", k, 0)
-    windows = _checked_windows(weights, patch_size, stride, padding, temperature, blur_sigma)
-    rows, columns = _grid(weights.shape, windows)
-    if k > rows * columns:
-        raise ValueError(f"k must lie in [0, {rows * columns}], the number of candidate windows, got {k}")
-    chosen = backends.select("sample_patches", backend, weights)
+    before, after = checks.pair("padding", padding, 0)
+    windows, candidates = _windows(height, width, patch_size, stride, before, after, temperature, blur_sigma)
+    if k > candidates:
+        raise ValueError(f"k must lie in [0, {candidates}], the number of candidate windows, got {k}")
+    chosen = backends.select("sample_patches", backend, weights, candidates)
     if differentiable:
-        logits = sample_reference.window_logits(weights, windows)
+        logits = _differentiable_logits(weights, windows, chosen)
         indices, scores, _, _ = gumbel_topk(logits, k, seed=seed, noise=noise, backend=backend)
-        drawn_weights = _softmax_over_drawn(scores, indices)
-    else:
-        seeded, noise = noise_source(seed, noise, (weights.shape[0], rows * columns), weights.device)
-        seeded = None if seeded is None else seed_tensor(seeded, weights.device)
-        noise = None if noise is None else noise.detach()
-        indices, scores = _op(weights.detach(), k, *windows, seeded, noise, chosen)
-        drawn_weights = None
-    return PatchSample(_coords(indices, columns, windows), scores, indices, drawn_weights)
+        coords = sample_reference.corners(indices, weights, windows)
+        return PatchSample(coords, scores, indices, _softmax_over_drawn(scores, indices))
+    seeded, noise = noise_source(seed, noise, (batch, candidates), weights.device)
+    noise = None if noise is None else noise.detach()
+    if weights.requires_grad:
+        weights = weights.detach()
+    drawn = backends.call(_SamplePatches, _op, weights, k, *windows, seeded, noise, chosen)
+    return PatchSample(*drawn, None)
 
 
-def _check_map(weights: Tensor) -> None:
+def _checked_size(weights: Tensor) -> tuple[int, int, int]:
+    """B, H, W."""
     checks.floating("weights", weights)
-    if weights.ndim != 4 or weights.shape[1] != 1 or 0 in weights.shape[2:]:
-        raise ValueError(f"weights must have shape [B, 1, H, W] with H, W > 0, got {list(weights.shape)}")
+    shape = weights.shape
+    if len(shape) != 4 or shape[1] != 1 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"weights must have shape [B, 1, H, W] with H, W > 0, got {list(shape)}")
+    return shape[0], shape[2], shape[3]
+
+
+def _windows(*settings: Any) -> tuple[Windows, int]:
+    """`_checked_windows`, whose checks take as long as a small map's draw, remembered where they can be."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _remembered_windows(*settings)
+        except TypeError:  # one of them may have no hash
+            pass
+    return _checked_windows(*settings)
 
 
 def _checked_windows(
-    weights: Tensor, patch_size: int, stride: int, padding: tuple[int, int], temperature: float, blur_sigma: float
-) -> Windows:
+    height: int,
+    width: int,
+    patch_size: int,
+    stride: int,
+    before: int,
+    after: int,
+    temperature: float,
+    blur_sigma: float,
+) -> tuple[Windows, int]:
+    """The settings, and how many windows a map has."""
     windows = Windows(
         checks.integer("patch_size", patch_size, 1),
         checks.integer("stride", stride, 1),
-        *checks.pair("padding", padding, 0),
-        scalar(checks.number("temperature", temperature, least=_LEAST_TEMPERATURE), weights.device),
+        before,
+        after,
+        checks.number("temperature", temperature, least=_LEAST_TEMPERATURE),
         checks.number("blur_sigma", blur_sigma, least=0),
     )
-    if min(_grid(weights.shape, windows)) == 0:
-        height, width = (size + windows.before + windows.after for size in weights.shape[2:])
-        raise ValueError(f"patch_size must fit the padded map of {height} x {width} pixels, got {patch_size}")
-    return windows
+    rows, columns = candidate_grid(height, width, windows.patch_size, windows.stride, (before, after))
+    if rows == 0 or columns == 0:
+        padded = f"{height + before + after} x {width + before + after}"
+        raise ValueError(f"patch_size must fit the padded map of {padded} pixels, got {patch_size}")
+    return windows, rows * columns
+
+
+_remembered_windows = functools.lru_cache(maxsize=256, typed=True)(_checked_windows)
 
 
 def _grid(shape: tuple[int, ...], windows: Windows) -> tuple[int, int]:
@@ -136,36 +159,144 @@ def _softmax_over_drawn(scores: Tensor, indices: Tensor) -> Tensor:
     return scores.masked_fill(~drawn, torch.finfo(scores.dtype).min).softmax(1).masked_fill(~drawn, 0.0)
 
 
-def _coords(indices: Tensor, columns: int, windows: Windows) -> Tensor:
-    row, column = indices // columns, indices % columns
-    coords = torch.stack([row, column], dim=-1) * windows.stride - windows.before
-    return coords.masked_fill(indices.unsqueeze(-1) < 0, NO_PATCH).to(torch.int32)
+def _differentiable_logits(weights: Tensor, windows: Windows, backend: str) -> Tensor:
+    if backend == "reference":
+        temperature = scalar(cast(float, windows.temperature), weights.device)
+        return sample_reference.window_logits(weights, windows._replace(temperature=temperature))
+    logits: Tensor = backends.call(_WindowLogits, _logits, weights, *windows, backend)
+    return logits
 
 
-def _implementation(weights: Tensor, k: int, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *windows, seed, noise, backend = arguments
-    return _IMPLEMENTATIONS[backend](weights, k, Windows(*windows), seed, noise)
+class _SamplePatches(torch.autograd.Function):
+    """Without gradients."""
+
+    @staticmethod
+    def forward(
+        weights: Tensor,
+        k: int,
+        patch_size: int,
+        stride: int,
+        before: int,
+        after: int,
+        temperature: Tensor,
+        blur_sigma: float,
+        seed: Tensor | None,
+        noise: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        drawn: tuple[Tensor, ...] = _op(
+            weights, k, patch_size, stride, before, after, temperature, blur_sigma, seed, noise, backend
+        )
+        return drawn
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        coords, scores, indices = output
+        ctx.mark_non_differentiable(coords, scores, indices)
 
 
-def _fake(weights: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
+class _WindowLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        weights: Tensor,
+        patch_size: int,
+        stride: int,
+        before: int,
+        after: int,
+        temperature: Tensor,
+        blur_sigma: float,
+        backend: str,
+    ) -> Tensor:
+        logits: Tensor = _logits(weights, patch_size, stride, before, after, temperature, blur_sigma, backend)
+        return logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weights, *ctx.sizes, temperature, ctx.blur_sigma, ctx.backend = inputs
+        ctx.save_for_backward(weights, temperature)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, temperature = ctx.saved_tensors
+        grad_weights = _logits_backward(grad, weights, *ctx.sizes, temperature, ctx.blur_sigma, ctx.backend)
+        return grad_weights, None, None, None, None, None, None, None
+
+
+def _implementation(weights: Tensor, k: int, *arguments: Any) -> tuple[Tensor, ...]:
+    seed, noise, backend = arguments[-3:]
+    windows = Windows(*arguments[:-3])
+    drawn: tuple[Tensor, ...] = _IMPLEMENTATIONS[backend].sample_patches(weights, k, windows, seed, noise)
+    return drawn
+
+
+def _fake(weights: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:
     shape = (weights.shape[0], k)
-    dtype = accumulation_dtype(weights.dtype)
-    return weights.new_empty(shape, dtype=torch.int64), weights.new_empty(shape, dtype=dtype)
+    return (
+        weights.new_empty((*shape, 2), dtype=torch.int32),
+        weights.new_empty(shape, dtype=accumulation_dtype(weights.dtype)),
+        weights.new_empty(shape, dtype=torch.int64),
+    )
 
 
+def _logits_implementation(weights: Tensor, *arguments: Any) -> Tensor:
+    *windows, backend = arguments
+    logits: Tensor = _IMPLEMENTATIONS[backend].window_logits(weights, Windows(*windows))
+    return logits
+
+
+def _logits_fake(weights: Tensor, *arguments: Any) -> Tensor:
+    rows, columns = _grid(weights.shape, Windows(*arguments[:-1]))
+    return weights.new_empty((weights.shape[0], rows * columns), dtype=accumulation_dtype(weights.dtype))
+
+
+def _logits_backward_implementation(grad: Tensor, weights: Tensor, *arguments: Any) -> Tensor:
+    *windows, backend = arguments
+    grad_weights: Tensor = _IMPLEMENTATIONS[backend].window_logits_backward(grad, weights, Windows(*windows))
+    return grad_weights
+
+
+def _logits_backward_fake(grad: Tensor, weights: Tensor, *_: object) -> Tensor:
+    return weights.new_empty(weights.shape)
+
+
+_WINDOWS = (
+    "SymInt patch_size, SymInt stride, SymInt before, SymInt after, Tensor temperature, float blur_sigma"
+)
 _op = backends.register(
-    "sample_patches(Tensor weights, SymInt k, SymInt patch_size, SymInt stride, SymInt before, SymInt after, "
-    "Tensor temperature, float blur_sigma, Tensor? seed, Tensor? noise, str backend) -> (Tensor, Tensor)",
+    f"sample_patches(Tensor weights, SymInt k, {_WINDOWS}, Tensor? seed, Tensor? noise, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
+)
+_logits = backends.register(
+    f"window_logits(Tensor weights, {_WINDOWS}, str backend) -> Tensor", _logits_implementation, _logits_fake
+)
+_logits_backward = backends.register(
+    f"window_logits_backward(Tensor grad, Tensor weights, {_WINDOWS}, str backend) -> Tensor",
+    _logits_backward_implementation,
+    _logits_backward_fake,
 )
 
 
 def _count(weights: Any, k: int, *arguments: Any, out_shape: Any = None) -> int:
     windows = Windows(*arguments[: len(Windows._fields)])
     every, kept = _grid(weights, windows._replace(stride=1)), _grid(weights, windows)
-    taps = sample_reference.blur_taps(windows.blur_sigma)
+    taps = blur_taps(windows.blur_sigma)
     return flops.sample_patches_flops(weights[0], every, kept, taps if taps > 1 else 0)
 
 
+def _logits_count(weights: Any, *arguments: Any, out_shape: Any = None) -> int:
+    """All of `sample_patches` but the draw."""
+    rows, columns = _grid(weights, Windows(*arguments[: len(Windows._fields)]))
+    return _count(weights, 0, *arguments) - flops.gumbel_topk_flops(weights[0], rows * columns)
+
+
+def _logits_backward_count(grad: Any, weights: Any, *arguments: Any, out_shape: Any = None) -> int:
+    """The adjoint of every linear step, as many as forward."""
+    return _logits_count(weights, *arguments)
+
+
 flops.register(_op, _count)
+flops.register(_logits, _logits_count)
+flops.register(_logits_backward, _logits_backward_count)

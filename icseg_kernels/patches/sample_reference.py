@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from icseg_kernels.gumbel_topk import reference as gumbel_topk_reference
 from icseg_kernels.numerics import accumulation_dtype
+from icseg_kernels.patches.coords import NO_PATCH
+from icseg_kernels.patches.windows import Windows, blur_kernel, blur_taps, candidate_grid
 
 EPSILON = 1e-6
-
-
-class Windows(NamedTuple):
-    """The candidate windows of a map and what makes them likely: the settings of `sample_patches`."""
-
-    patch_size: int
-    stride: int
-    before: int
-    after: int
-    temperature: Tensor  # 0-dim float64, on the device of the map
-    blur_sigma: float
 
 
 def window_logits(weights: Tensor, windows: Windows) -> Tensor:
@@ -49,23 +37,11 @@ def _finite(map_: Tensor) -> Tensor:
     return torch.where(finite, map_, torch.where(map_ == torch.inf, highest, lowest))
 
 
-def blur_taps(sigma: float) -> int:
-    """The number of taps of the blur; 1, which is no blur, for sigma below 1/4."""
-    return int(4 * sigma + 1) | 1
-
-
-def _blur_kernel(sigma: float) -> list[float]:
-    """Normalised Gaussian."""
-    size = blur_taps(sigma)
-    taps = [math.exp(-((i - size // 2) ** 2) / (2 * sigma**2)) for i in range(size)]
-    return [tap / sum(taps) for tap in taps]
-
-
 def blurred(map_: Tensor, sigma: float, stride: int) -> Tensor:
     """Every stride-th row and column of the blur of map_ [B, H, W] with zeros outside."""
     if blur_taps(sigma) == 1:
         return map_[:, ::stride, ::stride]
-    taps = _blur_kernel(sigma)
+    taps = blur_kernel(sigma)
     return _correlated(_correlated(map_, taps, 1, stride), taps, 2, stride)
 
 
@@ -83,8 +59,16 @@ def _correlated(map_: Tensor, taps: list[float], dim: int, stride: int) -> Tenso
 
 
 def sample_patches(
-    weights: Tensor, k: int, windows: Windows, seed: Tensor | None, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(flat window indices int64 [B, k], scores [B, k]), as `gumbel_topk` of `window_logits`."""
+    weights: Tensor, k: int, windows: Windows, seed: int | Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(coords int32 [B, k, 2], scores [B, k], indices int64 [B, k]): `gumbel_topk` of `window_logits`."""
     indices, scores, *_ = gumbel_topk_reference.gumbel_topk(window_logits(weights, windows), k, seed, noise)
-    return indices, scores
+    return corners(indices, weights, windows), scores, indices
+
+
+def corners(indices: Tensor, weights: Tensor, windows: Windows) -> Tensor:
+    """int32 [B, k, 2] (y, x) of the corners of windows int64 [B, k]; NO_PATCH for -1."""
+    size, stride, before, after, _, _ = windows
+    _, columns = candidate_grid(weights.shape[2], weights.shape[3], size, stride, (before, after))
+    coords = torch.stack([indices // columns, indices % columns], dim=-1) * stride - before
+    return coords.masked_fill(indices.unsqueeze(-1) < 0, NO_PATCH).to(torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops
-from icseg_kernels.numerics import accumulation_dtype, scalar
-from icseg_kernels.patches import reference
+from icseg_kernels import checks, flops, library
+from icseg_kernels.numerics import accumulation_dtype
+from icseg_kernels.patches import reference, scatter_native
 from icseg_kernels.patches.coords import check_coords, check_integer
+
+_IMPLEMENTATIONS: dict[str, Any] = {"native": scatter_native, "reference": reference}
 
 
 class Scatter(NamedTuple):
@@ -50,7 +53,7 @@ def scatter_patches(
             A tensor [p, p] of any real dtype, cast to that of the sums, on the device of `patches`. Where it is
             not positive the patch covers nothing, whatever its values, and gets no gradient. It gets none itself.
         fill: the value where no patch lies, a finite number; rounded to the dtype of `patches`.
-        backend: see `icseg_kernels.backend`.
+        backend: "native" (C++, on the CPU), "reference", or None for the best that can; see `icseg_kernels.backend`.
 
     Returns:
         Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in
@@ -69,11 +72,14 @@ def scatter_patches(
     check_coords(coords, (*patches.shape[:2], 2), "[B, K, 2]", patches.device)
     check_integer(coords, "")
     height, width = checks.pair("size", size, 0)
-    table = _weight(weight, patches)
-    value = scalar(checks.number("fill", fill), patches.device)
-    backends.select("scatter_patches", backend, patches)
-    mean, total = backends.call(_ScatterPatches, _scatter, patches, coords, table, value, height, width)
-    return Scatter(mean, total > 0)
+    gaussian = isinstance(weight, str)
+    table = None if weight is None else _checked(weight, patches)
+    value = checks.number("fill", fill)
+    name = backends.select("scatter_patches", backend, patches)
+    mean, _, coverage = backends.call(
+        _ScatterPatches, _scatter, patches, coords, table, gaussian, value, height, width, False, name
+    )
+    return Scatter(mean, coverage)
 
 
 def gaussian_weight(
@@ -90,15 +96,19 @@ def gaussian_weight(
     return (line[:, None] * line).clamp(min=1e-3)
 
 
-def _weight(weight: Any, patches: Tensor) -> Tensor:
-    """The weight as a tensor [p, p] in the dtype of the sums."""
+@functools.lru_cache(maxsize=8)
+def _cached_gaussian_weight(patch_size: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return gaussian_weight(patch_size, dtype=dtype, device="cpu")
+
+
+def _checked(weight: Any, patches: Tensor) -> Tensor | None:
+    """`weight` [p, p] in the dtype of the sums; None for the Gaussian, which the op makes."""
     patch_size, dtype = patches.shape[-1], accumulation_dtype(patches.dtype)
-    if weight is None:
-        return torch.ones(patch_size, patch_size, dtype=dtype, device=patches.device)
     if isinstance(weight, str):
         if weight != "gaussian":
             raise ValueError(f'weight must be None, "gaussian" or a tensor, got {weight!r}')
-        return gaussian_weight(patch_size, dtype=dtype, device=patches.device)
+        return None
     checks.tensor("weight", weight)
     if weight.dtype.is_complex:
         raise TypeError(f"weight must be real, got {weight.dtype}")
@@ -111,52 +121,123 @@ def _weight(weight: Any, patches: Tensor) -> Tensor:
 class _ScatterPatches(torch.autograd.Function):
     @staticmethod
     def forward(
-        patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
-    ) -> tuple[Tensor, Tensor]:
-        return _scatter(patches, coords, weight, fill, height, width)
+        patches: Tensor,
+        coords: Tensor,
+        weight: Tensor | None,
+        gaussian: bool,
+        fill: Tensor,
+        height: int,
+        width: int,
+        keep_total: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _scatter(patches, coords, weight, gaussian, fill, height, width, True, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, coords, weight, *_ = inputs
-        _mean, total = output
-        ctx.mark_non_differentiable(total)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        patches, coords, weight, ctx.gaussian, *_, ctx.backend = inputs
+        _mean, total, coverage = output
+        ctx.patch_size = patches.shape[-1]
+        ctx.mark_non_differentiable(total, coverage)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(coords, weight, total)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
         coords, weight, total = ctx.saved_tensors
-        return None if grad is None else _scatter_backward(grad, total, coords, weight), *(None,) * 5
+        found = _scatter_backward(grad, total, coords, weight, ctx.gaussian, ctx.patch_size, ctx.backend)
+        return found, *(None,) * 8
+
+
+def _table(weight: Tensor | None, gaussian: bool, patch_size: int, values: Tensor) -> Tensor | None:
+    """The weight [p, p] in the dtype of the sums, on the device of `values`; None: all ones."""
+    if not gaussian:
+        return weight
+    dtype = accumulation_dtype(values.dtype)
+    if values.is_cpu:
+        return _cached_gaussian_weight(patch_size, dtype)
+    return gaussian_weight(patch_size, dtype=dtype, device=values.device)
+
+
+def _scatter_implementation(
+    patches: Tensor,
+    coords: Tensor,
+    weight: Tensor | None,
+    gaussian: bool,
+    fill: float | Tensor,
+    height: int,
+    width: int,
+    keep_total: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    table = _table(weight, gaussian, patches.shape[-1], patches)
+    return _IMPLEMENTATIONS[backend].scatter(patches, coords, table, fill, height, width, keep_total)
+
+
+def _scatter_backward_implementation(
+    grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, gaussian: bool, patch_size: int, backend: str
+) -> Tensor:
+    table = _table(weight, gaussian, patch_size, grad)
+    return _IMPLEMENTATIONS[backend].scatter_backward(grad, total, coords, table, patch_size)
 
 
 def _scatter_fake(
-    patches: Tensor, coords: Tensor, weight: Tensor, fill: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
+    patches: Tensor,
+    coords: Tensor,
+    weight: Tensor | None,
+    gaussian: bool,
+    fill: Tensor,
+    height: int,
+    width: int,
+    keep_total: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels = patches.shape[0], patches.shape[2]
-    return patches.new_empty(batch, channels, height, width), weight.new_empty(batch, 1, height, width)
+    totals = (batch, 1, height, width)
+    return (
+        patches.new_empty(batch, channels, height, width),
+        patches.new_empty(totals if keep_total else 0, dtype=accumulation_dtype(patches.dtype)),
+        patches.new_empty(totals, dtype=torch.bool),
+    )
 
 
-def _scatter_backward_fake(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor) -> Tensor:
-    return grad.new_empty(*coords.shape[:-1], grad.shape[1], *weight.shape)
+def _scatter_backward_fake(
+    grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, gaussian: bool, patch_size: int, backend: str
+) -> Tensor:
+    return grad.new_empty(*coords.shape[:-1], grad.shape[1], patch_size, patch_size)
 
 
 _scatter = backends.register(
-    "scatter_patches(Tensor patches, Tensor coords, Tensor weight, Tensor fill, SymInt height, SymInt width) "
-    "-> (Tensor, Tensor)",
-    reference.scatter,
+    "scatter_patches(Tensor patches, Tensor coords, Tensor? weight, bool gaussian, Tensor fill, SymInt height, "
+    "SymInt width, bool keep_total, str backend) -> (Tensor, Tensor, Tensor)",
+    _scatter_implementation,
     _scatter_fake,
 )
 _scatter_backward = backends.register(
-    "scatter_patches_backward(Tensor grad, Tensor total, Tensor coords, Tensor weight) -> Tensor",
-    reference.scatter_backward,
+    "scatter_patches_backward(Tensor grad, Tensor total, Tensor coords, Tensor? weight, bool gaussian, "
+    "SymInt patch_size, str backend) -> Tensor",
+    _scatter_backward_implementation,
     _scatter_backward_fake,
 )
-backends.declare("scatter_patches", {"reference": backends.Backend()})
+backends.declare(
+    "scatter_patches",
+    {"native": backends.Backend(library.missing, scatter_native.unsupported), "reference": backends.Backend()},
+)
 
 
 def _scatter_flops(
-    patches: Any, coords: Any, weight: Any, fill: Any, height: int, width: int, out_shape: Any = None
+    patches: Any,
+    coords: Any,
+    weight: Any,
+    gaussian: bool,
+    fill: Any,
+    height: int,
+    width: int,
+    *_: Any,
+    out_shape: Any = None,
 ) -> int:
     batch, count, channels, patch_size, _patch_size = patches
     return flops.scatter_patches_flops(batch, count, channels, patch_size, height, width)

@@ -458,7 +458,7 @@ inline Vector<float> exp_below(Vector<float> x) {
     Vector<float> y = broadcast(1.9875691500e-4f);
     for (const float term : kTerms) y = fma(y, r, broadcast(term));
     y = fma(y, r * r, r) + 1.0f;
-    const Vector<float> scaled = (Vector<float>)((Vector<int32_t>)y + ((Vector<int32_t>)whole << 23));
+    const Vector<float> scaled = (Vector<float>)((Vector<uint32_t>)y + ((Vector<uint32_t>)whole << 23));
     return x > -86.0f ? scaled : Vector<float>{};
 }
 
@@ -472,7 +472,7 @@ inline Vector<double> exp_below(Vector<double> x) {
     constexpr double kFactorials[] = {479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1};
     Vector<double> y = broadcast(1.0 / 6227020800);
     for (const double factorial : kFactorials) y = fma(y, r, broadcast(1.0 / factorial));
-    const Vector<double> scaled = (Vector<double>)((Vector<int64_t>)y + ((Vector<int64_t>)whole << 52));
+    const Vector<double> scaled = (Vector<double>)((Vector<uint64_t>)y + ((Vector<uint64_t>)whole << 52));
     return x > -700.0 ? scaled : Vector<double>{};
 }
 

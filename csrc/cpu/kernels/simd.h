@@ -89,6 +89,66 @@ template <typename Element>
 inline Element smaller(Element a, Element b) { return b < a ? b : a; }
 template <typename Element>
 inline Element larger(Element a, Element b) { return a < b ? b : a; }
+// Of two vectors, lane by lane: the larger, `a` if they are equal (or one is NaN: then `a` too); `smaller` likewise.
+#if defined(__AVX512F__)
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm512_max_ps(b, a); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm512_max_pd(b, a); }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm512_min_ps(b, a); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm512_min_pd(b, a); }
+#elif defined(__AVX2__)
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm256_max_ps(b, a); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm256_max_pd(b, a); }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm256_min_ps(b, a); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm256_min_pd(b, a); }
+#elif defined(__SSE2__)
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return _mm_max_ps(b, a); }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return _mm_max_pd(b, a); }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return _mm_min_ps(b, a); }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return _mm_min_pd(b, a); }
+#else
+inline Vector<float> larger(Vector<float> a, Vector<float> b) { return b > a ? b : a; }
+inline Vector<double> larger(Vector<double> a, Vector<double> b) { return b > a ? b : a; }
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) { return b < a ? b : a; }
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) { return b < a ? b : a; }
+#endif
+
 inline int64_t clamped(int64_t value, int64_t least, int64_t most) { return smaller(larger(value, least), most); }
+
+// Signed integers as wide as the elements, for shuffles, comparisons and bits.
+template <typename Element>
+struct Integers;
+template <>
+struct Integers<float> {
+    typedef Vector<int32_t> type;
+};
+template <>
+struct Integers<double> {
+    typedef Vector<int64_t> type;
+};
+
+// The larger of each two elements; b where either is NaN.
+#if defined(__AVX512F__)
+inline Vector<float> maximum(Vector<float> a, Vector<float> b) { return _mm512_max_ps(a, b); }
+inline Vector<double> maximum(Vector<double> a, Vector<double> b) { return _mm512_max_pd(a, b); }
+#elif defined(__AVX2__)
+inline Vector<float> maximum(Vector<float> a, Vector<float> b) { return _mm256_max_ps(a, b); }
+inline Vector<double> maximum(Vector<double> a, Vector<double> b) { return _mm256_max_pd(a, b); }
+#else
+inline Vector<float> maximum(Vector<float> a, Vector<float> b) { return a > b ? a : b; }
+inline Vector<double> maximum(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
+#endif
+
+// The elements combined in pairs, then the pairs, ...: a fixed order.
+template <typename Element, typename Operation>
+inline Element reduce(Vector<Element> value, const Operation& operation) {
+    Element element[kLanes<Element>];
+    std::memcpy(element, &value, sizeof(value));
+#pragma GCC unroll 4
+    for (int64_t half = kLanes<Element> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < half; ++i) element[i] = operation(element[i], element[i + half]);
+    }
+    return element[0];
+}
 
 }  // namespace

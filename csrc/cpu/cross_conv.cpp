@@ -1,0 +1,54 @@
+// The tail of cross_conv2d: sums of pairs, their activation and mean; and the gradients.
+#include "kernels/cross_conv.h"
+
+#include "checks.h"
+
+namespace icseg {
+namespace {
+
+// Fills in the bytes; an error code if sizes are impossible. Past it, no product or sum of sizes overflows.
+int checked(CrossSizes& s, int64_t activation, int64_t element_bytes) {
+    if (any_negative({s.batch, s.xs, s.ys, s.length})) return ICSEG_NEGATIVE_SIZE;
+    if (activation < 0 || activation > static_cast<int64_t>(Activation::gelu)) return ICSEG_ACTIVATION;
+    int64_t xs, ys, twice;
+    const bool fits = multiply({s.length, element_bytes, s.batch, s.xs}, &xs) &&
+                      multiply({s.length, element_bytes, s.batch, s.ys}, &ys) &&
+                      multiply({s.length, element_bytes, s.batch, s.xs, s.ys}, &s.pairs_bytes) &&
+                      multiply({s.pairs_bytes, 2}, &twice);
+    return fits ? ICSEG_OK : ICSEG_TOO_LARGE;
+}
+
+template <typename Real>
+int forward(const Real* zx, const Real* zy, Real* pairs, Real* mean, CrossSizes sizes, int64_t activation,
+            double slope) {
+    if (const int code = checked(sizes, activation, sizeof(Real))) return code;
+    ICSEG_CHOSEN(cross_tail<Real>)(zx, zy, pairs, mean, sizes, static_cast<Activation>(activation), slope);
+    return ICSEG_OK;
+}
+
+template <typename Real>
+int backward(const Real* zx, const Real* zy, const Real* grad_pairs, const Real* grad_mean, Real* grad_zx,
+             Real* grad_zy, CrossSizes sizes, int64_t activation, double slope) {
+    if (const int code = checked(sizes, activation, sizeof(Real))) return code;
+    ICSEG_CHOSEN(cross_tail_backward<Real>)
+    (zx, zy, grad_pairs, grad_mean, grad_zx, grad_zy, sizes, static_cast<Activation>(activation), slope);
+    return ICSEG_OK;
+}
+
+}  // namespace
+}  // namespace icseg
+
+#define ICSEG_CROSS(Real, suffix)                                                                                     \
+    int icseg_cross_tail_##suffix(const Real* zx, const Real* zy, Real* pairs, Real* mean, int64_t batch, int64_t xs, \
+                                  int64_t ys, int64_t length, int64_t activation, double slope) {                     \
+        return icseg::forward<Real>(zx, zy, pairs, mean, {batch, xs, ys, length, 0}, activation, slope);              \
+    }                                                                                                                 \
+    int icseg_cross_tail_backward_##suffix(const Real* zx, const Real* zy, const Real* grad_pairs,                    \
+                                           const Real* grad_mean, Real* grad_zx, Real* grad_zy, int64_t batch,        \
+                                           int64_t xs, int64_t ys, int64_t length, int64_t activation,                \
+                                           double slope) {                                                            \
+        return icseg::backward<Real>(zx, zy, grad_pairs, grad_mean, grad_zx, grad_zy, {batch, xs, ys, length, 0},     \
+                                     activation, slope);                                                              \
+    }
+ICSEG_CROSS(float, f32)
+ICSEG_CROSS(double, f64)

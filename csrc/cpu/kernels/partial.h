@@ -1,0 +1,36 @@
+// Vectors at the end of a row, and sums over a vector. Internal linkage, as all that a kernel file includes (see isa.h).
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// The whole vector if `count` is a vector's lanes, else its first `count` elements and zeros.
+template <typename Real>
+inline Vector<Real> load_up_to(const Real* from, int64_t count) {
+    return count == kLanes<Real> ? load(from) : load_first(from, count);
+}
+
+template <typename Real>
+inline void store_up_to(Real* to, Vector<Real> value, int64_t count) {
+    count == kLanes<Real> ? store(to, value) : store_first(to, value, count);
+}
+
+// Added up in halves.
+template <typename Real>
+inline Real sum_of_lanes(Vector<Real> value) {
+    Real lanes[kLanes<Real>];
+    store(lanes, value);
+    for (int64_t width = kLanes<Real> / 2; width; width /= 2) {
+        for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+}
+#ifdef __AVX512F__
+template <>
+inline float sum_of_lanes<float>(Vector<float> value) { return _mm512_reduce_add_ps(value); }
+template <>
+inline double sum_of_lanes<double>(Vector<double> value) { return _mm512_reduce_add_pd(value); }
+#endif
+
+}  // namespace

@@ -1,0 +1,130 @@
+"""One call of every public op, for tests of what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icseg_kernels import (
+    cross_conv2d,
+    cross_conv2d_mean,
+    gather_patches,
+    group_norm_film,
+    gumbel_topk,
+    sample_patches,
+    scatter_patches,
+    selected_attention,
+)
+
+Run = Callable[..., list[Tensor]]
+"""run(backend, gradients=True): the outputs of one call on inputs made before, and the inputs' gradients."""
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _integers(least: int, most: int, *shape: int) -> Tensor:
+    return torch.randint(least, most, shape, generator=torch.Generator().manual_seed(9))
+
+
+def _run(op: Callable[..., Any], *inputs: Tensor, **options: Any) -> Run:
+    """`inputs`: all tensors of the call; the floating ones get gradients."""
+
+    def run(backend: str | None = None, gradients: bool = True) -> list[Tensor]:
+        given = [x.detach().requires_grad_(gradients and x.is_floating_point()) for x in inputs]
+        found = op(*given, backend=backend, **options)
+        outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+        differentiable = [x for x in outputs if x.requires_grad]
+        if differentiable:
+            wanted = [x for x in given if x.requires_grad]
+            upstream = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in differentiable]
+            outputs += torch.autograd.grad(differentiable, wanted, upstream)
+        return [x.detach() for x in outputs]
+
+    return run
+
+
+def _gumbel_topk(large: bool) -> Run:
+    n = 20_000 if large else 40
+    return _run(lambda logits, **options: gumbel_topk(logits, n // 10, seed=7, **options), _normal(4, n))
+
+
+def _sample_patches(large: bool) -> Run:
+    side, k = (320, 64) if large else (20, 4)
+    options = {"stride": 2, "padding": (3, 4), "blur_sigma": 1.5, "seed": 5, "temperature": 0.3}
+    return _run(lambda x, **named: sample_patches(x, k, 8, **options, **named), _normal(2, 1, side, side).sigmoid())
+
+
+def _sample_patches_differentiable(large: bool) -> Run:
+    side, k = (320, 64) if large else (20, 4)
+    options = {"stride": 2, "padding": (3, 4), "blur_sigma": 1.5, "seed": 5, "differentiable": True}
+    return _run(lambda x, **named: sample_patches(x, k, 8, **options, **named), _normal(2, 1, side, side).sigmoid())
+
+
+def _gather_patches(large: bool) -> Run:
+    side, k = (300, 64) if large else (14, 5)
+    coords = _integers(-9, side + 2, 2, k, 2)
+    return _run(lambda x, **named: gather_patches(x, coords, 16, **named), _normal(2, 3, side, side - 2))
+
+
+def _gather_patches_resampled(large: bool) -> Run:
+    side, k = (300, 64) if large else (14, 5)
+    coords = _integers(-9, side + 2, 2, k, 2)
+    return _run(lambda x, **named: gather_patches(x, coords, 16, out_size=12, **named), _normal(2, 3, side, side - 2))
+
+
+def _scatter_patches(large: bool) -> Run:
+    side, k = (300, 64) if large else (14, 5)
+    coords = _integers(-9, side + 2, 2, k, 2)
+    options = {"weight": "gaussian", "fill": -3.0}
+    return _run(
+        lambda x, **named: scatter_patches(x, coords, (side, side - 2), **options, **named), _normal(2, k, 3, 16, 16)
+    )
+
+
+def _selected_attention(large: bool) -> Run:
+    n, m = (600, 300) if large else (12, 6)
+    index = _integers(-2, n + 2, 2, m)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Any:
+        return selected_attention(q, k, v, index=index, sink=True, scale=0.2, return_lse=True, **named)
+
+    return _run(attend, *(_normal(2, 4, n, 16, seed=i) for i in range(3)))
+
+
+def _cross_conv2d(large: bool, op: Callable[..., Tensor] = cross_conv2d) -> Run:
+    side = 48 if large else 5
+    shapes = ((2, 2, 3, side, side), (2, 4, 3, side, side), (8, 6, 3, 3), (8,))
+    return _run(op, *(_normal(*shape, seed=i) for i, shape in enumerate(shapes)))
+
+
+def _cross_conv2d_mean(large: bool) -> Run:
+    return _cross_conv2d(large, cross_conv2d_mean)
+
+
+def _group_norm_film(large: bool) -> Run:
+    samples, side = (64, 24) if large else (3, 4)
+
+    def norm(x: Tensor, gain: Tensor, bias: Tensor, **named: Any) -> Tensor:
+        return group_norm_film(x, 4, gain, bias, activation="gelu", **named)
+
+    return _run(norm, _normal(samples, 16, side, side), _normal(samples, 16, seed=1), _normal(samples, 16, seed=2))
+
+
+SAMPLES: dict[str, Callable[[bool], Run]] = {
+    "gumbel_topk": _gumbel_topk,
+    "sample_patches": _sample_patches,
+    "sample_patches (differentiable)": _sample_patches_differentiable,
+    "gather_patches": _gather_patches,
+    "gather_patches (resampled)": _gather_patches_resampled,
+    "scatter_patches": _scatter_patches,
+    "selected_attention": _selected_attention,
+    "cross_conv2d": _cross_conv2d,
+    "cross_conv2d_mean": _cross_conv2d_mean,
+    "group_norm_film": _group_norm_film,
+}
+"""prepare(large): inputs of one call, of a second's fraction; large: enough for several threads."""
