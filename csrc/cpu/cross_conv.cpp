@@ -46,14 +46,15 @@ int backward(const Real* zx, const Real* zy, const Real* grad_pairs, const Real*
 #define ICSEG_CROSS(Real, suffix)                                                                                     \
     int icseg_cross_tail_##suffix(const Real* zx, const Real* zy, Real* pairs, Real* mean, int64_t batch, int64_t xs, \
                                   int64_t ys, int64_t length, int64_t activation, double slope) {                     \
-        return icseg::forward<Real>(zx, zy, pairs, mean, {batch, xs, ys, length, 0, 0, 0}, activation, slope);              \
+        const icseg::CrossSizes sizes{batch, xs, ys, length, 0, 0, 0};                                                \
+        return icseg::forward<Real>(zx, zy, pairs, mean, sizes, activation, slope);                                   \
     }                                                                                                                 \
     int icseg_cross_tail_backward_##suffix(const Real* zx, const Real* zy, const Real* grad_pairs,                    \
                                            const Real* grad_mean, Real* grad_zx, Real* grad_zy, int64_t batch,        \
                                            int64_t xs, int64_t ys, int64_t length, int64_t activation,                \
                                            double slope) {                                                            \
-        return icseg::backward<Real>(zx, zy, grad_pairs, grad_mean, grad_zx, grad_zy, {batch, xs, ys, length, 0, 0, 0},     \
-                                     activation, slope);                                                              \
+        const icseg::CrossSizes sizes{batch, xs, ys, length, 0, 0, 0};                                                \
+        return icseg::backward<Real>(zx, zy, grad_pairs, grad_mean, grad_zx, grad_zy, sizes, activation, slope);      \
     }
 ICSEG_CROSS(float, f32)
 ICSEG_CROSS(double, f64)
