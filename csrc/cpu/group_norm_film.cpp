@@ -2,6 +2,7 @@
 #include "kernels/group_norm_film.h"
 
 #include "checks.h"
+#include "pages.h"
 
 namespace icseg {
 namespace {
@@ -21,6 +22,7 @@ template <typename Real>
 int forward(const Real* x, const Film<Real>& gain, const Film<Real>& bias, Real* out, Real* stats, FilmSizes sizes,
             double eps) {
     if (const int code = checked(sizes, sizeof(Real))) return code;
+    expect_writes(out, sizes.bytes);
     ICSEG_CHOSEN(group_norm_film<Real>)(x, gain, bias, out, stats, sizes, eps);
     return ICSEG_OK;
 }
@@ -29,6 +31,7 @@ template <typename Real>
 int backward(const Real* grad, const Real* x, const Real* stats, const Film<Real>& gain, const Film<Real>& bias,
              Real* grad_x, Real* sums, FilmSizes sizes) {
     if (const int code = checked(sizes, sizeof(Real))) return code;
+    expect_writes(grad_x, sizes.bytes);
     ICSEG_CHOSEN(group_norm_film_backward<Real>)(grad, x, stats, gain, bias, grad_x, sums, sizes);
     return ICSEG_OK;
 }

@@ -72,9 +72,8 @@ def group_norm_film(
 
 def _check_film(name: str, values: Tensor, x: Tensor, samples: int, channels: int) -> None:
     checks.device(name, checks.floating(name, values), x.device)
-    shape = values.shape
-    if not (shape[-1:] == (channels,) and (len(shape) == 1 or (len(shape) == 2 and shape[0] == samples))):
-        raise ValueError(f"{name} must have shape [{channels}] or [{samples}, {channels}], got {list(shape)}")
+    if values.shape != (channels,) and values.shape != (samples, channels):
+        raise ValueError(f"{name} must have shape [{channels}] or [{samples}, {channels}], got {list(values.shape)}")
 
 
 class _GroupNormFilm(torch.autograd.Function):

@@ -37,7 +37,7 @@ def group_norm_film(
     wide = _dense(x, dtype if dtype in _FORWARD else accumulation_dtype(dtype))
     gain, gain_sample, gain_channel = _film("gain", gain, wide, samples, channels)
     bias, bias_sample, bias_channel = _film("bias", bias, wide, samples, channels)
-    out, stats = torch.empty_like(wide), wide.new_empty((2, samples, groups))
+    out, stats = torch.empty_like(wide), torch.empty(2, samples, groups, dtype=wide.dtype)
     code = _FORWARD[wide.dtype](
         wide.data_ptr(),
         None if gain is None else gain.data_ptr(),
@@ -114,7 +114,7 @@ def _film(name: str, values: Tensor | None, x: Tensor, samples: int, channels: i
     """Gain or bias in the dtype of `x`, and how far apart its samples and channels are."""
     if values is None:
         return None, 0, 0
-    shape = tuple(values.shape)
+    shape = values.shape
     if not values.is_cpu or (shape != (channels,) and shape != (samples, channels)):
         raise ValueError(f"{name} must be on the CPU, [C] or [N, C] of x {list(x.shape)}, got {list(shape)}")
     if values.dtype != x.dtype:

@@ -5,8 +5,6 @@
 #include "partial.h"
 #include "simd.h"
 
-#define ICSEG_INLINE __attribute__((always_inline))
-
 namespace icseg {
 namespace ICSEG_ISA {
 namespace {

@@ -11,7 +11,7 @@ enum class Activation { none, relu, leaky_relu, gelu };
 
 struct CrossSizes {
     int64_t batch, xs, ys, length;
-    int64_t pairs_bytes;
+    int64_t x_bytes, y_bytes, pairs_bytes;
 };
 
 // pairs or mean may be null.

@@ -16,15 +16,15 @@ template <>
 struct Normal<float> {
     using Integer = int32_t;
     static constexpr float step = 0.26f, factor = 2.5698005698f, offset = -1.5698005698f;
-    static constexpr float ratio[] = {0.235145942f,    0.158837929f,     0.0771491846f,    0.0252224758f,   0.00425650019f,
-                                      -0.000333696075f, -0.000289461835f, -5.07011135e-06f, 1.61854013e-05f};
-    static constexpr float exponential[] = {1.0f,          1.0f,           0.5000000047f, 0.1666641501f,
+    static constexpr float ratio[] = {0.235145942f,     0.158837929f,     0.0771491846f,
+                                      0.0252224758f,    0.00425650019f,   -0.000333696075f,
+                                      -0.000289461835f, -5.07011135e-06f, 1.61854013e-05f};
+    static constexpr float exponential[] = {1.0f,           1.0f,            0.5000000047f, 0.1666641501f,
                                             0.04166635227f, 0.008375168289f, 0.001394116075f};
     static constexpr float least = -87.0f;           // exp of less counts as 0
     static constexpr float rounder = 12582912.0f;    // 1.5 * 2^23: adding it rounds to integers
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr int bias = 127, mantissa = 23;
-    static constexpr int32_t sign = INT32_MIN;
+    static constexpr Integer bias = 127, mantissa = 23, sign = INT32_MIN;
 };
 
 template <>
@@ -45,16 +45,17 @@ struct Normal<double> {
     static constexpr double least = -708.0;
     static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
-    static constexpr int bias = 1023, mantissa = 52;
-    static constexpr int64_t sign = INT64_MIN;
+    static constexpr Integer bias = 1023, mantissa = 52, sign = INT64_MIN;
 };
 
-template <typename Real, int count>
+template <typename Real, int first = 0, int count>
 inline Vector<Real> polynomial(const Real (&coefficients)[count], Vector<Real> x) {
-    Vector<Real> sum = broadcast(coefficients[count - 1]);
-#pragma GCC unroll 32
-    for (int i = count - 2; i >= 0; --i) sum = fma(sum, x, broadcast(coefficients[i]));
-    return sum;
+    const Vector<Real> lowest = broadcast(coefficients[first]);
+    if constexpr (first + 1 == count) {
+        return lowest;
+    } else {
+        return fma(polynomial<Real, first + 1>(coefficients, x), x, lowest);
+    }
 }
 
 // exp(x) for x <= 0.

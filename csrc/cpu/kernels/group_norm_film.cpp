@@ -5,8 +5,6 @@
 #include "partial.h"
 #include "simd.h"
 
-#define ICSEG_INLINE __attribute__((always_inline))
-
 namespace icseg {
 namespace ICSEG_ISA {
 namespace {
@@ -139,7 +137,8 @@ class Affine {
         }
     }
 
-    const Film<Real>&gain_, &bias_;
+    const Film<Real>& gain_;
+    const Film<Real>& bias_;
     const int64_t first_;
     const bool shared_;
     int64_t filled_sample_ = -1, filled_channel_ = -1;

@@ -1,7 +1,10 @@
-// Vectors at the end of a row, and sums over a vector. Internal linkage, as all that a kernel file includes (see isa.h).
+// Vectors at the end of a row, and sums over a vector. Internal linkage, as all that a kernel file includes (isa.h).
 #pragma once
 
 #include "simd.h"
+
+// Of a lambda that takes vectors, which would travel through memory.
+#define ICSEG_INLINE __attribute__((always_inline))
 
 namespace {
 

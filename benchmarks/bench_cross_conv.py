@@ -1,0 +1,126 @@
+"""cross_conv2d: UniverSeg's cross convolution, whole, and what follows its convolutions, against plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compare, compiled, thread_counts, with_backward
+
+from icseg_kernels import cross_conv2d, cross_conv2d_mean
+from icseg_kernels.cross_conv import cross_conv2d_and_mean
+
+CHANNELS = 64
+CASES = [(1, 1, 128), (1, 8, 128), (4, 4, 128), (1, 8, 256), (1, 2, 512)]  # B, supports, side
+TAILS = [(1, 8, 32), *CASES, (1, 8, 512)]
+
+
+def pairs_by_hand(zx, zy):
+    return F.leaky_relu(zx[:, :, None] + zy[:, None])
+
+
+def mean_by_hand(zx, zy):
+    return pairs_by_hand(zx, zy).mean(dim=2)
+
+
+def sums_and_mean_by_hand(zx, zy):
+    pairs = zx[:, :, None] + zy[:, None]
+    return pairs, pairs.mean(dim=2)
+
+
+def tail(zx, zy, *, pairs, mean, activation, backend):
+    return torch.ops.icseg.cross_conv2d_tail(zx, zy, pairs, mean, activation, 0.01, backend)
+
+
+def convolutions(batch, supports, side):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, n, CHANNELS, side, side, generator=generator) for n in (1, supports)]
+
+
+@pytest.mark.parametrize("threads", thread_counts())
+@pytest.mark.parametrize("wanted", ["pairs", "mean", "sums and mean"])
+@pytest.mark.parametrize(("batch", "supports", "side"), TAILS)
+def bench_tail(record, batch, supports, side, wanted, threads):
+    """Into new memory each; the op itself adds in place where nobody watches."""
+    zx, zy = convolutions(batch, supports, side)
+    settings = {
+        "pairs": {"pairs": True, "mean": False, "activation": "leaky_relu"},
+        "mean": {"pairs": False, "mean": True, "activation": "leaky_relu"},
+        "sums and mean": {"pairs": True, "mean": True, "activation": None},
+    }[wanted]
+    by_hand = {"pairs": pairs_by_hand, "mean": mean_by_hand, "sums and mean": sums_and_mean_by_hand}[wanted]
+    kept = {"pairs": slice(0, 1), "mean": slice(1, 2), "sums and mean": slice(0, 2)}[wanted]
+    torch.compiler.reset()
+    fast = compiled(by_hand, dynamic=False)
+    rivals = {
+        "torch": lambda: by_hand(zx, zy),
+        "torch compiled": lambda: fast(zx, zy),
+        "native": lambda: tail(zx, zy, **settings, backend="native")[kept],
+    }
+    image = CHANNELS * side**2 * 4
+    written = {"pairs": supports, "mean": 1, "sums and mean": supports + 1}[wanted]
+    case = f"B{batch} S{supports} {side} px {wanted}"
+    least = batch * (1 + supports + written) * image
+    record(compare("cross_conv2d tail", case, rivals, threads=threads, tolerance=1e-5, bytes=least), rivals["native"])
+
+
+def by_hand(x, y, weight, bias):
+    """What one writes: every pair concatenated."""
+    batch, supports = y.shape[:2]
+    pairs = torch.cat([x.expand(-1, supports, -1, -1, -1), y], dim=2).flatten(0, 1)
+    return F.leaky_relu(F.conv2d(pairs, weight, bias, padding=1)).unflatten(0, (batch, supports))[:, None]
+
+
+def split(x, y, weight, bias):
+    """The same without the pairs, in plain PyTorch."""
+    return F.leaky_relu(cross_conv2d(x, y, weight, bias, backend="reference"))
+
+
+def ours(x, y, weight, bias):
+    return cross_conv2d(x, y, weight, bias, activation="leaky_relu", backend="native")
+
+
+def weights():
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.03 * torch.randn(CHANNELS, 2 * CHANNELS, 3, 3, generator=generator)
+    return weight, torch.randn(CHANNELS, generator=generator)
+
+
+@pytest.mark.parametrize("threads", thread_counts())
+@pytest.mark.parametrize("work", ["forward", "forward + backward"])
+@pytest.mark.parametrize(("batch", "supports", "side"), CASES[:4])
+def bench_cross_conv2d(record, batch, supports, side, work, threads):
+    backward = work != "forward"
+    inputs = [t.requires_grad_(backward) for t in (*convolutions(batch, supports, side), *weights())]
+    torch.compiler.reset()
+    rivals = {"concatenated": by_hand, "split": split, "split compiled": compiled(split, dynamic=False), "native": ours}
+    runs = {
+        name: with_backward(run, *inputs) if backward else (lambda run=run: run(*inputs))
+        for name, run in rivals.items()
+    }
+    case = f"B{batch} S{supports} {side} px leaky_relu"
+    tolerance = 1e-5 * (batch * supports * side**2) ** 0.5 if backward else 1e-4
+    rounds = 7 if side > 128 else None
+    row = compare("cross_conv2d", case, runs, work=work, threads=threads, tolerance=tolerance, rounds=rounds)
+    record(row, runs["native"])
+
+
+@pytest.mark.parametrize("threads", thread_counts())
+@pytest.mark.parametrize(("batch", "supports", "side"), CASES)
+def bench_cross_conv2d_and_mean(record, batch, supports, side, threads):
+    """As a block of UniverSeg needs it; and the mean alone, as its last one does."""
+    x, y = convolutions(batch, supports, side)
+    weight, bias = weights()
+
+    def separately():
+        pairs = cross_conv2d(x, y, weight, bias, backend="reference")
+        return pairs, pairs.mean(dim=2)
+
+    rivals = {
+        "sums, then mean": separately,
+        "native": lambda: cross_conv2d_and_mean(x, y, weight, bias, backend="native"),
+        "mean of sums": lambda: separately()[1],
+        "native mean": lambda: cross_conv2d_mean(x, y, weight, bias, backend="native"),
+    }
+    same = {"native": "sums, then mean", "native mean": "mean of sums"}
+    case = f"B{batch} S{supports} {side} px pairs and mean"
+    row = compare("cross_conv2d", case, rivals, threads=threads, tolerance=1e-4, same=same)
+    record(row, rivals["native"])
