@@ -140,7 +140,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
     The Function also serves where no argument requires a gradient: it refuses forward-mode differentiation, which
     the op alone would take for zero.
     """
-    if _unwatched(arguments):
+    if unwatched(arguments):
         return _implementations[overload](*arguments)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     arguments = tuple(
@@ -148,10 +148,15 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
         for a, is_tensor in zip(arguments, _tensor_arguments[overload], strict=True)
     )
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
-    return function.apply(*arguments) if differentiated else overload(*arguments)
+    if not differentiated:
+        return overload(*arguments)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    # What Function.apply comes to after inspecting the signature, which costs more than all else here.
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-def _unwatched(arguments: tuple[Any, ...]) -> bool:
+def unwatched(arguments: tuple[Any, ...]) -> bool:
     """Whether no gradient, compiler, tracer, mode, transform or profiler needs to see a call."""
     if (
         torch.compiler.is_compiling()
