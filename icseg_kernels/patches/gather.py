@@ -58,8 +58,8 @@ def gather_patches(
 
     Returns:
         [..., K, C, p, p], or [..., K, C, n, n]; the dtype of `source`. Resampling is computed in float32 for
-        the 16-bit types (to which the whole `source` is converted), and in the dtype of `source` otherwise. Autocast changes nothing. Always a new tensor;
-        there is no out= yet.
+        the 16-bit types (the whole of `source` is converted), and in the dtype of `source` otherwise. Autocast
+        changes nothing. Always a new tensor; there is no out= yet.
 
     Once differentiable with respect to `source`, if that is complex or of a dtype that can be resampled; the
     gradient is bitwise reproducible, with any number of threads.

@@ -11,6 +11,17 @@ namespace {
 // Samples a side of the part of a patch whose neighbours are looked up at once.
 constexpr int64_t kSide = 64;
 
+template <typename Real>
+struct IndexOf;
+template <>
+struct IndexOf<float> {
+    using type = int32_t;
+};
+template <>
+struct IndexOf<double> {
+    using type = int64_t;
+};
+
 // The two pixels that a sample lies between, and how far towards the second; low < 0: nowhere.
 template <typename Real>
 struct Tap {
@@ -22,6 +33,8 @@ struct Tap {
 template <typename Real>
 class Axis {
    public:
+    using Index = typename IndexOf<Real>::type;
+
     Axis(double corner, double extent, int64_t samples, bool edge_to_edge, int64_t length)
         : inside_(corner > -extent && corner < static_cast<double>(length)),
           start_(static_cast<Real>(corner)),
@@ -30,7 +43,7 @@ class Axis {
           samples_(static_cast<Real>(samples)),
           steps_(static_cast<Real>(samples > 1 ? samples - 1 : 1)),
           edge_to_edge_(edge_to_edge),
-          length_(length),
+          last_(length - 1),
           regular_(inside_ && extent < kMostRegular && corner > -kMostRegular && length <= kMostRegular) {}
 
     // Whether the patch and the image overlap.
@@ -39,56 +52,75 @@ class Axis {
     // Whether every position is a number, and every pixel's number fits an index of a vector.
     bool regular() const { return regular_; }
 
-    int64_t length() const { return length_; }
-
-    // Of the `count` samples from `first` on, at most a vector.
-    void taps(int64_t first, int64_t count, Tap<Real>* to) const {
-        Real places[kLanes<Real>];
-        store(places, positions(first));
-        const Real last = static_cast<Real>(length_ - 1);
-        for (int64_t l = 0; l < count; ++l) {
-            const Real place = smaller(larger(places[l], Real(0)), last);
-            // `last` may have been rounded up.
-            const int64_t low = smaller(static_cast<int64_t>(place), length_ - 1);
-            to[l] = {low, smaller(low + 1, length_ - 1), place - static_cast<Real>(low)};
-            if (places[l] != places[l]) to[l] = {-1, -1, 0};
-        }
-    }
+    int64_t last() const { return last_; }
 
     Tap<Real> tap(int64_t i) const {
-        Tap<Real> found;
-        taps(i, 1, &found);
-        return found;
+        const Real found = position(static_cast<Real>(i)), most = static_cast<Real>(last_);
+        if (found != found) return {-1, -1, 0};
+        const Real place = smaller(larger(found, Real(0)), most);
+        const int64_t low = smaller(static_cast<int64_t>(place), last_);  // `most` may have been rounded up
+        return {low, smaller(low + 1, last_), place - static_cast<Real>(low)};
     }
 
-    // In the order of the reference, so that its bits are the same.
-    Vector<Real> positions(int64_t first) const {
+    // The same of a vector of samples from `first` on, if regular().
+    void taps(int64_t first, Vector<Index>& low, Vector<Real>& fraction) const {
         Vector<Real> number;
-        for (int64_t l = 0; l < kLanes<Real>; ++l) number[l] = static_cast<Real>(first + l);
-        if (edge_to_edge_) return (2 * number - steps_) / (2 * steps_) * extent_ + middle_ + start_;
-        return (number + Real(0.5)) * extent_ / samples_ - Real(0.5) + start_;
+        for (int64_t l = 0; l < kLanes<Real>; ++l) number[l] = static_cast<Real>(l);
+        const Vector<Real> zero = {}, most = broadcast(static_cast<Real>(last_));
+        const Vector<Index> end = broadcast(static_cast<Index>(last_));
+        Vector<Real> place = position(number + static_cast<Real>(first));
+        place = place > zero ? place : zero;
+        place = place < most ? place : most;
+        low = __builtin_convertvector(place, Vector<Index>);
+        low = low < end ? low : end;
+        fraction = place - __builtin_convertvector(low, Vector<Real>);
     }
 
    private:
     static constexpr int64_t kMostRegular = int64_t(1) << 30;
 
+    // Of samples of these numbers, in the order of the reference, so that its bits are the same.
+    template <typename Number>
+    Number position(Number number) const {
+        if (edge_to_edge_) return (2 * number - steps_) / (2 * steps_) * extent_ + middle_ + start_;
+        return (number + Real(0.5)) * extent_ / samples_ - Real(0.5) + start_;
+    }
+
     bool inside_;
     Real start_, extent_, middle_, samples_, steps_;
     bool edge_to_edge_;
-    int64_t length_;
+    int64_t last_;
     bool regular_;
 };
 
+// The samples of a part of a patch along y; low < 0: nowhere.
 template <typename Real>
-struct IndexOf;
-template <>
-struct IndexOf<float> {
-    using type = int32_t;
+struct Rows {
+    int64_t first, count, last_pixel;
+    int64_t low[kSide];
+    Real fraction[kSide];
+
+    Tap<Real> operator[](int64_t i) const { return {low[i], smaller(low[i] + 1, last_pixel), fraction[i]}; }
 };
-template <>
-struct IndexOf<double> {
-    using type = int64_t;
-};
+
+template <typename Real>
+inline void fill_rows(const Axis<Real>& axis, Rows<Real>& rows) {
+    rows.last_pixel = axis.last();
+    if (!axis.regular()) {
+        for (int64_t i = 0; i < rows.count; ++i) {
+            const Tap<Real> tap = axis.tap(rows.first + i);
+            rows.low[i] = tap.low, rows.fraction[i] = tap.fraction;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < rows.count; i += kLanes<Real>) {
+        Vector<typename Axis<Real>::Index> low;
+        Vector<Real> fraction;
+        axis.taps(rows.first + i, low, fraction);
+        for (int64_t l = 0; l < kLanes<Real>; ++l) rows.low[i + l] = low[l];
+        store(rows.fraction + i, fraction);
+    }
+}
 
 // How the pixels of a chunk of samples are reached.
 enum class Reach {
@@ -113,19 +145,14 @@ struct Chunk {
 template <typename Real>
 inline void fill_regular(const Axis<Real>& axis, Chunk<Real>& chunk) {
     using Index = typename Chunk<Real>::Index;
-    const Vector<Real> zero = {}, last = broadcast(static_cast<Real>(axis.length() - 1));
-    const Vector<Index> end = broadcast(static_cast<Index>(axis.length() - 1));
-    Vector<Real> place = axis.positions(chunk.first);
-    place = place > zero ? place : zero;
-    place = place < last ? place : last;
-    Vector<Index> low = __builtin_convertvector(place, Vector<Index>);
-    low = low < end ? low : end;  // `last` may have been rounded up
-    const Vector<Index> high = low + (low < end ? broadcast(Index(1)) : Vector<Index>{});
+    Vector<Index> low;
+    axis.taps(chunk.first, low, chunk.high_weight);
+    const Vector<Index> last = broadcast(static_cast<Index>(axis.last()));
+    const Vector<Index> high = low < last ? low + 1 : low;
     chunk.base = low[0];  // samples come in order
     chunk.span = high[chunk.count - 1] - chunk.base + 1;
     chunk.near = low - static_cast<Index>(chunk.base);
     chunk.far = high - static_cast<Index>(chunk.base);
-    chunk.high_weight = place - __builtin_convertvector(low, Vector<Real>);
     chunk.low_weight = 1 - chunk.high_weight;
     chunk.kept = Vector<Index>{} == Vector<Index>{};
     chunk.reach = chunk.span <= 2 * kLanes<Real> ? Reach::window : Reach::near;
@@ -133,14 +160,13 @@ inline void fill_regular(const Axis<Real>& axis, Chunk<Real>& chunk) {
 
 template <typename Real>
 inline void fill_any(const Axis<Real>& axis, Chunk<Real>& chunk) {
-    Tap<Real> taps[kLanes<Real>];
-    axis.taps(chunk.first, chunk.count, taps);
     chunk.high_weight = Vector<Real>{}, chunk.kept = Vector<typename Chunk<Real>::Index>{};
     for (int64_t l = 0; l < kLanes<Real>; ++l) {
         chunk.low[l] = chunk.high[l] = 0;
-        if (l >= chunk.count || taps[l].low < 0) continue;
-        chunk.low[l] = taps[l].low, chunk.high[l] = taps[l].high;
-        chunk.high_weight[l] = taps[l].fraction;
+        const Tap<Real> tap = axis.tap(chunk.first + l);
+        if (l >= chunk.count || tap.low < 0) continue;
+        chunk.low[l] = tap.low, chunk.high[l] = tap.high;
+        chunk.high_weight[l] = tap.fraction;
         chunk.kept[l] = -1;
     }
     chunk.low_weight = 1 - chunk.high_weight;
@@ -262,14 +288,14 @@ class Reader {
 
 // Samples of one channel: every row of `rows`, the columns of a chunk. Consecutive rows mostly share pixels.
 template <Reach kReach, typename Real>
-inline void resample(const Real* plane, const GatherStrides& stride, const Chunk<Real>& chunk, const Tap<Real>* rows,
-                     int64_t count, Real* to, int64_t pitch) {
+inline void resample(const Real* plane, const GatherStrides& stride, const Chunk<Real>& chunk, const Rows<Real>& rows,
+                     Real* to, int64_t pitch) {
     const Reader<kReach, Real> read(plane, stride, chunk);
     const auto kept = chunk.kept;
     const int64_t columns = chunk.count;
     int64_t have_low = -1, have_high = -1;
     Vector<Real> low = {}, high = {};
-    for (int64_t i = 0; i < count; ++i, to += pitch) {
+    for (int64_t i = 0; i < rows.count; ++i, to += pitch) {
         const Tap<Real> row = rows[i];
         if (row.low < 0) {
             store_some(to, Vector<Real>{}, columns);
@@ -286,25 +312,25 @@ inline void resample(const Real* plane, const GatherStrides& stride, const Chunk
 
 template <typename Real>
 inline void resample_chunk(const Real* plane, const GatherStrides& stride, const Chunk<Real>& chunk,
-                           const Tap<Real>* rows, int64_t count, Real* to, int64_t pitch) {
+                           const Rows<Real>& rows, Real* to, int64_t pitch) {
     switch (chunk.reach) {
-        case Reach::window: return resample<Reach::window>(plane, stride, chunk, rows, count, to, pitch);
-        case Reach::near: return resample<Reach::near>(plane, stride, chunk, rows, count, to, pitch);
-        case Reach::any: return resample<Reach::any>(plane, stride, chunk, rows, count, to, pitch);
+        case Reach::window: return resample<Reach::window>(plane, stride, chunk, rows, to, pitch);
+        case Reach::near: return resample<Reach::near>(plane, stride, chunk, rows, to, pitch);
+        case Reach::any: return resample<Reach::any>(plane, stride, chunk, rows, to, pitch);
     }
 }
 
 // Where channels are contiguous: vectors of channels, transposed by way of the stack.
 template <typename Real>
 inline void resample_channels(const Real* image, const GatherStrides& stride, int64_t channels,
-                              const Chunk<Real>* chunks, int64_t chunk_count, const Tap<Real>* rows, int64_t count,
-                              Real* to, int64_t samples) {
+                              const Chunk<Real>* chunks, int64_t chunk_count, const Rows<Real>& rows, Real* to,
+                              int64_t samples) {
     constexpr int64_t kChannels = 16;
     static_assert(kChannels % kLanes<Real> == 0, "");
     Real tile[kLanes<Real> * kChannels];
     for (int64_t c = 0; c < channels; c += kChannels) {
         const int64_t some = smaller(channels - c, kChannels);
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t i = 0; i < rows.count; ++i) {
             const Tap<Real> row = rows[i];
             const Real* upper = image + c + larger<int64_t>(row.low, 0) * stride.y;
             const Real* lower = image + c + larger<int64_t>(row.high, 0) * stride.y;
@@ -335,9 +361,72 @@ inline void resample_channels(const Real* image, const GatherStrides& stride, in
     }
 }
 
+// Which samples of a chunk lie beside each pixel of its window.
+template <typename Real>
+struct Inverse {
+    using Index = typename Chunk<Real>::Index;
+    static constexpr int64_t kRounds = 3;  // most samples beside a pixel, on either side
+
+    // Sample number r beside each pixel of the two vectors of the window, of those that read the pixel as their first
+    // or as their second; -1: no such sample.
+    Vector<Index> near[kRounds][2], far[kRounds][2];
+    int64_t rounds;  // 0: too many
+};
+
+#ifdef __AVX512F__
+template <typename Real>
+inline void fill_inverse(const Chunk<Real>& chunk, Inverse<Real>& inverse) {
+    using Index = typename Chunk<Real>::Index;
+    inverse.rounds = 0;
+    if (chunk.reach != Reach::window) return;
+    std::memset(inverse.near, -1, sizeof(inverse.near));
+    std::memset(inverse.far, -1, sizeof(inverse.far));
+    int64_t rounds = 1;
+    const auto invert = [&](const Vector<Index>& pixels, Vector<Index>(&samples)[Inverse<Real>::kRounds][2]) {
+        Index pixel[kLanes<Real>];
+        store(pixel, pixels);
+        int64_t round = 0;
+        for (int64_t l = 0; l < chunk.count; ++l) {
+            round = l > 0 && pixel[l] == pixel[l - 1] ? round + 1 : 0;
+            if (round == Inverse<Real>::kRounds) return false;
+            reinterpret_cast<Index*>(samples[round])[pixel[l]] = static_cast<Index>(l);
+            rounds = larger(rounds, round + 1);
+        }
+        return true;
+    };
+    if (invert(chunk.near, inverse.near) && invert(chunk.far, inverse.far)) inverse.rounds = rounds;
+}
+
+// `spread`, if inverse.rounds > 0.
+template <typename Real>
+inline void spread_window(Vector<Real> value, const Chunk<Real>& chunk, const Inverse<Real>& inverse, Real* row) {
+    const Vector<Real> low = value * chunk.low_weight, high = value * chunk.high_weight, zero = {};
+    row += chunk.base;
+    for (int64_t half = 0; half * kLanes<Real> < chunk.span; ++half, row += kLanes<Real>) {
+        const auto mask = first_of(zero, smaller(chunk.span - half * kLanes<Real>, kLanes<Real>));
+        Vector<Real> sum = load_masked(row, mask);
+        for (int64_t round = 0; round < inverse.rounds; ++round) {
+            sum += permute(low, zero, inverse.near[round][half]);  // -1 names the last zero
+            sum += permute(high, zero, inverse.far[round][half]);
+        }
+        store_masked(row, sum, mask);
+    }
+}
+#else
+template <typename Real>
+inline void fill_inverse(const Chunk<Real>&, Inverse<Real>& inverse) {
+    inverse.rounds = 0;
+}
+#endif
+
 // Adds a row of gradients at the samples of a chunk to the pixels that they were read from.
 template <typename Real>
-inline void spread(Vector<Real> value, const Chunk<Real>& chunk, Real* row) {
+inline void spread(Vector<Real> value, const Chunk<Real>& chunk, const Inverse<Real>& inverse, Real* row) {
+#ifdef __AVX512F__
+    if (inverse.rounds > 0) return spread_window(value, chunk, inverse, row);
+#else
+    (void)inverse;
+#endif
     Real low[kLanes<Real>], high[kLanes<Real>];
     store(low, value * chunk.low_weight);
     store(high, value * chunk.high_weight);
@@ -361,14 +450,14 @@ inline void spread(Vector<Real> value, const Chunk<Real>& chunk, Real* row) {
 // The adjoint of `resample`, for image rows from `top` to `bottom` (exclusive).
 template <typename Real>
 inline void resample_backward(const Real* from, const GatherStrides& stride, const Chunk<Real>& chunk,
-                              const Tap<Real>* rows, int64_t count, Real* plane, int64_t width, int64_t top,
-                              int64_t bottom) {
+                              const Inverse<Real>& inverse, const Rows<Real>& rows, Real* plane, int64_t width,
+                              int64_t top, int64_t bottom) {
     int64_t have_low = -1, have_high = -1;
     Vector<Real> low = {}, high = {};
     const auto add = [&](Vector<Real> value, int64_t y) {
-        if (y >= top && y < bottom) spread(value, chunk, plane + y * width);
+        if (y >= top && y < bottom) spread(value, chunk, inverse, plane + y * width);
     };
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < rows.count; ++i) {
         const Tap<Real> row = rows[i];
         if (row.low < 0 || row.high < top || row.low >= bottom) continue;
         if (row.low != have_low || row.high != have_high) {
@@ -391,11 +480,11 @@ inline void resample_backward(const Real* from, const GatherStrides& stride, con
     add(high, have_high);
 }
 
-// Calls body(chunks, how many, rows, how many, first row) for parts of a patch of at most kSide samples a side.
+// Calls body(chunks, how many, rows) for parts of a patch of at most kSide samples a side.
 template <typename Real, typename Body>
 inline void for_parts(const Axis<Real>& y, const Axis<Real>& x, int64_t samples, int64_t stride, const Body& body) {
     Chunk<Real> chunks[kSide / kLanes<Real>];
-    Tap<Real> rows[kSide];
+    Rows<Real> rows;
     for (int64_t column = 0; column < samples; column += kSide) {
         const int64_t right = smaller(column + kSide, samples);
         int64_t chunk_count = 0;
@@ -408,14 +497,20 @@ inline void for_parts(const Axis<Real>& y, const Axis<Real>& x, int64_t samples,
                 fill_any(x, chunk);
             }
         }
-        for (int64_t row = 0; row < samples; row += kSide) {
-            const int64_t count = smaller(kSide, samples - row);
-            for (int64_t i = 0; i < count; i += kLanes<Real>) {
-                y.taps(row + i, smaller(kLanes<Real>, count - i), rows + i);
-            }
-            body(chunks, chunk_count, rows, count, row);
+        for (rows.first = 0; rows.first < samples; rows.first += kSide) {
+            rows.count = smaller(kSide, samples - rows.first);
+            fill_rows(y, rows);
+            body(chunks, chunk_count, rows);
         }
     }
+}
+
+// Whether a patch inside the image reads no row from `top` to `bottom` (exclusive); false where it is close.
+template <typename Real>
+inline bool misses(double corner, double extent, Real height, int64_t top, int64_t bottom) {
+    constexpr double kEpsilon = sizeof(Real) == sizeof(float) ? 0x1p-23 : 0x1p-52;
+    const double margin = 2 + 16 * kEpsilon * (extent + static_cast<double>(height));  // positions are rounded
+    return corner + extent + margin < static_cast<double>(top) || corner - margin > static_cast<double>(bottom);
 }
 
 // Resampling costs about as much as this many times the traffic.
@@ -440,15 +535,15 @@ void gather_bilinear(const Real* source, const GatherCoords& coords, Real* patch
                 continue;
             }
             for_parts(y, x, s.patch, stride.x, [&](const Chunk<Real>* chunks, int64_t chunk_count,
-                                                   const Tap<Real>* rows, int64_t count, int64_t first_row) {
-                Real* part = to + first_row * s.patch;
+                                                   const Rows<Real>& rows) {
+                Real* part = to + rows.first * s.patch;
                 if (stride.channel == 1 && stride.x != 1) {
-                    resample_channels(from, stride, last_c - c, chunks, chunk_count, rows, count, part, s.patch);
+                    resample_channels(from, stride, last_c - c, chunks, chunk_count, rows, part, s.patch);
                     return;
                 }
                 for (int64_t i = 0; i < last_c - c; ++i) {
                     for (int64_t j = 0; j < chunk_count; ++j) {
-                        resample_chunk(from + i * stride.channel, stride, chunks[j], rows, count,
+                        resample_chunk(from + i * stride.channel, stride, chunks[j], rows,
                                        part + i * plane + chunks[j].first, s.patch);
                     }
                 }
@@ -472,15 +567,15 @@ void gather_bilinear_backward(const Real* patches, const GatherCoords& coords, R
             const Axis<Real> y(real(coords, 2 * n), grid.extent_y, s.patch, grid.edge_to_edge, s.height);
             const Axis<Real> x(real(coords, 2 * n + 1), grid.extent_x, s.patch, grid.edge_to_edge, s.width);
             if (!y.inside() || !x.inside()) continue;
-            const Tap<Real> first_row = y.tap(0), last_row = y.tap(s.patch - 1);
-            if (first_row.low >= bottom || (last_row.low >= 0 && last_row.high < top)) continue;
-            for_parts(y, x, s.patch, 1, [&](const Chunk<Real>* chunks, int64_t chunk_count, const Tap<Real>* rows,
-                                            int64_t count, int64_t row) {
+            if (misses(real(coords, 2 * n), grid.extent_y, static_cast<Real>(s.height), top, bottom)) continue;
+            for_parts(y, x, s.patch, 1, [&](const Chunk<Real>* chunks, int64_t chunk_count, const Rows<Real>& rows) {
+                Inverse<Real> inverses[kSide / kLanes<Real>];
+                for (int64_t j = 0; j < chunk_count; ++j) fill_inverse(chunks[j], inverses[j]);
                 for (int64_t c = first_c; c < last_c; ++c) {
-                    const Real* part = from + k * stride.count + c * stride.channel + row * stride.y;
+                    const Real* part = from + k * stride.count + c * stride.channel + rows.first * stride.y;
                     for (int64_t j = 0; j < chunk_count; ++j) {
-                        resample_backward(part, stride, chunks[j], rows, count, to + c * s.height * s.width, s.width,
-                                          top, bottom);
+                        resample_backward(part, stride, chunks[j], inverses[j], rows, to + c * s.height * s.width,
+                                          s.width, top, bottom);
                     }
                 }
             });

@@ -136,7 +136,8 @@ template <typename Element>
 void gather(const Element* source, const GatherCoords& coords, Element* patches, const GatherSizes& s,
             const GatherStrides& stride) {
     const int64_t plane = s.patch * s.patch;
-    for_blocks(s, sizeof(Element), s.patches_bytes, [&](int64_t image, int64_t k, int64_t last_k, int64_t c, int64_t last_c) {
+    const int64_t bytes = s.patches_bytes;
+    for_blocks(s, sizeof(Element), bytes, [&](int64_t image, int64_t k, int64_t last_k, int64_t c, int64_t last_c) {
         const Element* from = source + offset(image, s, stride) + c * stride.channel;
         const int64_t channels = last_c - c;
         for (; k < last_k; ++k) {
