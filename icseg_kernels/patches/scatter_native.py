@@ -10,7 +10,6 @@ from torch import Tensor
 from icseg_kernels import library
 from icseg_kernels.numerics import accumulation_dtype
 
-# float16 is converted to float32 here.
 _KERNELS = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 # patches, coords, weight, mean, total, coverage; fill; B, K, C, p, H, W; strides of B, K, C, y, x; coords are int32
 _scatter = {
@@ -38,7 +37,7 @@ def scatter(
     width: int,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.scatter`. Patches of any strides; float32, float64 and bfloat16 are read and written as they are."""
+    """As `reference.scatter`. Patches of any strides; those of float16 are converted first."""
     dtype = patches.dtype
     values = patches if dtype in _KERNELS else patches.to(accumulation_dtype(dtype))
     batch, count, channels, patch_size, patch_width = values.shape
