@@ -45,6 +45,7 @@ def by_slices(patches: Tensor, coords: Tensor, weight: Tensor, side: int) -> Ten
     return torch.where(total > 0, sums / total, FILL)
 
 
+torch._dynamo.config.recompile_limit = 64  # sizes of 1 are compiled for, with gradients and without
 by_compiled_scatter_add = compiled(by_scatter_add)
 
 
