@@ -1,20 +1,26 @@
-"""scatter_patches against naive loops, F.fold and its own adjoint."""
+"""scatter_patches against naive loops, F.fold and its own adjoint, on every backend here."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from icseg_kernels import BackendError, flops, gather_patches, numerics, scatter_patches
-from icseg_kernels.patches import NO_PATCH, gaussian_weight
+from icseg_kernels import BackendError, flops, gather_patches, library, numerics, scatter_patches, use_backend
+from icseg_kernels.patches import NO_PATCH, gaussian_weight, reference, scatter_native
 
+BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
+native_only = pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
+INT32 = torch.iinfo(torch.int32)
 INT64 = torch.iinfo(torch.int64)
 HOSTILE = [
     [0, 0],
@@ -27,7 +33,25 @@ HOSTILE = [
     [NO_PATCH, 1],
     [INT64.min, 0],
     [INT64.max, 0],
+    [0, INT64.max],
+    [INT64.min, INT64.min],
+    [INT32.min, 0],
+    [0, INT32.max],
 ]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Serve the calls of every test with each backend."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def scattered_by_loop(
@@ -222,9 +246,9 @@ def test_any_strides():
         random_coords(5, 2).transpose(0, 1),
     )
     expanded = random_patches(2, 1, 3, 1, 4).expand(2, 5, 3, 4, 4)
-    for given in (patches, expanded):
-        found = scatter_patches(given, coords, (7, 9), weight="gaussian")
-        expected = scatter_patches(given.contiguous(), coords.contiguous(), (7, 9), weight="gaussian")
+    for view in (patches, expanded):
+        found = scatter_patches(view, coords, (7, 9), weight="gaussian")
+        expected = scatter_patches(view.contiguous(), coords.contiguous(), (7, 9), weight="gaussian")
         assert torch.equal(found.mean, expected.mean)
 
 
@@ -235,7 +259,9 @@ def test_gradcheck(kind):
         random_coords(2, 5, high=6),
     )
     weight, _ = weights(kind, 3)
-    assert torch.autograd.gradcheck(lambda x: scatter_patches(x, coords, (5, 6), weight=weight).mean, patches)
+    assert torch.autograd.gradcheck(
+        lambda x: scatter_patches(x, coords, (5, 6), weight=weight).mean, patches, nondet_tol=0.0
+    )
 
 
 def test_adjoint_identity():
@@ -247,19 +273,16 @@ def test_adjoint_identity():
     torch.testing.assert_close((mean * upstream).sum(), (patches * found).sum(), rtol=1e-12, atol=1e-12)
 
 
-def test_same_bits_with_any_number_of_threads():
+def test_same_bits_with_any_number_of_threads(threads):
     patches, coords = (
         random_patches(2, 64, 3, 16, 16).requires_grad_(),
         random_coords(2, 64, low=-8, high=100),
     )
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 1, 2):
-            torch.set_num_threads(threads)
-            mean = scatter_patches(patches, coords, (100, 90), weight="gaussian").mean
-            found.append((mean, *torch.autograd.grad(mean.square().sum(), patches)))
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 1, 2):
+        threads(count)
+        mean = scatter_patches(patches, coords, (200, 190), weight="gaussian").mean
+        found.append((mean, *torch.autograd.grad(mean.square().sum(), patches)))
     for mean, grad in found[1:]:
         assert torch.equal(mean, found[0][0])
         assert torch.equal(grad, found[0][1])
@@ -267,7 +290,9 @@ def test_same_bits_with_any_number_of_threads():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_and_the_same_bits_twice():
+def test_a_gpu_gives_the_same_and_the_same_bits_twice(backend):
+    if backend == "native":
+        pytest.skip("it runs on the CPU")
     patches, coords = random_patches(2, 64, 3, 16, 16), random_coords(2, 64, low=-8, high=100)
     expected = scatter_patches(patches, coords, (100, 90), weight="gaussian")
     first, second = (scatter_patches(patches.cuda(), coords.cuda(), (100, 90), weight="gaussian") for _ in range(2))
@@ -314,14 +339,19 @@ def test_new_values_of_fill_and_size_do_not_recompile():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ops_are_registered_as_torch_expects(dtype):
-    patches, coords, weight = random_patches(2, 5, 3, 4, 4, dtype=dtype), random_coords(2, 5), gaussian_weight(4)
-    ops, arguments = torch.ops.icseg, (patches, coords, weight, numerics.scalar(-10.0, patches.device), 7, 9)
-    torch.library.opcheck(ops.scatter_patches.default, arguments)
-    _, total = ops.scatter_patches(*arguments)
+@pytest.mark.parametrize(
+    ("dtype", "form"), [(torch.float32, "table"), (torch.bfloat16, None), (torch.float16, "gaussian")]
+)
+def test_ops_are_registered_as_torch_expects(backend, dtype, form):
+    patches, coords = random_patches(2, 5, 3, 4, 4, dtype=dtype), random_coords(2, 5)
+    weight, gaussian = gaussian_weight(4) if form == "table" else None, form == "gaussian"
+    ops, fill = torch.ops.icseg, numerics.scalar(-10.0, patches.device)
+    for keep_total in (False, True):
+        arguments = (patches, coords, weight, gaussian, fill, 7, 9, keep_total, backend)
+        torch.library.opcheck(ops.scatter_patches.default, arguments)
+    _, total, _ = ops.scatter_patches(*arguments)
     grad = random_patches(2, 3, 7, 9, dtype=dtype)
-    torch.library.opcheck(ops.scatter_patches_backward.default, (grad, total, coords, weight))
+    torch.library.opcheck(ops.scatter_patches_backward.default, (grad, total, coords, weight, gaussian, 4, backend))
 
 
 def test_autocast_changes_nothing():
@@ -392,7 +422,7 @@ BAD_PATCHES = r"patches must have shape \[B, K, C, p, p\] with p at least 1, got
             (PATCHES, COORDS, (4, 4)),
             {"weight": torch.ones(3, 3, device="meta")},
         ),
-        (BackendError, "scatter_patches has no native", (PATCHES, COORDS, (4, 4)), {"backend": "native"}),
+        (BackendError, "scatter_patches has no triton", (PATCHES, COORDS, (4, 4)), {"backend": "triton"}),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments, options):
@@ -410,3 +440,225 @@ def test_numpy_numbers_are_numbers():
 def test_gaussian_weight_of_a_bad_size(patch_size):
     with pytest.raises((TypeError, ValueError), match="patch_size must be an integer of at least 1"):
         gaussian_weight(patch_size)
+
+
+def agrees_with_the_reference(
+    patches: Tensor, coords: Tensor, size: tuple[int, int], weight: str | Tensor | None = None
+) -> None:
+    """Native mean, coverage and gradient are the reference's up to rounding."""
+    upstream = random_patches(patches.shape[0], patches.shape[2], *size, dtype=patches.dtype, seed=7)
+    found = []
+    for backend in ("native", "reference"):
+        leaf = patches.detach().requires_grad_()
+        mean, coverage = scatter_patches(leaf, coords, size, weight=weight, fill=2.5, backend=backend)
+        with torch.no_grad():
+            bare = scatter_patches(leaf, coords, size, weight=weight, fill=2.5, backend=backend)
+        assert torch.equal(bare.mean.nan_to_num(), mean.nan_to_num())
+        assert torch.equal(bare.coverage, coverage)
+        found.append((mean, torch.autograd.grad(mean, leaf, upstream)[0], coverage))
+    assert torch.equal(found[0][2], found[1][2])
+    tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6, torch.float64: 1e-14}[patches.dtype]
+    for native, expected in zip(found[0][:2], found[1][:2], strict=True):
+        assert native.dtype == expected.dtype == patches.dtype
+        assert native.is_contiguous()
+        torch.testing.assert_close(native, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@native_only
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("patch_size", [1, 5, 8, 16, 24])
+def test_native_agrees_with_the_reference(isa, poisoned, kind, dtype, patch_size):
+    patches = random_patches(2, 9, 2, patch_size, patch_size, dtype=dtype)
+    coords = random_coords(2, 9, low=-patch_size - 1, high=160)
+    agrees_with_the_reference(patches, coords, (37, 153), weights(kind, patch_size)[0])
+    crowded = random_coords(2, 9, low=-3, high=10).to(torch.int32)
+    agrees_with_the_reference(patches, crowded, (33, 19), weights(kind, patch_size)[0])
+
+
+@native_only
+def test_native_writes_more_patches_than_it_lists(isa, poisoned):
+    """Lists of 512 a band and 128 a tile."""
+    for patch_size, size in ((8, (20, 40)), (3, (20, 40)), (8, (16, 4200))):
+        for dtype in (torch.int32, torch.int64):
+            patches = random_patches(1, 700, 2, patch_size, patch_size)
+            coords = random_coords(1, 700, low=-8, high=size[1])
+            coords[..., 0] = coords[..., 0].clamp(max=4)
+            agrees_with_the_reference(patches, coords.to(dtype), size, "gaussian")
+
+
+@native_only
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_native_treats_what_is_not_finite_as_the_reference(isa, value):
+    patches, coords = random_patches(1, 6, 2, 8, 8), random_coords(1, 6, low=-4, high=12)
+    patches[:, 2, 0, 3] = value
+    table = torch.rand(8, 8)
+    table[3, :4], table[5] = torch.nan, -1.0
+    table[3, 5] = 0.0
+    for weight in (None, table):
+        agrees_with_the_reference(patches, coords, (16, 16), weight)
+
+
+@native_only
+@given(
+    st.tuples(*[st.integers(0, n) for n in (3, 9, 3)]),
+    st.integers(1, 20),
+    st.tuples(st.integers(0, 40), st.integers(0, 300)),
+    st.sampled_from(["uniform", "gaussian", "tensor"]),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_native_agrees_at_any_shape(shape, patch_size, size, kind, seed):
+    batch, count, channels = shape
+    patches = random_patches(batch, count, channels, patch_size, patch_size, seed=seed)
+    coords = random_coords(batch, count, low=-patch_size - 1, high=max(size) + 2, seed=seed)
+    agrees_with_the_reference(patches, coords, size, weights(kind, patch_size)[0])
+
+
+VIEWS = {
+    "last dimension transposed": lambda x: x.transpose(-1, -2),
+    "channels last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+    "every second pixel": lambda x: x.repeat_interleave(2, -1)[..., 1::2],
+    "offset rows": lambda x: F.pad(x, (1, 2, 1, 0))[..., 1:, 1:-2],
+    "expanded patches": lambda x: x[:, :1].expand_as(x),
+    "expanded pixels": lambda x: x[..., :1, :1].expand_as(x),
+    "batch and count swapped": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@native_only
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("patch_size", [8, 5])
+def test_native_reads_any_strides(isa, view, patch_size):
+    patches = view(random_patches(2, 6, 3, patch_size, patch_size))
+    coords = random_coords(2, 6, 2, low=-3, high=20)[..., 0]  # strided as well
+    for dtype in (torch.float32, torch.bfloat16):
+        agrees_with_the_reference(patches.to(dtype), coords, (18, 21), "gaussian")
+    leaf = random_patches(2, 6, 3, patch_size, patch_size).requires_grad_()
+    for upstream in (random_patches(21, 3, 18, 2).permute(3, 1, 2, 0), torch.ones(()).expand(2, 3, 18, 21)):
+        found = [
+            torch.autograd.grad(scatter_patches(leaf, coords, (18, 21), backend=name).mean, leaf, upstream)[0]
+            for name in ("native", "reference")
+        ]
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_coords_of_every_integer_type():
+    patches, coords = random_patches(1, 3, 2, 4, 4), torch.tensor([[[0, 0], [5, 8], [7, 2]]])
+    expected = scatter_patches(patches, coords, (9, 12)).mean
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(scatter_patches(patches, coords.to(dtype), (9, 12)).mean, expected)
+
+
+def test_offsets_beyond_32_bits():
+    distance = 2**32 + 5
+    memory = torch.empty(distance + 64, dtype=torch.bfloat16)  # reserved, and touched in two places only
+    patches = memory.as_strided((1, 2, 1, 4, 4), (0, distance, 0, 4, 1))
+    patches.copy_(random_patches(1, 2, 1, 4, 4))
+    coords = torch.tensor([[[0, 0], [2, 1]]])
+    found, expected = (scatter_patches(x, coords, (7, 7)).mean for x in (patches, patches.clone()))
+    assert torch.equal(found, expected)
+    if "native" in BACKENDS:
+        total = torch.ones(2, 1, 4, 4)
+        grad = memory.as_strided((2, 1, 4, 4), (distance, 0, 4, 1))
+        rest = (total, torch.zeros(2, 1, 2, dtype=torch.int64), None, 4)
+        assert torch.equal(scatter_native.scatter_backward(grad, *rest).flatten(), patches.flatten())
+
+
+def test_functorch_gradient():
+    patches, coords = random_patches(2, 5, 3, 4, 4), random_coords(2, 5)
+
+    def loss(x: Tensor) -> Tensor:
+        return scatter_patches(x, coords, (7, 9), weight="gaussian").mean.square().sum()
+
+    leaf = patches.clone().requires_grad_()
+    assert torch.equal(torch.func.grad(loss)(patches), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+def test_the_gaussian_of_inference_mode_serves_training_too():
+    patches, coords = random_patches(1, 2, 1, 11, 11), random_coords(1, 2)
+    with torch.inference_mode():
+        first = scatter_patches(patches, coords, (12, 12), weight="gaussian").mean
+    leaf = patches.clone().requires_grad_()
+    mean = scatter_patches(leaf, coords, (12, 12), weight="gaussian").mean
+    mean.sum().backward()
+    assert torch.equal(mean, first)
+    table = scatter_patches(patches, coords, (12, 12), weight=gaussian_weight(11)).mean
+    assert torch.equal(mean, table)
+
+
+@native_only
+def test_native_ops_never_read_beyond_their_tensors():
+    patches, coords, total = torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3, 2, dtype=torch.int64), torch.ones(2, 1, 5, 5)
+    grad, table = torch.zeros(2, 1, 5, 5), torch.ones(3, 3)
+    forward, backward = scatter_native.scatter, scatter_native.scatter_backward
+    for call in (
+        lambda: forward(patches, coords[:1], None, 0.0, 5, 5, True),
+        lambda: forward(patches[..., :3], coords, None, 0.0, 5, 5, True),
+        lambda: forward(patches, coords, table, 0.0, 5, 5, True),
+        lambda: forward(patches, coords, torch.ones(4, 4).double(), 0.0, 5, 5, True),
+        lambda: forward(patches, coords.to("meta"), None, 0.0, 5, 5, True),
+        lambda: forward(patches.to("meta"), coords, None, 0.0, 5, 5, True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"needs patches \[B, K, C, p, p\], .*; got patches \[2, 3, 1, 4, [34]\] of"
+        ):
+            call()
+    for call in (
+        lambda: backward(grad, total[:1], coords, None, 4),
+        lambda: backward(grad, total.double(), coords, None, 4),
+        lambda: backward(grad, total, coords[:1], None, 4),
+        lambda: backward(grad, total, coords, table, 4),
+        lambda: backward(grad, total.to("meta"), coords, None, 4),
+        lambda: backward(grad.to("meta"), total, coords, None, 4),
+    ):
+        with pytest.raises(ValueError, match=r"needs grad \[B, C, H, W\], .*; got grad \[2, 1, 5, 5\] of"):
+            call()
+    assert scatter_native.unsupported(patches.to("meta")) == ["it runs on the CPU, and patches is on meta"]
+
+
+@native_only
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, -1, 1, 4, 8, 8), "sizes must not be negative"),
+        ((-1, 1, 1, 4, 8, 8), "sizes must not be negative"),
+        ((1, 1, 1, 0, 8, 8), "patch must be at least 1"),
+        ((2**40, 1, 2**40, 4, 0, 8), "beyond 63 bits"),
+        ((1, 1, 1, 2**40, 8, 8), "beyond 63 bits"),
+        ((1, 1, 1, 4, 2**62, 8), "beyond 63 bits"),
+        ((0, 0, 0, 4, 2**32, 2**32), "beyond 63 bits"),
+    ],
+)
+def test_native_refuses_impossible_sizes(sizes, message):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        forward, backward = scatter_native._scatter[dtype], scatter_native._scatter_backward[dtype]
+        for code in (
+            forward(*(None,) * 6, 0.0, *sizes, *(0,) * 5, 0),
+            backward(*(None,) * 5, *sizes, *(0,) * 4, 0),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                library.check(code)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_same_bits_with_any_number_of_threads(threads, dtype):
+    patches, coords = random_patches(1, 64, 3, 16, 16, dtype=dtype), random_coords(1, 64, low=-8, high=500)
+    found = []
+    for count in (1, 2):
+        threads(count)
+        leaf = patches.clone().requires_grad_()
+        mean, coverage = scatter_patches(leaf, coords, (512, 500), weight="gaussian", backend="native")
+        found.append((mean, coverage, torch.autograd.grad(mean.square().sum(), leaf)[0]))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_reference_keeps_the_total_only_if_asked():
+    patches, coords = random_patches(1, 2, 1, 3, 3), random_coords(1, 2)
+    for implementation in (reference, scatter_native)[: len(BACKENDS)]:
+        for keep, shape in ((False, (0,)), (True, (1, 1, 5, 5))):
+            _, total, coverage = implementation.scatter(patches, coords, None, 0.0, 5, 5, keep)
+            assert total.shape == shape
+            assert not keep or torch.equal(total > 0, coverage)

@@ -67,9 +67,10 @@ def scatter_patches(
         BackendError: the named backend cannot serve the call.
     """
     checks.floating("patches", patches)
-    if patches.ndim != 5 or patches.shape[-1] != patches.shape[-2] or patches.shape[-1] < 1:
-        raise ValueError(f"patches must have shape [B, K, C, p, p] with p at least 1, got {list(patches.shape)}")
-    check_coords(coords, (*patches.shape[:2], 2), "[B, K, 2]", patches.device)
+    shape = patches.shape
+    if len(shape) != 5 or shape[4] != shape[3] or shape[4] < 1:
+        raise ValueError(f"patches must have shape [B, K, C, p, p] with p at least 1, got {list(shape)}")
+    check_coords(coords, (shape[0], shape[1], 2), "[B, K, 2]", patches.device)
     check_integer(coords, "")
     height, width = checks.pair("size", size, 0)
     gaussian = isinstance(weight, str)
@@ -152,10 +153,8 @@ class _ScatterPatches(torch.autograd.Function):
         return found, *(None,) * 8
 
 
-def _table(weight: Tensor | None, gaussian: bool, patch_size: int, values: Tensor) -> Tensor | None:
-    """The weight [p, p] in the dtype of the sums, on the device of `values`; None: all ones."""
-    if not gaussian:
-        return weight
+def _gaussian_for(values: Tensor, patch_size: int) -> Tensor:
+    """The Gaussian weight [p, p] in the dtype of the sums, on the device of `values`."""
     dtype = accumulation_dtype(values.dtype)
     if values.is_cpu:
         return _cached_gaussian_weight(patch_size, dtype)
@@ -173,14 +172,14 @@ def _scatter_implementation(
     keep_total: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    table = _table(weight, gaussian, patches.shape[-1], patches)
+    table = _gaussian_for(patches, patches.shape[-1]) if gaussian else weight
     return _IMPLEMENTATIONS[backend].scatter(patches, coords, table, fill, height, width, keep_total)
 
 
 def _scatter_backward_implementation(
     grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, gaussian: bool, patch_size: int, backend: str
 ) -> Tensor:
-    table = _table(weight, gaussian, patch_size, grad)
+    table = _gaussian_for(grad, patch_size) if gaussian else weight
     return _IMPLEMENTATIONS[backend].scatter_backward(grad, total, coords, table, patch_size)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from icseg_kernels import library
 from icseg_kernels.numerics import accumulation_dtype
 
-# float16 is converted to float32 here.
 _KERNELS = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+_SUMS = {dtype: accumulation_dtype(dtype) for dtype in _KERNELS}
+_NO_TOTAL = {dtype: torch.empty(0, dtype=dtype) for dtype in set(_SUMS.values())}
 # patches, coords, weight, mean, total, coverage; fill; B, K, C, p, H, W; strides of B, K, C, y, x; coords are int32
 _scatter = {
     dtype: library.function(f"icseg_scatter_patches_{name}", [c_void_p] * 6 + [c_double] + [c_int64] * 12)
@@ -38,22 +39,31 @@ def scatter(
     width: int,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.scatter`. Patches of any strides; float32, float64 and bfloat16 are read and written as they are."""
+    """As `reference.scatter`. Patches of any strides; those of float16 are converted first."""
     dtype = patches.dtype
-    values = patches if dtype in _KERNELS else patches.to(accumulation_dtype(dtype))
-    batch, count, channels, patch_size, patch_width = values.shape
-    if patch_width != patch_size:
-        raise ValueError(f"patches must have shape [B, K, C, p, p], got {list(values.shape)}")
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    corners, table = _corners(coords, (batch, count, 2)), _table(weight, patch_size, sums)
-    _on_the_cpu(values, corners, table)
-    mean = torch.empty((batch, channels, height, width), dtype=values.dtype)
-    total = torch.empty((batch, 1, height, width) if keep_total else 0, dtype=sums)
+    if dtype not in _KERNELS:
+        wide = patches.to(accumulation_dtype(dtype))
+        mean, total, coverage = scatter(wide, coords, weight, fill, height, width, keep_total)
+        return mean.to(dtype), total, coverage
+    batch, count, channels, patch_size, patch_width = patches.shape
+    sums = _SUMS[dtype]
+    # The last check before raw pointers: the library reads as much memory as the shapes promise.
+    if (
+        patch_width != patch_size
+        or coords.shape != (batch, count, 2)
+        or not (patches.is_cpu and coords.is_cpu)
+        or not (weight is None or _is_table(weight, patch_size, sums))
+    ):
+        given = _given(patches=patches, coords=coords, weight=weight)
+        raise ValueError(f"scatter_patches needs patches [B, K, C, p, p], coords [B, K, 2], weight [p, p], {given}")
+    coords, weight = _corners(coords), None if weight is None else weight.contiguous()
+    mean = patches.new_empty((batch, channels, height, width))
+    total = torch.empty((batch, 1, height, width), dtype=sums) if keep_total else _NO_TOTAL[sums]
     coverage = torch.empty((batch, 1, height, width), dtype=torch.bool)
-    code = _scatter[values.dtype](
-        values.data_ptr(),
-        corners.data_ptr(),
-        None if table is None else table.data_ptr(),
+    code = _scatter[dtype](
+        patches.data_ptr(),
+        coords.data_ptr(),
+        None if weight is None else weight.data_ptr(),
         mean.data_ptr(),
         total.data_ptr() if keep_total else None,
         coverage.data_ptr(),
@@ -64,32 +74,40 @@ def scatter(
         patch_size,
         height,
         width,
-        *values.stride(),
-        corners.dtype == torch.int32,
+        *patches.stride(),
+        coords.dtype == torch.int32,
     )
-    library.check(code)
-    return mean if mean.dtype == dtype else mean.to(dtype), total, coverage
+    if code:
+        library.check(code)
+    return mean, total, coverage
 
 
 def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, patch_size: int) -> Tensor:
-    """As `reference.scatter_backward`. Gradients of any strides."""
+    """As `reference.scatter_backward`. Gradients of any strides; those of float16 are converted first."""
     dtype = grad.dtype
-    values = grad if dtype in _KERNELS else grad.to(accumulation_dtype(dtype))
-    batch, channels, height, width = values.shape
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    if dtype not in _KERNELS:
+        return scatter_backward(grad.to(accumulation_dtype(dtype)), total, coords, weight, patch_size).to(dtype)
+    batch, channels, height, width = grad.shape
     count = coords.shape[-2]
-    corners, table = _corners(coords, (batch, count, 2)), _table(weight, patch_size, sums)
-    _on_the_cpu(values, corners, table, total)
-    if total.shape != (batch, 1, height, width) or total.dtype != sums:
-        expected = f"{sums} of shape {[batch, 1, height, width]}"
-        raise ValueError(f"total must be {expected}, got {total.dtype} of shape {list(total.shape)}")
-    totals = total if total.is_contiguous() else total.contiguous()
-    patches = torch.empty((batch, count, channels, patch_size, patch_size), dtype=values.dtype)
-    code = _scatter_backward[values.dtype](
-        values.data_ptr(),
-        totals.data_ptr(),
-        corners.data_ptr(),
-        None if table is None else table.data_ptr(),
+    sums = _SUMS[dtype]
+    if (
+        coords.shape != (batch, count, 2)
+        or total.shape != (batch, 1, height, width)
+        or total.dtype != sums
+        or not (grad.is_cpu and total.is_cpu and coords.is_cpu)
+        or not (weight is None or _is_table(weight, patch_size, sums))
+    ):
+        given = _given(grad=grad, total=total, coords=coords, weight=weight)
+        layout = "grad [B, C, H, W], total [B, 1, H, W], coords [B, K, 2], weight [p, p]"
+        raise ValueError(f"the gradient of scatter_patches needs {layout}, {given}")
+    coords, weight = _corners(coords), None if weight is None else weight.contiguous()
+    total = total.contiguous()
+    patches = torch.empty((batch, count, channels, patch_size, patch_size), dtype=dtype)
+    code = _scatter_backward[dtype](
+        grad.data_ptr(),
+        total.data_ptr(),
+        coords.data_ptr(),
+        None if weight is None else weight.data_ptr(),
         patches.data_ptr(),
         batch,
         count,
@@ -97,36 +115,25 @@ def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor
         patch_size,
         height,
         width,
-        *values.stride(),
-        corners.dtype == torch.int32,
+        *grad.stride(),
+        coords.dtype == torch.int32,
     )
-    library.check(code)
-    return patches if patches.dtype == dtype else patches.to(dtype)
+    if code:
+        library.check(code)
+    return patches
 
 
-# The last checks before raw pointers: the library reads as much memory as the shapes promise.
-
-
-def _corners(coords: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _corners(coords: Tensor) -> Tensor:
     """`coords` as the library reads them: int32 or int64, contiguous."""
-    if coords.shape != shape:
-        raise ValueError(f"coords must have shape {list(shape)}, got {list(coords.shape)}")
-    if coords.dtype not in (torch.int64, torch.int32):
+    if coords.dtype is not torch.int32 and coords.dtype is not torch.int64:
         coords = coords.to(torch.int64)
     return coords if coords.is_contiguous() else coords.contiguous()
 
 
-def _table(weight: Tensor | None, patch_size: int, dtype: torch.dtype) -> Tensor | None:
-    """`weight` as the library reads it: contiguous."""
-    if weight is None:
-        return None
-    if weight.shape != (patch_size, patch_size) or weight.dtype != dtype:
-        expected = f"{dtype} of shape {[patch_size, patch_size]}"
-        raise ValueError(f"weight must be {expected}, got {weight.dtype} of shape {list(weight.shape)}")
-    return weight if weight.is_contiguous() else weight.contiguous()
+def _is_table(weight: Tensor, patch_size: int, dtype: torch.dtype) -> bool:
+    return weight.is_cpu and weight.shape == (patch_size, patch_size) and weight.dtype == dtype
 
 
-def _on_the_cpu(*tensors: Tensor | None) -> None:
-    for given in tensors:
-        if given is not None and not given.is_cpu:
-            raise ValueError(f"native scatter_patches needs tensors on the CPU, got one on {given.device}")
+def _given(**tensors: Tensor | None) -> str:
+    listed = (f"{name} {list(x.shape)} of {x.dtype} on {x.device}" for name, x in tensors.items() if x is not None)
+    return f"weight and total in the dtype of the sums, all on the CPU; got {', '.join(listed)}"

@@ -22,6 +22,7 @@ constexpr int64_t kPitch = kColumns<Real> + 2 * kMargin;
 constexpr int64_t kBandColumns = 4096;
 constexpr int64_t kBandBlocks = kBandColumns / kBlock;
 constexpr int64_t kBandBytes = 256 * 1024;
+
 // How many patches of a band, and of a tile, are listed. If there are more, all are tested again and again.
 constexpr int64_t kCandidates = 512;
 constexpr int64_t kHits = 128;
@@ -102,7 +103,7 @@ struct Area {
 struct Candidates {
     int64_t listed[kCandidates];
     bool touched[kBandBlocks];
-    int64_t count, blocks;
+    int64_t count, blocks;  // of candidates, and of blocks touched
     bool all;  // too many to list: every patch is a candidate, and every block counts as touched
 
     template <typename Index>
@@ -275,8 +276,9 @@ struct Image {
     static auto counted_weight(const Real* at, Step) {
         constexpr int64_t kStep = Step::count;
         constexpr Some<Real, kStep> zero = {};
-        if constexpr (!weighted) return zero + 1;
-        else {
+        if constexpr (!weighted) {
+            return zero + 1;
+        } else {
             const auto w = get<kStep>(at);
             return w > 0 ? w : zero;
         }
@@ -286,8 +288,9 @@ struct Image {
     static auto weighted_pixel(const Stored* from, const Real* at, Step) {
         constexpr int64_t kStep = Step::count;
         const Some<Real, kStep> value = get<kStep>(from);
-        if constexpr (!weighted) return value;
-        else {
+        if constexpr (!weighted) {
+            return value;
+        } else {
             const auto w = get<kStep>(at);
             return w > 0 ? value * w : Some<Real, kStep>{};  // without weight also a NaN is nothing
         }
@@ -409,7 +412,8 @@ void gather_shares(const Stored* grad, const Sum<Stored>* total, Corners corners
                     continue;
                 }
                 const int64_t row = y.corner + i;
-                const Stored* from = grad + b * stride.batch + c * stride.channel + row * stride.y + x.corner * stride.x;
+                const Stored* from =
+                    grad + b * stride.batch + c * stride.channel + row * stride.y + x.corner * stride.x;
                 const Real* divisors = total + (b * s.height + row) * s.width + x.corner;
                 const auto write = [&](int64_t j, auto step) {
                     share<weighted>(from + j * stride.x, divisors + j, weight + i * patch + j, to + j, step);
