@@ -260,9 +260,7 @@ def _logits_backward_fake(grad: Tensor, weights: Tensor, *_: object) -> Tensor:
     return weights.new_empty(weights.shape)
 
 
-_WINDOWS = (
-    "SymInt patch_size, SymInt stride, SymInt before, SymInt after, Tensor temperature, float blur_sigma"
-)
+_WINDOWS = "SymInt patch_size, SymInt stride, SymInt before, SymInt after, Tensor temperature, float blur_sigma"
 _op = backends.register(
     f"sample_patches(Tensor weights, SymInt k, {_WINDOWS}, Tensor? seed, Tensor? noise, str backend) "
     "-> (Tensor, Tensor, Tensor)",

@@ -101,9 +101,7 @@ def window_logits(weights: Tensor, windows: Windows) -> Tensor:
     maps, dtype, plan = _planned(weights, windows)
     logits = torch.empty(plan.shape, dtype=dtype)
     workspace = _workspace(plan.bytes)
-    code = _LOGITS[dtype](
-        plan.settings, maps.data_ptr(), logits.data_ptr(), workspace.data_ptr(), plan.bytes
-    )
+    code = _LOGITS[dtype](plan.settings, maps.data_ptr(), logits.data_ptr(), workspace.data_ptr(), plan.bytes)
     library.check(code)
     return logits
 
@@ -135,7 +133,9 @@ class _Plan(NamedTuple):
     kept: tuple[_Settings, Array[Any] | None]
 
 
-def _planned(weights: Tensor, windows: Windows, k: int = 0, backward: bool = False) -> tuple[Tensor, torch.dtype, _Plan]:
+def _planned(
+    weights: Tensor, windows: Windows, k: int = 0, backward: bool = False
+) -> tuple[Tensor, torch.dtype, _Plan]:
     """`weights` in the dtype to compute in, that dtype, and the plan."""
     if not weights.is_cpu:
         raise ValueError(f"native sample_patches needs weights on the CPU, got {weights.device}")
