@@ -96,8 +96,8 @@ def sample_patches(
     noise = None if noise is None else noise.detach()
     if weights.requires_grad:
         weights = weights.detach()
-    drawn = backends.call(_SamplePatches, _op, weights, k, *windows, seeded, noise, chosen)
-    return PatchSample(*drawn, None)
+    coords, scores, indices = backends.call(_SamplePatches, _op, weights, k, *windows, seeded, noise, chosen)
+    return PatchSample(coords, scores, indices, None)
 
 
 def _checked_size(weights: Tensor) -> tuple[int, int, int]:
