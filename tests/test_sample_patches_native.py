@@ -314,14 +314,13 @@ def test_gradcheck(windows: Windows) -> None:
 
 
 @pytest.mark.usefixtures("isa")
-def test_opcheck_of_the_logits() -> None:
-    temperature = torch.tensor(0.5, dtype=torch.float64)
+def test_opcheck_of_the_gradient() -> None:
+    temperature, indices = torch.tensor(0.5, dtype=torch.float64), torch.tensor([[3, 0, -1], [-1, 5, 5]])
     for dtype in DTYPES:
         weights = random_map(2, 1, 12, 14, dtype=dtype)
-        arguments = (4, 2, 1, 2, temperature, 1.0, "native")
-        torch.library.opcheck(torch.ops.icseg.window_logits.default, (weights, *arguments))
-        logits = torch.ops.icseg.window_logits.default(weights, *arguments)
-        torch.library.opcheck(torch.ops.icseg.window_logits_backward.default, (logits, weights, *arguments))
+        grad = torch.ones(2, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        arguments = (grad, indices, weights, 4, 2, 1, 2, temperature, 1.0, "native")
+        torch.library.opcheck(torch.ops.icseg.sample_patches_backward.default, arguments)
 
 
 @pytest.mark.usefixtures("isa")
@@ -432,11 +431,14 @@ def test_the_ops_refuse_tensors_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"noise must have shape \[2, 25\] on the CPU, got \[2, 24\]"):
         ops.sample_patches(weights, 1, 4, 1, 0, 0, temperature, 0.0, None, torch.zeros(2, 24), "native")
     with pytest.raises(ValueError, match=r"grad must have shape \[2, 25\]"):
-        ops.window_logits_backward(torch.zeros(2, 24), weights, 4, 1, 0, 0, temperature, 0.0, "native")
+        sample_native.window_logits_backward(torch.zeros(2, 24), weights, Windows(4, 1, 0, 0, 1.0, 0.0))
+    indices = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"grad and indices must have one shape \[B, k\] with B = 2"):
+        ops.sample_patches_backward(torch.zeros(2, 4), indices, weights, 4, 1, 0, 0, temperature, 0.0, "native")
     with pytest.raises(ValueError, match=r"needs floating-point \[B, 1, H, W\]"):
-        ops.window_logits(weights[:, 0], 4, 1, 0, 0, temperature, 0.0, "native")
+        ops.sample_patches(weights[:, 0], 1, 4, 1, 0, 0, temperature, 0.0, None, None, "native")
     with pytest.raises(RuntimeError, match="a window must fit the map"):
-        ops.window_logits(weights, 9, 1, 0, 0, temperature, 0.0, "native")
+        ops.sample_patches(weights, 1, 9, 1, 0, 0, temperature, 0.0, None, None, "native")
     with pytest.raises(BackendError, match="it runs on the CPU, and weights is on meta"):
         sample_patches(torch.empty(1, 1, 8, 8, device="meta"), 1, 4, seed=0, backend="native")
 
@@ -451,3 +453,18 @@ def test_the_frequencies_of_draws() -> None:
     frequency = torch.bincount(drawn, minlength=9) / count
     assert bool(((frequency - probability).abs() < 4 * (probability * (1 - probability) / count).sqrt()).all())
     assert math.isclose(float(frequency.sum()), 1.0, abs_tol=1e-6)
+
+
+@pytest.mark.usefixtures("isa")
+def test_gradients_where_noise_leaves_no_window() -> None:
+    found = []
+    for backend in ("native", "reference"):
+        weights = random_map(2, 1, 12, 13, dtype=torch.float64).requires_grad_()
+        noise = random_map(2, 90, seed=3).masked_fill(random_map(2, 90, seed=4) < 0.97, -INF).requires_grad_()
+        drawn = sample_patches(weights, 9, 4, noise=noise, blur_sigma=1.0, differentiable=True, backend=backend)
+        assert drawn.weights is not None
+        assert int((drawn.indices < 0).sum()) > 0
+        loss = (drawn.weights * torch.linspace(0, 1, 9)).sum() + drawn.scores.masked_fill(drawn.indices < 0, 0.0).sum()
+        found.append((drawn.weights, *torch.autograd.grad(loss, (weights, noise))))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

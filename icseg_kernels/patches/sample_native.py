@@ -124,6 +124,19 @@ def window_logits_backward(grad: Tensor, weights: Tensor, windows: Windows) -> T
     return grad_maps.to(weights.dtype)
 
 
+def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, windows: Windows) -> Tensor:
+    """Gradient [B, 1, H, W] of the scores [B, k] of windows int64 [B, k] to weights; -1 is no window."""
+    if grad.shape != indices.shape or grad.shape[:1] != weights.shape[:1] or not indices.is_cpu:
+        raise ValueError(
+            f"grad and indices must have one shape [B, k] with B = {weights.shape[0]} on the CPU, "
+            f"got {list(grad.shape)} and {list(indices.shape)} on {indices.device}"
+        )
+    # Dense: what to add goes nowhere else for -1, so it adds zero.
+    everywhere = grad.new_zeros(weights.shape[0], _planned(weights, windows, backward=True)[2].shape[1])
+    everywhere.scatter_add_(1, indices.clamp(min=0), grad.masked_fill(indices < 0, 0.0))
+    return window_logits_backward(everywhere, weights, windows)
+
+
 class _Plan(NamedTuple):
     """What the library wants to know of a call, but for its tensors."""
 
