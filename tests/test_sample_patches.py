@@ -1,6 +1,7 @@
 """Drawing patches from an importance map, against a naive chain of the same steps."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from icseg_kernels import gumbel_topk, sample_patches
+from icseg_kernels import gumbel_topk, library, sample_patches, use_backend
 from icseg_kernels.patches import NO_PATCH
-from icseg_kernels.patches.sample import candidate_grid
+from icseg_kernels.patches.windows import candidate_grid
 from icseg_kernels.philox import gumbel_noise
 
+BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 INF = float("inf")
 NAN = float("nan")
 SETTINGS = [
@@ -24,6 +26,13 @@ SETTINGS = [
     {"patch_size": 7, "padding": (6, 6), "blur_sigma": 0.3},
     {"patch_size": 16, "stride": 5, "padding": (0, 4)},
 ]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Serve the test's calls with this backend."""
+    with use_backend(request.param):
+        yield request.param
 
 
 def random_map(batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,6 +66,7 @@ def naive_logits(
     return scaled[:, 0, ::stride, ::stride] / temperature
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("size", [(16, 16), (19, 34), (31, 17)])
 @pytest.mark.parametrize("differentiable", [False, True])
@@ -77,6 +87,7 @@ def test_equals_the_naive_chain(settings: dict, size: tuple[int, int], different
     assert grid == tuple(logits.shape[1:])
 
 
+@pytest.mark.usefixtures("backend")
 def test_every_window_is_drawn_once_when_k_is_all() -> None:
     drawn = sample_patches(random_map(2, 12, 20), 15, 4, stride=4, seed=0)
     corners = {(y, x) for y in range(0, 12, 4) for x in range(0, 20, 4)}
@@ -84,6 +95,7 @@ def test_every_window_is_drawn_once_when_k_is_all() -> None:
         assert {tuple(corner) for corner in row} == corners
 
 
+@pytest.mark.usefixtures("backend")
 def test_best_windows_hold_the_peaks() -> None:
     weights = torch.zeros(1, 1, 32, 48)
     weights[0, 0, 17, 40], weights[0, 0, 3, 9] = 1.0, 0.5
@@ -92,6 +104,7 @@ def test_best_windows_hold_the_peaks() -> None:
     torch.testing.assert_close(drawn.scores, torch.tensor([[1.0, 0.5]]), rtol=2e-6, atol=0)
 
 
+@pytest.mark.usefixtures("backend")
 def test_padding_gives_negative_corners() -> None:
     weights = torch.zeros(1, 1, 8, 8)
     weights[0, 0, 0, 0] = 1.0
@@ -99,6 +112,7 @@ def test_padding_gives_negative_corners() -> None:
     assert drawn.coords.tolist() == [[[-3, -3]]]
 
 
+@pytest.mark.usefixtures("backend")
 def test_constant_map_is_uniform() -> None:
     count = 20_000
     for value in (0.0, 0.7, 1e8):
@@ -108,6 +122,7 @@ def test_constant_map_is_uniform() -> None:
         assert float((frequency - 1 / 9).abs().max()) < 4 * math.sqrt(1 / 9 * 8 / 9 / count)
 
 
+@pytest.mark.usefixtures("backend")
 def test_temperature_sharpens() -> None:
     weights = random_map(1, 16, 16).expand(2000, 1, 16, 16)
     best = sample_patches(weights[:1], 1, 4, stride=4, noise=0).indices[0, 0]
@@ -118,6 +133,7 @@ def test_temperature_sharpens() -> None:
     assert share[0] < share[1] < share[2]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_maps_compute_in_float32(dtype: torch.dtype) -> None:
     weights = random_map(2, 16, 24, dtype)
@@ -127,6 +143,7 @@ def test_narrow_maps_compute_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(narrow.coords, wide.coords)
 
 
+@pytest.mark.usefixtures("backend")
 def test_nan_counts_as_lowest_and_infinity_as_highest() -> None:
     weights = random_map(2, 12, 12) + 0.5
     strange, tame = weights.clone(), weights.clone()
@@ -142,6 +159,7 @@ def test_nan_counts_as_lowest_and_infinity_as_highest() -> None:
     assert nothing.indices.tolist() == [[0, 1, 2, 3]]
 
 
+@pytest.mark.usefixtures("backend")
 def test_windows_that_noise_forbids_are_no_patch() -> None:
     noise = torch.tensor([[0.0, -INF, -INF, NAN]])
     drawn = sample_patches(random_map(1, 8, 8), 3, 4, stride=4, noise=noise, differentiable=True)
@@ -152,6 +170,7 @@ def test_windows_that_noise_forbids_are_no_patch() -> None:
     assert none.weights.tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.usefixtures("backend")
 def test_k_zero_and_empty_batch() -> None:
     for differentiable in (False, True):
         none = sample_patches(random_map(2, 8, 8), 0, 4, seed=0, differentiable=differentiable)
@@ -160,6 +179,7 @@ def test_k_zero_and_empty_batch() -> None:
         assert empty.coords.shape == (0, 3, 2)
 
 
+@pytest.mark.usefixtures("backend")
 def test_strided_map() -> None:
     weights = random_map(3, 40, 30).permute(0, 1, 3, 2)[:, :, ::2, 1:]
     assert not weights.is_contiguous()
@@ -167,6 +187,7 @@ def test_strided_map() -> None:
     assert torch.equal(strided.coords, sample_patches(weights.contiguous(), 4, 4, stride=2, seed=1).coords)
 
 
+@pytest.mark.usefixtures("backend")
 def test_same_seed_same_draw() -> None:
     weights = torch.zeros(4, 1, 32, 32)
     first = sample_patches(weights, 3, 8, seed=5)
@@ -176,6 +197,7 @@ def test_same_seed_same_draw() -> None:
     assert not torch.equal(first.coords[0], first.coords[1])
 
 
+@pytest.mark.usefixtures("backend")
 def test_weights_are_the_renormalised_softmax_over_all_windows() -> None:
     weights, noise = random_map(2, 16, 16, torch.float64), gumbel_noise(2, 2, 49)
     settings = {"patch_size": 4, "stride": 2, "temperature": 0.2, "blur_sigma": 1.0}
@@ -185,6 +207,7 @@ def test_weights_are_the_renormalised_softmax_over_all_windows() -> None:
     torch.testing.assert_close(drawn.weights.sum(1), torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.usefixtures("backend")
 def test_only_a_differentiable_draw_has_gradients() -> None:
     weights = random_map(1, 8, 8).requires_grad_()
     plain = sample_patches(weights, 2, 4, seed=0)
@@ -192,6 +215,7 @@ def test_only_a_differentiable_draw_has_gradients() -> None:
     assert not plain.scores.requires_grad
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -243,14 +267,15 @@ def test_compiles_whole(differentiable: bool) -> None:
         torch.testing.assert_close(*grads)
 
 
-def test_opcheck() -> None:
+def test_opcheck(backend: str) -> None:
     op, half = torch.ops.icseg.sample_patches.default, torch.tensor(0.5, dtype=torch.float64)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         weights = random_map(2, 12, 14, dtype)
-        torch.library.opcheck(op, (weights, 3, 4, 2, 1, 2, half, 1.0, torch.tensor(1), None, "reference"))
-        torch.library.opcheck(op, (weights, 3, 4, 2, 0, 0, half, 0.0, None, None, "reference"))
+        torch.library.opcheck(op, (weights, 3, 4, 2, 1, 2, half, 1.0, torch.tensor(1), None, backend))
+        torch.library.opcheck(op, (weights, 3, 4, 2, 0, 0, half, 0.0, None, None, backend))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_autocast_changes_nothing(differentiable: bool) -> None:
     weights = random_map(2, 24, 24)
@@ -268,6 +293,7 @@ def test_autocast_changes_nothing(differentiable: bool) -> None:
     assert torch.equal(plain.coords, mixed.coords)
 
 
+@pytest.mark.usefixtures("backend")
 def test_flops_of_the_blur_fall_with_the_stride() -> None:
     """By hand: 13 x 13 windows, 5 taps; stride 3 keeps 5 x 5, after a first pass that makes 5 rows of 13."""
 
@@ -280,6 +306,7 @@ def test_flops_of_the_blur_fall_with_the_stride() -> None:
     assert count(blur_sigma=1.0, stride=3) - count(stride=3) == 2 * (2 * 5) * (5 * 13 + 5 * 5)
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_narrow_blur_is_none() -> None:
     weights = random_map(2, 16, 16)
     expected = sample_patches(weights, 5, 4, seed=0)
@@ -287,11 +314,13 @@ def test_a_narrow_blur_is_none() -> None:
         assert torch.equal(sample_patches(weights, 5, 4, seed=0, blur_sigma=sigma).scores, expected.scores)
 
 
+@pytest.mark.usefixtures("backend")
 def test_the_least_temperature_gives_finite_logits() -> None:
     drawn = sample_patches(random_map(2, 16, 16), 5, 4, temperature=1e-30, noise=0)
     assert bool(drawn.scores.isfinite().all())
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_compile_serves_new_temperatures_noises_and_counts(differentiable: bool) -> None:
     """Three graphs: for the first value of each, for new numbers, and for new counts."""

@@ -40,8 +40,8 @@ Wide slot_elements(const WindowGrid& g) {
 // A slot behind its head in kernels/window_logits_backward.cpp: maxima of all windows and their gradients, those along
 // rows and theirs, sums of each row of windows, what each row of pixels passes on.
 Wide backward_slot_elements(const WindowGrid& g) {
-    return 2 * Wide(g.every_rows) * g.pitch + 2 * Wide(g.padded_height) * g.pitch + 4 * Wide(g.every_rows) +
-           2 * Wide(g.height);
+    return 2 * Wide(g.every_rows) * g.pitch + 2 * Wide(g.padded_height) * g.pitch + 8 * Wide(g.every_rows) +
+           2 * Wide(g.height);  // a sum takes eight elements at most
 }
 
 // Scratch of back_to_scaled, back_down_columns and back_along_rows there.

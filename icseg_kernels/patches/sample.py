@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from icseg_kernels import backend as backends
 from icseg_kernels import checks, flops, library
 from icseg_kernels.gumbel_topk import gumbel_topk, noise_source
+from icseg_kernels.gumbel_topk.reference import scattered
 from icseg_kernels.numerics import accumulation_dtype, scalar
 from icseg_kernels.patches import sample_native, sample_reference
 from icseg_kernels.patches.windows import Windows, blur_taps, candidate_grid
@@ -87,17 +88,18 @@ def sample_patches(
     if k > candidates:
         raise ValueError(f"k must lie in [0, {candidates}], the number of candidate windows, got {k}")
     chosen = backends.select("sample_patches", backend, weights, candidates)
-    if differentiable:
-        logits = _differentiable_logits(weights, windows, chosen)
+    if differentiable and chosen == "reference":
+        temperature_ = scalar(cast(float, windows.temperature), weights.device)
+        logits = sample_reference.window_logits(weights, windows._replace(temperature=temperature_))
         indices, scores, _, _ = gumbel_topk(logits, k, seed=seed, noise=noise, backend=backend)
         coords = sample_reference.corners(indices, weights, windows)
         return PatchSample(coords, scores, indices, _softmax_over_drawn(scores, indices))
     seeded, noise = noise_source(seed, noise, (batch, candidates), weights.device)
-    noise = None if noise is None else noise.detach()
-    if weights.requires_grad:
-        weights = weights.detach()
-    drawn = backends.call(_SamplePatches, _op, weights, k, *windows, seeded, noise, chosen)
-    return PatchSample(*drawn, None)
+    if not differentiable:
+        weights = weights.detach() if weights.requires_grad else weights
+        noise = None if noise is None else noise.detach()
+    coords, scores, indices = backends.call(_SamplePatches, _op, weights, k, *windows, seeded, noise, chosen)
+    return PatchSample(coords, scores, indices, _softmax_over_drawn(scores, indices) if differentiable else None)
 
 
 def _checked_size(weights: Tensor) -> tuple[int, int, int]:
@@ -159,17 +161,7 @@ def _softmax_over_drawn(scores: Tensor, indices: Tensor) -> Tensor:
     return scores.masked_fill(~drawn, torch.finfo(scores.dtype).min).softmax(1).masked_fill(~drawn, 0.0)
 
 
-def _differentiable_logits(weights: Tensor, windows: Windows, backend: str) -> Tensor:
-    if backend == "reference":
-        temperature = scalar(cast(float, windows.temperature), weights.device)
-        return sample_reference.window_logits(weights, windows._replace(temperature=temperature))
-    logits: Tensor = backends.call(_WindowLogits, _logits, weights, *windows, backend)
-    return logits
-
-
 class _SamplePatches(torch.autograd.Function):
-    """Without gradients."""
-
     @staticmethod
     def forward(
         weights: Tensor,
@@ -191,36 +183,23 @@ class _SamplePatches(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        coords, scores, indices = output
-        ctx.mark_non_differentiable(coords, scores, indices)
-
-
-class _WindowLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        weights: Tensor,
-        patch_size: int,
-        stride: int,
-        before: int,
-        after: int,
-        temperature: Tensor,
-        blur_sigma: float,
-        backend: str,
-    ) -> Tensor:
-        logits: Tensor = _logits(weights, patch_size, stride, before, after, temperature, blur_sigma, backend)
-        return logits
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weights, *ctx.sizes, temperature, ctx.blur_sigma, ctx.backend = inputs
-        ctx.save_for_backward(weights, temperature)
+        weights, _, *ctx.sizes, temperature, ctx.blur_sigma, _, noise, ctx.backend = inputs
+        coords, _, indices = output
+        ctx.mark_non_differentiable(coords, indices)
+        ctx.save_for_backward(indices, weights, temperature)
+        ctx.noise = None if noise is None else (noise.shape[1], noise.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, temperature = ctx.saved_tensors
-        grad_weights = _logits_backward(grad, weights, *ctx.sizes, temperature, ctx.blur_sigma, ctx.backend)
-        return grad_weights, None, None, None, None, None, None, None
+    def backward(ctx: Any, _coords: Tensor, grad: Tensor, _indices: Tensor) -> tuple[Tensor | None, ...]:
+        indices, weights, temperature = ctx.saved_tensors
+        grad_weights = grad_noise = None
+        if ctx.needs_input_grad[0]:
+            grad_weights = _backward(grad, indices, weights, *ctx.sizes, temperature, ctx.blur_sigma, ctx.backend)
+        if ctx.needs_input_grad[9]:
+            candidates, dtype = ctx.noise
+            grad_noise = scattered(grad, indices, candidates).to(dtype)
+        return grad_weights, None, None, None, None, None, None, None, None, grad_noise, None
 
 
 def _implementation(weights: Tensor, k: int, *arguments: Any) -> tuple[Tensor, ...]:
@@ -239,43 +218,28 @@ def _fake(weights: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:
     )
 
 
-def _logits_implementation(weights: Tensor, *arguments: Any) -> Tensor:
+def _backward_implementation(grad: Tensor, indices: Tensor, weights: Tensor, *arguments: Any) -> Tensor:
     *windows, backend = arguments
-    logits: Tensor = _IMPLEMENTATIONS[backend].window_logits(weights, Windows(*windows))
-    return logits
-
-
-def _logits_fake(weights: Tensor, *arguments: Any) -> Tensor:
-    rows, columns = _grid(weights.shape, Windows(*arguments[:-1]))
-    return weights.new_empty((weights.shape[0], rows * columns), dtype=accumulation_dtype(weights.dtype))
-
-
-def _logits_backward_implementation(grad: Tensor, weights: Tensor, *arguments: Any) -> Tensor:
-    *windows, backend = arguments
-    grad_weights: Tensor = _IMPLEMENTATIONS[backend].window_logits_backward(grad, weights, Windows(*windows))
+    implementation = _IMPLEMENTATIONS[backend]
+    grad_weights: Tensor = implementation.sample_patches_backward(grad, indices, weights, Windows(*windows))
     return grad_weights
 
 
-def _logits_backward_fake(grad: Tensor, weights: Tensor, *_: object) -> Tensor:
+def _backward_fake(grad: Tensor, indices: Tensor, weights: Tensor, *_: object) -> Tensor:
     return weights.new_empty(weights.shape)
 
 
-_WINDOWS = (
-    "SymInt patch_size, SymInt stride, SymInt before, SymInt after, Tensor temperature, float blur_sigma"
-)
+_WINDOWS = "SymInt patch_size, SymInt stride, SymInt before, SymInt after, Tensor temperature, float blur_sigma"
 _op = backends.register(
     f"sample_patches(Tensor weights, SymInt k, {_WINDOWS}, Tensor? seed, Tensor? noise, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
 )
-_logits = backends.register(
-    f"window_logits(Tensor weights, {_WINDOWS}, str backend) -> Tensor", _logits_implementation, _logits_fake
-)
-_logits_backward = backends.register(
-    f"window_logits_backward(Tensor grad, Tensor weights, {_WINDOWS}, str backend) -> Tensor",
-    _logits_backward_implementation,
-    _logits_backward_fake,
+_backward = backends.register(
+    f"sample_patches_backward(Tensor grad, Tensor indices, Tensor weights, {_WINDOWS}, str backend) -> Tensor",
+    _backward_implementation,
+    _backward_fake,
 )
 
 
@@ -286,17 +250,11 @@ def _count(weights: Any, k: int, *arguments: Any, out_shape: Any = None) -> int:
     return flops.sample_patches_flops(weights[0], every, kept, taps if taps > 1 else 0)
 
 
-def _logits_count(weights: Any, *arguments: Any, out_shape: Any = None) -> int:
-    """All of `sample_patches` but the draw."""
+def _backward_count(grad: Any, indices: Any, weights: Any, *arguments: Any, out_shape: Any = None) -> int:
+    """The adjoint of every linear step: as many as forward, less the draw's."""
     rows, columns = _grid(weights, Windows(*arguments[: len(Windows._fields)]))
     return _count(weights, 0, *arguments) - flops.gumbel_topk_flops(weights[0], rows * columns)
 
 
-def _logits_backward_count(grad: Any, weights: Any, *arguments: Any, out_shape: Any = None) -> int:
-    """The adjoint of every linear step, as many as forward."""
-    return _logits_count(weights, *arguments)
-
-
 flops.register(_op, _count)
-flops.register(_logits, _logits_count)
-flops.register(_logits_backward, _logits_backward_count)
+flops.register(_backward, _backward_count)

@@ -101,9 +101,7 @@ def window_logits(weights: Tensor, windows: Windows) -> Tensor:
     maps, dtype, plan = _planned(weights, windows)
     logits = torch.empty(plan.shape, dtype=dtype)
     workspace = _workspace(plan.bytes)
-    code = _LOGITS[dtype](
-        plan.settings, maps.data_ptr(), logits.data_ptr(), workspace.data_ptr(), plan.bytes
-    )
+    code = _LOGITS[dtype](plan.settings, maps.data_ptr(), logits.data_ptr(), workspace.data_ptr(), plan.bytes)
     library.check(code)
     return logits
 
@@ -126,6 +124,19 @@ def window_logits_backward(grad: Tensor, weights: Tensor, windows: Windows) -> T
     return grad_maps.to(weights.dtype)
 
 
+def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, windows: Windows) -> Tensor:
+    """Gradient [B, 1, H, W] of the scores [B, k] of windows int64 [B, k] to weights; -1 is no window."""
+    if grad.shape != indices.shape or grad.shape[:1] != weights.shape[:1] or not indices.is_cpu:
+        raise ValueError(
+            f"grad and indices must have one shape [B, k] with B = {weights.shape[0]} on the CPU, "
+            f"got {list(grad.shape)} and {list(indices.shape)} on {indices.device}"
+        )
+    # Dense: what to add goes nowhere else for -1, so it adds zero.
+    everywhere = grad.new_zeros(weights.shape[0], _planned(weights, windows, backward=True)[2].shape[1])
+    everywhere.scatter_add_(1, indices.clamp(min=0), grad.masked_fill(indices < 0, 0.0))
+    return window_logits_backward(everywhere, weights, windows)
+
+
 class _Plan(NamedTuple):
     """What the library wants to know of a call, but for its tensors."""
 
@@ -135,7 +146,9 @@ class _Plan(NamedTuple):
     kept: tuple[_Settings, Array[Any] | None]
 
 
-def _planned(weights: Tensor, windows: Windows, k: int = 0, backward: bool = False) -> tuple[Tensor, torch.dtype, _Plan]:
+def _planned(
+    weights: Tensor, windows: Windows, k: int = 0, backward: bool = False
+) -> tuple[Tensor, torch.dtype, _Plan]:
     """`weights` in the dtype to compute in, that dtype, and the plan."""
     if not weights.is_cpu:
         raise ValueError(f"native sample_patches needs weights on the CPU, got {weights.device}")

@@ -79,15 +79,19 @@ inline void copy_pixels(const Map<Real>& map, int64_t y, int64_t width, Real* to
 // The highest of `pixels`, and whether they are finite.
 template <typename Real>
 inline void scan(const Real* pixels, int64_t count, Extremes<Real>* found) {
-    Vector<Real> highest = broadcast(found->highest), difference = {};
+    constexpr int64_t n = kLanes<Real>;
+    Vector<Real> highest[4], difference[4] = {};  // four, as one would wait for itself
+    for (Vector<Real>& v : highest) v = broadcast(found->highest);
     int64_t x = 0;
-    for (; x + kLanes<Real> <= count; x += kLanes<Real>) {
-        const Vector<Real> v = load(pixels + x);
-        highest = larger(highest, v);
-        difference += v - v;
+    for (; x + 4 * n <= count; x += 4 * n) {
+        for (int i = 0; i < 4; ++i) {
+            const Vector<Real> v = load(pixels + x + i * n);
+            highest[i] = larger(highest[i], v);
+            difference[i] += v - v;
+        }
     }
-    found->highest = largest_lane<Real>(highest);
-    found->finite += sum_lanes<Real>(difference);
+    found->highest = largest_lane<Real>(larger(larger(highest[0], highest[1]), larger(highest[2], highest[3])));
+    found->finite += sum_lanes<Real>(difference[0] + difference[1] + difference[2] + difference[3]);
     for (; x < count; ++x) {
         found->highest = larger(found->highest, pixels[x]);
         found->finite += pixels[x] - pixels[x];
@@ -153,7 +157,7 @@ Extremes<Real> pool(const Map<Real>& map, const WindowGrid& g, int64_t first, in
     const PoolScratch<Real> scratch(memory, g);
     Extremes<Real> found;
     if (g.padded_width > g.width || g.padded_height > g.height) found.highest = 0;
-    Vector<Real> lowest = broadcast(infinity<Real>());
+    Vector<Real> lowest = broadcast(infinity<Real>()), lowest_of_others = lowest;
     prepare_row(g, scratch.row);
     int64_t span = 1;
     const auto maxima = [&](int64_t y) {
@@ -183,18 +187,24 @@ Extremes<Real> pool(const Map<Real>& map, const WindowGrid& g, int64_t first, in
             const Real* m = maxima(top + g.patch - 1 + i);
             Real *next = scratch.block + (i - 1) * g.pitch, *lower = next + g.pitch;
             out += g.pitch;
-            for (int64_t x = 0; x < g.pitch; x += n) {
+            const auto step = [&](int64_t x, Vector<Real>* least) {
                 const Vector<Real> row = larger(load(m + x), load(m + x + g.patch - span));
                 const Vector<Real> upper = larger(load(scratch.upper + x), row);
                 const Vector<Real> value = larger(load(lower + x), upper);
                 store(next + x, row);
                 store(scratch.upper + x, upper);
                 store(out + x, value);
-                lowest = smaller(lowest, value);
+                *least = smaller(*least, value);
+            };
+            int64_t x = 0;
+            for (; x + 2 * n <= g.pitch; x += 2 * n) {
+                step(x, &lowest);
+                step(x + n, &lowest_of_others);
             }
+            if (x < g.pitch) step(x, &lowest);
         }
     }
-    found.lowest = least_lane<Real>(lowest);
+    found.lowest = least_lane<Real>(smaller(lowest, lowest_of_others));
     return found;
 }
 

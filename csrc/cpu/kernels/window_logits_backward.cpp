@@ -23,11 +23,32 @@ struct IndexOf<double> {
 template <typename Real>
 using Index = typename IndexOf<Real>::type;
 
-// What a row of rescaled maxima, of gradient g, adds to the gradient of the extremes.
+// What a row of rescaled maxima, of gradient g, adds to the gradient of the extremes; how many of g are not zero.
 template <typename Real>
 struct RowSums {
-    Real grad, grad_times_scaled, lowest_count, highest_count;
+    Real grad, grad_times_scaled;
+    int64_t lowest_count, highest_count, grad_count;
+
+    void add(const RowSums& other) {
+        grad += other.grad;
+        grad_times_scaled += other.grad_times_scaled;
+        lowest_count += other.lowest_count;
+        highest_count += other.highest_count;
+        grad_count += other.grad_count;
+    }
 };
+
+// How many of 0 <= x < count equal `value`.
+template <typename Real>
+inline int64_t count_equal(const Real* from, int64_t count, Real value) {
+    constexpr int64_t n = kLanes<Real>;
+    Vector<Index<Real>> found = {};
+    int64_t x = 0, total = 0;
+    for (; x + n <= count; x += n) found -= load(from + x) == value;
+    for (int64_t i = 0; i < n; ++i) total += found[i];
+    for (; x < count; ++x) total += from[x] == value;
+    return total;
+}
 
 // To a window's gradient: of its rescaled maximum times `scale`, and shares of what the extremes get.
 template <typename Real>
@@ -126,11 +147,10 @@ void back_to_scaled(const Real* grad_logits, const Softening<Real>& softening, c
         }
         const Real* pooled = slot.pooled + y * g.pitch;
         RowSums<Real> sums{};
-        for (int64_t x = 0; x < g.every_columns; ++x) {
-            sums.lowest_count += pooled[x] == windows.lowest;
-            sums.highest_count += pooled[x] == windows.highest;
-        }
-        if (first < last) {
+        sums.lowest_count = count_equal(pooled, g.every_columns, windows.lowest);
+        sums.highest_count = count_equal(pooled, g.every_columns, windows.highest);
+        if (first < last) sums.grad_count = g.every_columns - count_equal(grad, g.every_columns, Real(0));
+        if (sums.grad_count > 0) {
             constexpr int64_t n = kLanes<Real>;
             Vector<Real> sum = {}, product = {};
             int64_t x = 0;
@@ -168,19 +188,53 @@ void row_maxima(const Map<Real>& map, const WindowGrid& g, const Share& rows, Re
     }
 }
 
+template <typename Real>
+RowSums<Real> total(const RowSums<Real>* rows, const WindowGrid& g) {
+    RowSums<Real> all{};
+    for (int64_t y = 0; y < g.every_rows; ++y) all.add(rows[y]);
+    return all;
+}
+
 // As torch differentiates amin and amax: equal shares to all that attain them.
 template <typename Real>
-Spread<Real> spread_of(const RowSums<Real>* rows, const Extremes<Real>& windows, const WindowGrid& g) {
-    RowSums<Real> all{};
-    for (int64_t y = 0; y < g.every_rows; ++y) {
-        all.grad += rows[y].grad;
-        all.grad_times_scaled += rows[y].grad_times_scaled;
-        all.lowest_count += rows[y].lowest_count;
-        all.highest_count += rows[y].highest_count;
-    }
+Spread<Real> spread_of(const RowSums<Real>& all, const Extremes<Real>& windows) {
     const Real range = windows.highest - windows.lowest + static_cast<Real>(1e-6);
     const Real to_range = -all.grad_times_scaled / range;
-    return {1 / range, (-all.grad / range - to_range) / all.lowest_count, to_range / all.highest_count};
+    return {1 / range, (-all.grad / range - to_range) / static_cast<Real>(all.lowest_count),
+            to_range / static_cast<Real>(all.highest_count)};
+}
+
+// Gradients of the maxima of windows [left, left + width) of row y, before the rescaling.
+template <typename Real>
+inline void back_to_maxima(const Extremes<Real>& windows, const Spread<Real>& spread, const WindowGrid& g, int64_t y,
+                           int64_t left, int64_t width, const Slot<Real>& slot, Real* grad) {
+    const Vector<Real> none = {};
+    for (int64_t x = 0; x < width; x += kLanes<Real>) {
+        const Vector<Real> pooled = load(slot.pooled + y * g.pitch + left + x);
+        store(grad + x, load(slot.grad_scaled + y * g.pitch + left + x) * spread.scale +
+                            (pooled == windows.lowest ? broadcast(spread.lowest_share) : none) +
+                            (pooled == windows.highest ? broadcast(spread.highest_share) : none));
+    }
+}
+
+// As back_down_columns, but looks for a window's maximum only where there is a gradient.
+template <typename Real>
+void back_down_few(const Extremes<Real>& windows, const Spread<Real>& spread, const WindowGrid& g, int64_t left,
+                   const Slot<Real>& slot) {
+    const int64_t width = smaller(kStrip, g.pitch - left), used = smaller(width, g.every_columns - left);
+    for (int64_t y = 0; y < g.every_rows; ++y) {
+        const RowSums<Real>& sums = slot.sums[y];
+        if (sums.grad_count + sums.lowest_count + sums.highest_count == 0) continue;
+        Real grad[kStrip];
+        back_to_maxima(windows, spread, g, y, left, width, slot, grad);
+        for (int64_t x = 0; x < used; ++x) {
+            if (grad[x] == 0) continue;
+            const Real* maxima = slot.row_maxima + y * g.pitch + left + x;
+            int64_t place = 0;
+            for (int64_t i = 1; i < g.patch; ++i) place = maxima[i * g.pitch] > maxima[place * g.pitch] ? i : place;
+            slot.grad_row_maxima[(y + place) * g.pitch + left + x] += grad[x];
+        }
+    }
 }
 
 // From windows to the first maximum down each of up to kStrip columns from `left`.
@@ -222,14 +276,27 @@ void back_down_columns(const Extremes<Real>& windows, const Spread<Real>& spread
                 }
                 store(chosen + x,
                       best > load(values + i * kStrip + x) ? best_place : load(places + i * kStrip + x));
-                const Vector<Real> pooled = load(slot.pooled + y * g.pitch + left + x), none = {};
-                store(grad + x, load(slot.grad_scaled + y * g.pitch + left + x) * spread.scale +
-                                    (pooled == windows.lowest ? broadcast(spread.lowest_share) : none) +
-                                    (pooled == windows.highest ? broadcast(spread.highest_share) : none));
             }
+            back_to_maxima(windows, spread, g, y, left, width, slot, grad);
             Real* to = slot.grad_row_maxima + left;
             for (int64_t x = 0; x < used; ++x) to[chosen[x] * g.pitch + x] += grad[x];
         }
+    }
+}
+
+// places[x] = where row[x ... x + patch) first attains its maximum.
+template <typename Real>
+void find_places(const WindowGrid& g, const Real* row, Real* work, Index<Real>* places) {
+    std::memcpy(work, row, g.row_elements * sizeof(Real));
+    for (int64_t x = 0; x < g.row_elements; ++x) places[x] = static_cast<Index<Real>>(x);
+    for (int64_t k = 1; k < g.patch;) {
+        const int64_t step = smaller(k, g.patch - k);
+        for (int64_t x = 0; x < g.pitch + g.patch - k - step; x += kLanes<Real>) {
+            const Vector<Real> a = load(work + x), b = load(work + x + step);
+            store(places + x, b > a ? load(places + x + step) : load(places + x));
+            store(work + x, larger(a, b));
+        }
+        k += step;
     }
 }
 
@@ -237,28 +304,32 @@ void back_down_columns(const Extremes<Real>& windows, const Spread<Real>& spread
 template <typename Real>
 void back_along_rows(const Map<Real>& map, const WindowGrid& g, const Share& rows, Real* memory,
                      const Slot<Real>& slot, Real* grad_map) {
-    constexpr int64_t n = kLanes<Real>;
     Real *row = memory, *work = row + g.row_elements, *grad = work + g.row_elements;
     Index<Real>* places = reinterpret_cast<Index<Real>*>(grad + g.row_elements);
     Extremes<Real> unused;
     prepare_row(g, row);
     for (int64_t y = rows.first; y < rows.last; ++y) {
-        load_row(map, g, y + g.before, row, &unused);
-        std::memcpy(work, row, g.row_elements * sizeof(Real));
-        for (int64_t x = 0; x < g.row_elements; ++x) places[x] = static_cast<Index<Real>>(x);
-        for (int64_t k = 1; k < g.patch;) {
-            const int64_t step = smaller(k, g.patch - k);
-            for (int64_t x = 0; x < g.pitch + g.patch - k - step; x += n) {
-                const Vector<Real> a = load(work + x), b = load(work + x + step);
-                store(places + x, b > a ? load(places + x + step) : load(places + x));
-                store(work + x, larger(a, b));
-            }
-            k += step;
-        }
-        set<Real>(grad, 0, g.row_elements);
         const Real* from = slot.grad_row_maxima + (y + g.before) * g.pitch;
-        for (int64_t x = 0; x < g.every_columns; ++x) grad[places[x]] += from[x];
         Real* to = grad_map + y * g.width;
+        const int64_t some = g.every_columns - count_equal(from, g.every_columns, Real(0));
+        if (some == 0) {
+            set<Real>(to, 0, g.width);
+            slot.passed_on[y] = {};
+            continue;
+        }
+        load_row(map, g, y + g.before, row, &unused);
+        set<Real>(grad, 0, g.row_elements);
+        if (some < g.every_columns / g.patch) {
+            for (int64_t x = 0; x < g.every_columns; ++x) {
+                if (from[x] == 0) continue;
+                int64_t place = x;
+                for (int64_t i = x + 1; i < x + g.patch; ++i) place = row[i] > row[place] ? i : place;
+                grad[place] += from[x];
+            }
+        } else {
+            find_places(g, row, work, places);
+            for (int64_t x = 0; x < g.every_columns; ++x) grad[places[x]] += from[x];
+        }
         std::memcpy(to, grad + g.before, g.width * sizeof(Real));
         if (!map.repaired) continue;
         PassedOn<Real> passed_on{};
@@ -316,9 +387,15 @@ void window_logits_backward(const MapBatch<Real>& maps, const Real* grad_logits,
         for_bands(g, count, (g.pitch + kStrip - 1) / kStrip, [&](int64_t slot, const Share& strips, int64_t t) {
             const Slot<Real> parts(work, slot);
             const Extremes<Real> windows = work.sample(slot).windows;
-            const Spread<Real> spread = spread_of(parts.sums, windows, g);
+            const RowSums<Real> all = total(parts.sums, g);
+            const Spread<Real> spread = spread_of(all, windows);
+            const int64_t some = all.grad_count + all.lowest_count + all.highest_count;
             for (int64_t strip = strips.first; strip < strips.last; ++strip) {
-                back_down_columns(windows, spread, g, strip * kStrip, work.task(t), parts);
+                if (some < g.every_rows * g.every_columns / g.patch) {
+                    back_down_few(windows, spread, g, strip * kStrip, parts);
+                } else {
+                    back_down_columns(windows, spread, g, strip * kStrip, work.task(t), parts);
+                }
             }
         });
         for_bands(g, count, g.height, [&](int64_t slot, const Share& rows, int64_t t) {
