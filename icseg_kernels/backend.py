@@ -148,7 +148,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
         return _implementations[overload](*arguments)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     arguments = tuple(
-        _zero_dim(a, device) if is_tensor and isinstance(a, int | float | torch.SymInt | torch.SymFloat) else a
+        _zero_dim(a, device) if is_tensor and isinstance(a, _NUMBERS) else a
         for a, is_tensor in zip(arguments, _tensor_arguments[overload], strict=True)
     )
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
@@ -156,7 +156,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
         return overload(*arguments)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # apply itself first inspects the signature
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]  # apply itself first inspects the signature
 
 
 def unwatched(arguments: tuple[Any, ...]) -> bool:
@@ -181,6 +181,7 @@ def unwatched(arguments: tuple[Any, ...]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _zero_dim(value: Any, device: torch.device) -> Tensor:
