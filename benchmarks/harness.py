@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Run = Callable[[], Tensor | Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Row:
-    """One case: median seconds of each rival, and how far its output lies from that of the rival that it must equal."""
+    """One case: median seconds of each rival, and how far its output lies from that of the rival that it must equal.
+
+    work:           what was timed: "forward" or "forward + backward".
+    bytes:          of inputs and outputs, each once: the least traffic; 0 if not counted.
+    copy_bandwidth: bytes a second, read plus written, of a large torch copy on as many threads, in the same run; 0
+                    if bytes were not counted.
+    """
 
     subject: str
     case: str
+    work: str
+    threads: int
     seconds: dict[str, float]
     max_abs_difference: dict[str, float]
     flops: dict[str, float]
+    bytes: int
+    copy_bandwidth: float
     rounds: int
-    threads: int
     machine: str
     versions: dict[str, str]
     commit: str
@@ -34,45 +48,130 @@ class Row:
 def compare(
     subject: str,
     case: str,
-    rivals: dict[str, Callable[[], Tensor]],
+    rivals: dict[str, Run],
     *,
-    rounds: int,
     tolerance: float,
+    work: str = "forward",
+    threads: int | None = None,
+    rounds: int | None = None,
     same: dict[str, str] | None = None,
     flops: dict[str, float] | None = None,
+    bytes: int = 0,
+    repeats: int = 1,
 ) -> Row:
-    """Time the rivals round by round, after checking their outputs.
+    """Time the rivals round by round, after checking their outputs (which also warms them up, and compiles).
 
     tolerance: largest absolute difference allowed between rivals that compute the same thing.
+    threads:   of torch, for this case; None leaves them as they are.
+    rounds:    None: as many as take about a second, from 7 to 300.
     same:      which rival each rival's output must equal; None: all of them the first one's.
+    repeats:   calls a timing, for what takes microseconds.
     """
-    outputs = {name: run() for name, run in rivals.items()}
-    if same is None:
-        first, *others = rivals
-        same = dict.fromkeys(others, first)
-    difference = {name: (outputs[name] - outputs[other]).abs().max().item() for name, other in same.items()}
-    wrong = {name: d for name, d in difference.items() if not d <= tolerance}
-    if wrong:
-        raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name, run in rivals.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return Row(
-        subject,
-        case,
-        medians,
-        difference,
-        flops or {},
-        rounds,
-        torch.get_num_threads(),
-        machine(),
-        versions(),
-        commit(),
-    )
+    with using_threads(threads or torch.get_num_threads()):
+        outputs = {name: _tensors(run()) for name, run in rivals.items()}
+        if same is None:
+            first, *others = rivals
+            same = dict.fromkeys(others, first)
+        difference = {name: _difference(outputs[name], outputs[other]) for name, other in same.items()}
+        wrong = {name: d for name, d in difference.items() if not d <= tolerance}
+        if wrong:
+            raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
+        del outputs
+        rounds = rounds or _rounds(sum(_once(run, repeats) for run in rivals.values()) * repeats)
+        times: dict[str, list[float]] = {name: [] for name in rivals}
+        for _ in range(rounds):
+            for name, run in rivals.items():
+                times[name].append(_once(run, repeats))
+        return Row(
+            subject,
+            case,
+            work,
+            torch.get_num_threads(),
+            {name: statistics.median(values) for name, values in times.items()},
+            difference,
+            flops or {},
+            bytes,
+            copy_bandwidth(torch.get_num_threads()) if bytes else 0.0,
+            rounds,
+            machine(),
+            versions(),
+            commit(),
+        )
+
+
+def _tensors(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest absolute difference, equal infinities being equal; NaN if shapes or NaNs differ."""
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return float("nan")
+    gaps = [torch.where(x == y, 0.0, (x.double() - y.double()).abs()) for x, y in zip(found, expected, strict=True)]
+    return max((gap.max().item() for gap in gaps if gap.numel()), default=0.0)
+
+
+def _once(run: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def _rounds(seconds: float) -> int:
+    return max(7, min(300, int(1 / max(seconds, 1e-9))))
+
+
+def with_backward(run: Callable[..., Tensor], *inputs: Tensor) -> Run:
+    """A rival that calls run(*inputs), sends a fixed gradient back, and returns the output and the inputs' gradients.
+
+    The inputs that require gradients are differentiated.
+    """
+    wanted = [x for x in inputs if x.requires_grad]
+    gradient: list[Tensor] = []
+
+    def both() -> list[Tensor]:
+        output = run(*inputs)
+        if not gradient:
+            gradient.append(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype))
+        return [output.detach(), *torch.autograd.grad(output, wanted, gradient[0])]
+
+    return both
+
+
+def compiled(function: Callable[..., Any], *, dynamic: bool = True) -> Callable[..., Any]:
+    """`function` under torch.compile; `dynamic`: once for all shapes, else anew for each.
+
+    The threads are those at the time of the call, not of compilation.
+    """
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"cpp.dynamic_threads": True})
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def thread_counts() -> list[int]:
+    """1, and all that torch would use."""
+    return sorted({1, torch.get_num_threads()})
+
+
+@functools.cache
+def copy_bandwidth(threads: int) -> float:
+    """Bytes a second, read plus written, of a copy of 256 MiB: the median of 9."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    with using_threads(threads):
+        seconds = statistics.median(_once(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.nbytes / seconds
 
 
 def append(path: Path, row: Row) -> None:
@@ -81,13 +180,14 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(asdict(row)) + "\n")
 
 
+@functools.cache
 def machine() -> str:
-    """The processor's name and how many of its cores are ours."""
+    """The processor's name and its number of cores."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         name = next((s.split(": ", 1)[1] for s in info.read_text().splitlines() if s.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 def versions() -> dict[str, str]:
@@ -95,6 +195,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
+@functools.cache
 def commit() -> str:
     """The commit of the working tree, marked if it has changes."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]

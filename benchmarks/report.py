@@ -1,4 +1,4 @@
-"""Print a results file as Markdown tables: `python benchmarks/report.py benchmarks/results/FILE.jsonl`."""
+"""Print a results file as Markdown tables: `python benchmarks/report.py benchmarks/results/FILE.jsonl [SUBJECT...]`."""
 
 import json
 import sys
@@ -7,27 +7,55 @@ from typing import Any
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a case, milliseconds (and GFLOPs where counted) of every rival."""
-    names = list(rows[0]["seconds"])
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += ["| " + " | ".join([row["case"], *(_cell(row, name) for name in names)]) + " |" for row in rows]
+    """One line a case: the time (and GFLOPs where counted) of every rival, and the best rival's time over ours.
+
+    Ours is the last of the rivals; there is no ratio where they do not all compute the same.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    columns = ["", "threads", *names]
+    equal = all(len(row["max_abs_difference"]) == len(row["seconds"]) - 1 for row in rows)
+    copied = any(row["bytes"] for row in rows)
+    columns += ["ratio"] * equal + ["share of a copy"] * copied
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [row["case"], str(row["threads"]), *(_cell(row, name) for name in names)]
+        cells += [f"{_ratio(row):.2g}"] * equal + [_share_of_a_copy(row)] * copied
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["seconds"]:
+        return ""
     seconds = row["seconds"][name]
     time = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
     flops = row["flops"].get(name)
     return time if flops is None else f"{time}, {flops / 1e9:.4g} GFLOPs"
 
 
-def main(path: str) -> None:
+def _ratio(row: dict[str, Any]) -> float:
+    *others, ours = row["seconds"].values()
+    return min(others) / ours
+
+
+def _share_of_a_copy(row: dict[str, Any]) -> str:
+    """The time a copy of as many bytes takes, at the bandwidth of large copies, over ours."""
+    if not row["bytes"]:
+        return ""
+    *_, ours = row["seconds"].values()
+    return f"{row['bytes'] / row['copy_bandwidth'] / ours:.2f}"
+
+
+def main(path: str, *subjects: str) -> None:
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    for subject in dict.fromkeys(row["subject"] for row in rows):
-        latest = {row["case"]: row for row in rows if row["subject"] == subject}
-        row = next(iter(latest.values()))
+    for subject, work in dict.fromkeys((row["subject"], row["work"]) for row in rows):
+        if subjects and subject not in subjects:
+            continue
+        found = [row for row in rows if (row["subject"], row["work"]) == (subject, work)]
+        latest = {(row["case"], row["threads"]): row for row in found}
+        row = found[-1]
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        print(f"**{subject}**: medians of {row['rounds']} interleaved rounds; {row['machine']}; {versions}\n")
+        print(f"**{subject}**, {work}: medians of interleaved rounds; {row['machine']}; {versions}\n")
         print(table(list(latest.values())) + "\n")
 
 

@@ -1,0 +1,32 @@
+"""What one call of an op costs where there is next to nothing to compute: checks, dispatch and the way to C++ and back."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import compare
+
+from icseg_kernels import gather_patches, gumbel_topk, sample_patches, scatter_patches, selected_attention
+
+SOURCE = torch.rand(1, 1, 8, 8)
+COORDS = torch.zeros(1, 1, 2, dtype=torch.int64)
+PATCHES = torch.rand(1, 1, 1, 2, 2)
+LOGITS = torch.rand(1, 8)
+TOKENS = torch.rand(1, 1, 4, 8)
+INDEX = torch.tensor([[0, 2]])
+CALLS: dict[str, Callable[[str], torch.Tensor]] = {
+    "gather_patches": lambda backend: gather_patches(SOURCE, COORDS, 2, backend=backend),
+    "gather_patches out_size": lambda backend: gather_patches(SOURCE, COORDS, 2, out_size=2, backend=backend),
+    "scatter_patches": lambda backend: scatter_patches(PATCHES, COORDS, (8, 8), backend=backend).mean,
+    "gumbel_topk": lambda backend: gumbel_topk(LOGITS, 2, seed=1, backend=backend).scores,
+    "sample_patches": lambda backend: sample_patches(SOURCE, 2, 2, seed=1, backend=backend).scores,
+    "selected_attention index": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, index=INDEX, backend=backend),
+    "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def bench_overhead(record, op):
+    rivals = {backend: lambda backend=backend: CALLS[op](backend) for backend in ("reference", "native")}
+    row = compare("overhead", op, rivals, threads=1, repeats=200, tolerance=1e-5)
+    record(row, rivals["native"])
