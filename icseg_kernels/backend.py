@@ -154,7 +154,7 @@ def call(function: type[torch.autograd.Function], overload: Any, *arguments: Any
         return _implementations[overload](*arguments)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     arguments = tuple(
-        _zero_dim(a, device) if is_tensor and isinstance(a, int | float | torch.SymInt | torch.SymFloat) else a
+        _zero_dim(a, device) if is_tensor and isinstance(a, _NUMBERS) else a
         for a, is_tensor in zip(arguments, _tensor_arguments[overload], strict=True)
     )
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0  # no_grad leaves forward mode on
@@ -193,6 +193,7 @@ def unwatched(arguments: tuple[Any, ...]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _zero_dim(value: Any, device: torch.device) -> Tensor:

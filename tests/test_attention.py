@@ -850,16 +850,20 @@ def test_native_output_joins_heads_without_a_copy() -> None:
 
 @needs_library
 def test_none_takes_native_where_torch_is_not_faster() -> None:
-    q, k, v = tokens(dtype=torch.float32)
+    q, k, v = (torch.empty(1, 4, 256, 64) for _ in range(3))
 
-    def chosen(*, by_sdpa: bool = True, compiling: bool = False, **changes: Tensor) -> str:
-        given = {"q": q, "k": k, "v": v, "index": None} | changes
-        return attention.backends.select("selected_attention", None, *given.values(), by_sdpa)
+    def chosen(*call: Any, by_sdpa: bool = True) -> str:
+        return attention.backends.select("selected_attention", None, *call, by_sdpa)
 
-    assert chosen() == "native"
-    assert chosen(by_sdpa=False, index=hostile_index()) == "native"
-    assert chosen(q=q.half()) == "reference"
-    assert chosen(q=q.half(), by_sdpa=False, index=hostile_index()) == "native"
+    assert chosen(q, k, v, None) == "native"
+    assert chosen(q[:, :, :60], k[:, :, :60], v[:, :, :60], None) == "reference"
+    assert chosen(q[:, :, :60], k[:, :, :60], v[:, :, :60], None, by_sdpa=False) == "native"
+    assert chosen(q.half(), k.half(), v.half(), None) == "reference"
+    assert chosen(q.half(), k.half(), v.half(), hostile_index(), by_sdpa=False) == "native"
+    q.requires_grad_()
+    assert chosen(q, k, v, None) == "reference"
+    with torch.no_grad():
+        assert chosen(q, k, v, None) == "native"
 
 
 @needs_library

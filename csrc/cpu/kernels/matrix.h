@@ -93,7 +93,7 @@ ICSEG_INLINE void interleave(Vector<Real> a, Vector<Real> b, Vector<Real>& first
     }
 }
 
-// to[d * stride + r] = rows[r][d] * factor for d < depth. Columns from `count` up to whole vectors repeat the last row.
+// to[d * stride + r] = rows[r][d] * factor for d < depth. Columns from `count` up to whole vectors are zero.
 template <typename Real>
 inline void transpose(const Real* const* rows, int64_t count, int64_t depth, Real factor, Real* to, int64_t stride) {
     constexpr int64_t lanes = kLanes<Real>;
@@ -102,8 +102,7 @@ inline void transpose(const Real* const* rows, int64_t count, int64_t depth, Rea
             const int64_t width = smaller(lanes, depth - d);
             Vector<Real> x[lanes], y[lanes];
             for (int64_t i = 0; i < lanes; ++i) {
-                const Real* row = rows[smaller(r + i, count - 1)] + d;
-                x[i] = width == lanes ? load(row) : load_first(row, width);
+                x[i] = r + i >= count ? Vector<Real>{} : width == lanes ? load(rows[r + i] + d) : load_first(rows[r + i] + d, width);
             }
             // Each round of interleaving rotates the bits of (row, column) by one.
 #pragma GCC unroll 4

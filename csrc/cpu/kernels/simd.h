@@ -51,6 +51,10 @@ inline void store(Element* to, Vector<Element> value) {
 // The first `count` elements, 0 <= count < lanes; zeros beyond.
 template <typename Element>
 inline Vector<Element> load_first(const Element* from, int64_t count) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(Element) == 4) return (Vector<Element>)_mm512_maskz_loadu_epi32((1u << count) - 1, from);
+    if constexpr (sizeof(Element) == 8) return (Vector<Element>)_mm512_maskz_loadu_epi64((1u << count) - 1, from);
+#endif
     Vector<Element> value = {};
     std::memcpy(&value, from, count * sizeof(Element));
     return value;
@@ -58,6 +62,10 @@ inline Vector<Element> load_first(const Element* from, int64_t count) {
 
 template <typename Element>
 inline void store_first(Element* to, Vector<Element> value, int64_t count) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(Element) == 4) return _mm512_mask_storeu_epi32(to, (1u << count) - 1, (__m512i)value);
+    if constexpr (sizeof(Element) == 8) return _mm512_mask_storeu_epi64(to, (1u << count) - 1, (__m512i)value);
+#endif
     std::memcpy(to, &value, count * sizeof(Element));
 }
 

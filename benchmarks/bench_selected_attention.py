@@ -1,0 +1,127 @@
+"""selected_attention: C++ against torch's attention, over all keys, over rows gathered first, and after a rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compare, compiled, with_backward
+from torch import Tensor
+
+from icseg_kernels import Rotation, flops, selected_attention
+from icseg_kernels.attention.reference import turned
+
+DENSE = [  # B, h, Nq, Nk, D
+    (1, 4, 60, 60, 64),
+    (1, 4, 256, 256, 64),
+    (4, 4, 256, 256, 32),
+    (1, 4, 1024, 1024, 64),
+    (1, 4, 2560, 1152, 16),  # label propagation
+    (1, 4, 320, 320, 32),  # blocks of the sparse model
+]
+SELECTED = [(1, 4, 60, 60, 64), (4, 4, 60, 60, 64), (1, 4, 256, 256, 32), (4, 4, 256, 256, 64), (1, 4, 1024, 1024, 64)]
+
+
+def tokens(b: int, h: int, nq: int, nk: int, d: int, *, gradients: bool) -> list[Tensor]:
+    """Heads split from [B, N, h * D], as projections give them."""
+    generator = torch.Generator().manual_seed(0)
+    split = [torch.randn(b, n, h, d, generator=generator).transpose(1, 2) for n in (nq, nk, nk)]
+    return [t.requires_grad_(gradients) for t in split]
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+    """What one writes without the op."""
+    if len(index) == 1:
+        return F.scaled_dot_product_attention(q, k.index_select(2, index[0]), v.index_select(2, index[0]))
+    rows = index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    return F.scaled_dot_product_attention(q, k.gather(2, rows), v.gather(2, rows))
+
+
+def rivals_of(
+    gradients: bool, inputs: list[Tensor], rivals: dict[str, Callable[..., Tensor]]
+) -> dict[str, Callable[[], Tensor | list[Tensor]]]:
+    if gradients:
+        return {name: with_backward(run, *inputs) for name, run in rivals.items()}
+    return {name: lambda run=run: run(*inputs) for name, run in rivals.items()}
+
+
+def work_of(gradients: bool) -> str:
+    return "forward + backward" if gradients else "forward"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("b", "h", "nq", "nk", "d"), DENSE)
+def bench_all_keys(record, b, h, nq, nk, d, gradients, threads):
+    inputs = tokens(b, h, nq, nk, d, gradients=gradients)
+    rivals = {
+        "SDPA": F.scaled_dot_product_attention,
+        "native": lambda q, k, v: selected_attention(q, k, v, backend="native"),
+        "chosen": lambda q, k, v: selected_attention(q, k, v),
+    }
+    rivals = rivals_of(gradients, inputs, rivals)
+    case = f"all keys B{b} h{h} Nq{nq} Nk{nk} D{d}"
+    count = flops.selected_attention_flops(b, h, nq * nk, d, d)
+    row = compare(
+        "selected_attention",
+        case,
+        rivals,
+        tolerance=1e-4,
+        work=work_of(gradients),
+        threads=threads,
+        flops={} if gradients else dict.fromkeys(rivals, count),
+    )
+    record(row, rivals["native"])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("b", "h", "nq", "nk", "d"), SELECTED)
+def bench_half_of_the_keys(record, b, h, nq, nk, d, gradients, threads):
+    inputs = tokens(b, h, nq, nk, d, gradients=gradients)
+    generator = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(nk, generator=generator)[: nk // 2] for _ in range(b)])
+    compiled_gathered = compiled(gathered, dynamic=False)
+    rivals = {
+        "SDPA over gathered rows": lambda q, k, v: gathered(q, k, v, index),
+        "compiled": lambda q, k, v: compiled_gathered(q, k, v, index),
+        "reference": lambda q, k, v: selected_attention(q, k, v, index=index, backend="reference"),
+        "native": lambda q, k, v: selected_attention(q, k, v, index=index, backend="native"),
+    }
+    rivals = rivals_of(gradients, inputs, rivals)
+    case = f"half of the keys B{b} h{h} Nq{nq} Nk{nk} D{d}"
+    count = flops.selected_attention_flops(b, h, nq * (nk // 2), d, d)
+    row = compare(
+        "selected_attention",
+        case,
+        rivals,
+        tolerance=1e-4,
+        work=work_of(gradients),
+        threads=threads,
+        flops={} if gradients else dict.fromkeys(rivals, count),
+    )
+    record(row, rivals["native"])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("b", "h", "n", "d"), [(1, 4, 256, 64), (4, 4, 256, 64)])
+def bench_rotary(record, b, h, n, d, gradients, threads):
+    inputs = tokens(b, h, n, n, d, gradients=gradients)
+    angles = torch.randn(b, n, h, d // 2, generator=torch.Generator().manual_seed(2)).transpose(1, 2)
+    turn = Rotation(angles.cos(), angles.sin())
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(turned(q, *turn), turned(k, *turn), v)
+
+    rivals = {
+        "turned, then SDPA": plain,
+        "compiled": compiled(plain, dynamic=False),
+        "native": lambda q, k, v: selected_attention(q, k, v, rotary=(turn, turn), backend="native"),
+    }
+    rivals = rivals_of(gradients, inputs, rivals)
+    case = f"rotary B{b} h{h} N{n} D{d}"
+    row = compare("selected_attention", case, rivals, tolerance=1e-4, work=work_of(gradients), threads=threads)
+    record(row, rivals["native"])
