@@ -20,7 +20,9 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "scatter_patches": lambda backend: scatter_patches(PATCHES, COORDS, (8, 8), backend=backend).mean,
     "gumbel_topk": lambda backend: gumbel_topk(LOGITS, 2, seed=1, backend=backend).scores,
     "sample_patches": lambda backend: sample_patches(SOURCE, 2, 2, seed=1, backend=backend).scores,
-    "selected_attention index": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, index=INDEX, backend=backend),
+    "selected_attention index": lambda backend: selected_attention(
+        TOKENS, TOKENS, TOKENS, index=INDEX, backend=backend
+    ),
     "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
 }
 

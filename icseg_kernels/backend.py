@@ -198,5 +198,5 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 def _zero_dim(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, int | torch.SymInt):
-        return torch.full((), value, dtype=torch.int64, device=device)
+        return torch.full((), value, dtype=torch.int64, device=device)  # type: ignore[arg-type]
     return scalar(value, device)

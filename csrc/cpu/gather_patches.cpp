@@ -2,7 +2,7 @@
 #include "kernels/gather_patches.h"
 
 #include "checks.h"
-#include "memory.h"
+#include "pages.h"
 
 namespace icseg {
 namespace {
@@ -26,7 +26,7 @@ template <typename Real>
 int backward(const Real* patches, const GatherCoords& coords, Real* images, GatherSizes sizes,
              const GatherStrides& strides) {
     if (const int code = checked(sizes, sizeof(Real), coords.type, ICSEG_COORDS_INT64)) return code;
-    prefer_huge_pages(images, sizes.images_bytes);
+    expect_writes(images, sizes.images_bytes);
     ICSEG_CHOSEN(gather_backward<Real>)(patches, coords, images, sizes, strides);
     return ICSEG_OK;
 }
@@ -35,7 +35,7 @@ template <typename Real>
 int bilinear(const Real* source, const GatherCoords& coords, Real* patches, GatherSizes sizes,
              const GatherStrides& strides, const GatherGrid& grid) {
     if (const int code = checked(sizes, sizeof(Real), coords.type, ICSEG_COORDS_FLOAT64)) return code;
-    prefer_huge_pages(patches, sizes.patches_bytes);
+    expect_writes(patches, sizes.patches_bytes);
     ICSEG_CHOSEN(gather_bilinear<Real>)(source, coords, patches, sizes, strides, grid);
     return ICSEG_OK;
 }
@@ -44,7 +44,7 @@ template <typename Real>
 int bilinear_backward(const Real* patches, const GatherCoords& coords, Real* images, GatherSizes sizes,
                       const GatherStrides& strides, const GatherGrid& grid) {
     if (const int code = checked(sizes, sizeof(Real), coords.type, ICSEG_COORDS_FLOAT64)) return code;
-    prefer_huge_pages(images, sizes.images_bytes);
+    expect_writes(images, sizes.images_bytes);
     ICSEG_CHOSEN(gather_bilinear_backward<Real>)(patches, coords, images, sizes, strides, grid);
     return ICSEG_OK;
 }
@@ -63,7 +63,7 @@ int icseg_gather_patches(const void* source, const void* coords, void* patches,
     const GatherStrides strides{stride_outer, stride_inner, 0, stride_channel, stride_y, stride_x};
     const auto run = [&](auto element) {
         using Element = decltype(element);
-        prefer_huge_pages(patches, sizes.patches_bytes);
+        expect_writes(patches, sizes.patches_bytes);
         ICSEG_CHOSEN(gather<Element>)
         (static_cast<const Element*>(source), {coords, coords_type}, static_cast<Element*>(patches), sizes, strides);
         return ICSEG_OK;

@@ -2,6 +2,7 @@
 #include "kernels/scatter_patches.h"
 
 #include "checks.h"
+#include "pages.h"
 
 namespace icseg {
 namespace {
@@ -30,6 +31,7 @@ int checked(ScatterSizes& s, int64_t element_bytes) {
         using namespace icseg;                                                                                    \
         ScatterSizes sizes{batch, count, channels, patch, height, width, 0, 0};                                   \
         if (const int code = checked(sizes, sizeof(Stored))) return code;                                         \
+        expect_writes(mean, sizes.images_bytes);                                                                  \
         ICSEG_CHOSEN(scatter<Stored>)                                                                             \
         (reinterpret_cast<const Stored*>(patches), Corners{coords, coords_are_32_bits != 0}, weight,              \
          reinterpret_cast<Stored*>(mean), total, coverage, fill, sizes,                                           \
@@ -45,6 +47,7 @@ ICSEG_SCATTER(icseg_scatter_patches_bf16, uint16_t, float, Bfloat16)
         using namespace icseg;                                                                                    \
         ScatterSizes sizes{batch, count, channels, patch, height, width, 0, 0};                                   \
         if (const int code = checked(sizes, sizeof(Stored))) return code;                                         \
+        expect_writes(patches, sizes.patches_bytes);                                                              \
         ICSEG_CHOSEN(scatter_backward<Stored>)                                                                    \
         (reinterpret_cast<const Stored*>(grad), total, Corners{coords, coords_are_32_bits != 0}, weight,          \
          reinterpret_cast<Stored*>(patches), sizes,                                                               \

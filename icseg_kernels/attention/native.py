@@ -37,8 +37,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, *_: objec
     return [] if q.is_cpu else [f"it runs on the CPU, and q is on {q.device}"]
 
 
-# Multiply-adds of a call from which on this is not slower than torch's own attention, whose wrapper costs less: about 130
-# queries and keys in 4 heads of 64 channels; 370 with gradients.
+# Multiply-adds of a call from which on this is not slower than torch's own attention, whose wrapper costs less: about
+# 130 queries and keys in 4 heads of 64 channels; 370 with gradients.
 _NOT_SLOWER = 8 * 10**6
 
 
