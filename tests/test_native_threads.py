@@ -58,7 +58,7 @@ def same_bits(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def test_samples_are_of_every_op() -> None:
-    assert set(map(op_of, SAMPLES)) == set(backends.status())
+    assert set(map(op_of, SAMPLES)) == set(backends.status()) - {"gumbel_noise"}  # which takes no tensor
 
 
 def test_results_do_not_depend_on_the_number_of_threads(sample: str) -> None:
