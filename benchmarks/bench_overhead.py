@@ -1,4 +1,4 @@
-"""What one call of an op costs where there is next to nothing to compute: checks, dispatch and the way to C++ and back."""
+"""What a call of an op costs where there is next to nothing to compute: checks, dispatch, the way to C++ and back."""
 
 from collections.abc import Callable
 
