@@ -4,6 +4,16 @@
 #include "exponential.h"
 #include "matrix.h"
 
+namespace {
+
+// std::exp(float) is a weak function of the standard library's headers: see isa.h.
+inline float exp_of(float x) { return expf(x); }
+inline double exp_of(double x) { return exp(x); }
+inline float log_of(float x) { return logf(x); }
+inline double log_of(double x) { return log(x); }
+
+}  // namespace
+
 namespace icseg {
 namespace ICSEG_ISA {
 namespace {
@@ -282,7 +292,7 @@ struct Forward {
         }
         for (int64_t r = 0; r < tile.rows; ++r) {
             const bool nothing = total[r] == 0 || most[r] == static_cast<Real>(INFINITY);
-            to_lse[r] = nothing ? most[r] : most[r] + std::log(total[r]);
+            to_lse[r] = nothing ? most[r] : most[r] + log_of(total[r]);
         }
     }
 
@@ -322,7 +332,7 @@ struct Forward {
             store(scores + j, e);
             sum += e;
         }
-        const Real factor = before == most ? 1 : before == -infinity ? 0 : std::exp(before - most);
+        const Real factor = before == most ? 1 : before == -infinity ? 0 : exp_of(before - most);
         total = total * factor + reduce<Real>(sum, [](Real a, Real b) { return a + b; });
         return factor;
     }
