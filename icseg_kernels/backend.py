@@ -77,9 +77,9 @@ def select(op: str, backend: str | None, *call: Any) -> str:
     if named is None:
         named, origin = _from_environment, f" from {ENVIRONMENT_VARIABLE}"
     if named is None:
-        return next(
-            name for name, b in declared.items() if not (b.missing() or b.unsupported(*call) or b.slower(*call))
-        )
+        for name, b in declared.items():
+            if not (b.missing() or b.unsupported(*call) or b.slower(*call)):
+                return name
     if named not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {named!r}{origin}")
     if named not in declared:
@@ -184,7 +184,6 @@ def unwatched(arguments: tuple[Any, ...]) -> bool:
             type(a) not in _PLAIN
             or a.is_meta
             or a.is_neg()
-            or a.is_conj()
             or a._is_zerotensor()
             or (differentiating and a.requires_grad)
         ):
