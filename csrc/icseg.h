@@ -301,13 +301,7 @@ ICSEG_API int icseg_sample_patches_f64(const struct icseg_windows* windows, cons
                                        int64_t* indices, double* scores, int32_t* coords, double* workspace,
                                        int64_t workspace_bytes);
 
-/* The logits that it draws from: [batch, candidates] contiguous. */
-ICSEG_API int icseg_window_logits_f32(const struct icseg_windows* windows, const float* maps, float* logits,
-                                      float* workspace, int64_t workspace_bytes);
-ICSEG_API int icseg_window_logits_f64(const struct icseg_windows* windows, const double* maps, double* logits,
-                                      double* workspace, int64_t workspace_bytes);
-
-/* The gradient of those logits to the maps: through a maximum to the first pixel that attains it, through the extremes
+/* The gradient of the logits [batch, candidates] that it draws from to the maps: through a maximum to the first pixel that attains it, through the extremes
  * in equal shares to all that do.
  *
  * grad_logits [batch, candidates] contiguous

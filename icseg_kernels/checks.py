@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (int, torch.SymInt)
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -43,7 +44,7 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 
     otherwise: for the message, what else the argument may be.
     """
-    plain = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    plain = type(value) is int or (isinstance(value, _INTEGERS) and not isinstance(value, bool))
     found: int | None = value if plain else _index(value)
     if found is None:
         raise TypeError(f"{name} must be {_integer_in(least, most)}{otherwise}, got {shown(value)}")

@@ -113,6 +113,8 @@ def checked_seed(seed: int | Tensor | None, device: torch.device | str) -> int |
 
     Raises TypeError or ValueError unless seed is None, an integer in [-2^63, 2^64), or such a tensor.
     """
+    if type(seed) is int and -(2**63) <= seed < 2**63:
+        return seed  # the usual case, at once
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):

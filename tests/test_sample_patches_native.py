@@ -34,12 +34,6 @@ WINDOWS = [  # p, stride, before, after, temperature, blur_sigma
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def fresh_workspace() -> None:
-    """So that `poisoned` reaches it."""
-    sample_native._scratch.__dict__.clear()
-
-
 @pytest.fixture
 def threads() -> Iterator[Any]:
     before = torch.get_num_threads()
@@ -118,6 +112,15 @@ def assert_same_draw(weights: Tensor, k: int, windows: Windows, **source: Any) -
         assert torch.equal(actual, expected)
 
 
+def native_logits(weights: Tensor, windows: Windows) -> Tensor:
+    """The logits [B, candidates] that the native draw draws from: its scores of all windows without noise."""
+    count = candidates(weights, windows)
+    _, scores, indices = draw(weights, count, windows, "native", noise=0)
+    missing = indices < 0  # NaN and -inf
+    logits = scores.new_full((len(weights), count + 1), NAN)
+    return logits.scatter_(1, indices.masked_fill(missing, count), scores)[:, :count]
+
+
 def candidates(weights: Tensor, windows: Windows) -> int:
     rows, columns = candidate_grid(*weights.shape[2:], windows.patch_size, windows.stride, windows[2:4])
     return rows * columns
@@ -130,7 +133,7 @@ def test_draws_what_the_reference_draws(windows: Windows, dtype: torch.dtype) ->
     for height, width in ((19, 34), (47, 23)):
         weights = random_map(3, 1, height, width, dtype=dtype)
         count = candidates(weights, windows)
-        assert same_bits(sample_native.window_logits(weights, windows), reference_logits(weights, windows))
+        assert same_bits(native_logits(weights, windows), reference_logits(weights, windows))
         noise = gumbel_noise(3, 3, count)
         for k, source in (
             (min(5, count), {"seed": 7}),
@@ -149,7 +152,7 @@ def test_draws_what_the_reference_draws(windows: Windows, dtype: torch.dtype) ->
 def test_hostile_maps(kind: str, dtype: torch.dtype) -> None:
     weights = hostile_map(kind, 2, 1, 21, 38).to(dtype)
     for windows in WINDOWS:
-        assert same_bits(sample_native.window_logits(weights, windows), reference_logits(weights, windows)), windows
+        assert same_bits(native_logits(weights, windows), reference_logits(weights, windows)), windows
         assert_same_draw(weights, min(9, candidates(weights, windows)), windows, seed=5)
 
 
@@ -162,7 +165,7 @@ def test_divisions_round_as_ieee(dtype: torch.dtype) -> None:
     ):
         weights = random_map(1, 1, 64, 64, seed=int(scale * 1000) + 1).mul(scale).to(dtype)
         windows = Windows(1, 1, 0, 0, scale, 0.0)
-        assert torch.equal(sample_native.window_logits(weights, windows), reference_logits(weights, windows))
+        assert torch.equal(native_logits(weights, windows), reference_logits(weights, windows))
 
 
 @pytest.mark.usefixtures("isa")
@@ -203,7 +206,7 @@ def test_strided_expanded_and_offset_maps() -> None:
                 draw(view, same, windows, "native", seed=1)[1],
                 draw(view.contiguous(), same, windows, "native", seed=1)[1],
             )
-            assert same_bits(sample_native.window_logits(view, windows), reference_logits(view, windows))
+            assert same_bits(native_logits(view, windows), reference_logits(view, windows))
 
 
 @pytest.mark.usefixtures("isa")
@@ -241,7 +244,7 @@ def test_threads_change_nothing(windows: Windows, shape: tuple[int, ...], thread
         found.append(
             [
                 *draw(weights, 300, windows, "native", seed=3),
-                sample_native.window_logits(weights, windows),
+                native_logits(weights, windows),
                 sample_native.window_logits_backward(grad, weights, windows),
             ]
         )
@@ -343,16 +346,6 @@ def test_several_python_threads_at_once() -> None:
 
 
 @pytest.mark.usefixtures("isa")
-def test_a_workspace_is_kept_and_grows() -> None:
-    small, large = random_map(1, 1, 16, 16), random_map(1, 1, 200, 200)
-    for weights in (small, large, small):
-        assert_same_draw(weights, 5, WINDOWS[1], seed=0)
-    kept = sample_native._scratch.kept
-    assert_same_draw(large, 5, WINDOWS[1], seed=0)
-    assert sample_native._scratch.kept is kept
-
-
-@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
     ("changes", "k", "message"),
     [
@@ -369,6 +362,11 @@ def test_a_workspace_is_kept_and_grows() -> None:
             "sizes must not multiply beyond",
         ),
         ({"height": 2**17, "width": 2**17}, 0, "sizes must not multiply beyond"),
+        (  # 2^64 windows
+            {"height": 2**31 - 1, "width": 2**31 - 1, "before": 2**31 - 1, "after": 2, "patch": 1},
+            1,
+            "sizes must not multiply beyond",
+        ),
         ({"patch": 0}, 0, "a window must fit the map"),
         ({"patch": 13}, 0, "a window must fit the map"),
         ({"height": 0}, 0, "a window must fit the map"),
@@ -401,11 +399,7 @@ def test_the_library_refuses_impossible_sizes(changes: dict[str, int], k: int, m
     )
     assert draw_code == code
     if k == 0:
-        for function, arguments in (
-            (sample_native._LOGITS[torch.float32], 3),
-            (sample_native._BACKWARD[torch.float32], 4),
-        ):
-            assert function(ctypes.addressof(wrong), *[pointer] * arguments, 2**40) == code
+        assert sample_native._BACKWARD[torch.float32](ctypes.addressof(wrong), *[pointer] * 4, 2**40) == code
     assert bool((output == 7).all())
 
 
@@ -418,7 +412,9 @@ def test_the_library_refuses_a_small_workspace() -> None:
     library.check(sample_native._workspace_bytes(ctypes.addressof(right), 4, 0, 0, ctypes.addressof(needed)))
     output = torch.full((200,), 7.0)
     pointer = output.data_ptr()
-    code = sample_native._LOGITS[torch.float32](ctypes.addressof(right), pointer, pointer, pointer, needed.value - 1)
+    code = sample_native._DRAW[torch.float32](
+        ctypes.addressof(right), pointer, None, 0, 0, 0, 0, pointer, pointer, pointer, pointer, needed.value - 1
+    )
     assert "workspace must be larger" in library.get().icseg_error(code).decode()
     assert bool((output == 7).all())
     assert sample_native._workspace_bytes(ctypes.addressof(right), 2, 0, 0, ctypes.addressof(needed)) != 0
@@ -448,7 +444,7 @@ def test_the_frequencies_of_draws() -> None:
     """First draws follow softmax(logits), within 4 sigma."""
     count, windows = 20_000, Windows(2, 2, 0, 0, 0.5, 0.0)
     weights = random_map(1, 1, 6, 6).expand(count, 1, 6, 6)
-    probability = sample_native.window_logits(weights[:1], windows)[0].softmax(0)
+    probability = native_logits(weights[:1], windows)[0].softmax(0)
     drawn = draw(weights, 1, windows, "native", seed=4)[2][:, 0]
     frequency = torch.bincount(drawn, minlength=9) / count
     assert bool(((frequency - probability).abs() < 4 * (probability * (1 - probability) / count).sqrt()).all())

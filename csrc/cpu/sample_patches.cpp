@@ -48,7 +48,8 @@ Wide backward_slot_elements(const WindowGrid& g) {
 Wide backward_elements(const WindowGrid& g) {
     const Wide reach = smaller(g.taps / 2, g.every_columns), taps = whole_vectors(2 * reach + 1);
     const Wide rows = smaller(g.rows, g.taps / g.stride + 2);
-    const Wide scaled = 2 * whole_vectors(reach) + g.pitch + kAlignment + 3 * taps + rows * g.pitch + 3 * whole_vectors(rows);
+    const Wide scaled =
+        2 * whole_vectors(reach) + g.pitch + kAlignment + 3 * taps + rows * g.pitch + 3 * whole_vectors(rows);
     const Wide columns = 2 * (Wide(g.patch) + 1) * kStrip, along = 4 * Wide(g.row_elements);
     return std::max(scaled, std::max(columns, along));
 }
@@ -56,7 +57,8 @@ Wide backward_elements(const WindowGrid& g) {
 // Fills in what follows from the sizes given, and the bytes of workspace; an error code if they are impossible.
 int plan(WindowGrid& g, bool backward, int64_t element_bytes, int64_t* bytes) {
     if (element_bytes != sizeof(float) && element_bytes != sizeof(double)) return ICSEG_ELEMENT_BYTES;
-    for (const int64_t size : {g.batch, g.height, g.width, g.patch, g.stride, g.before, g.after, g.taps, g.threads, g.draws}) {
+    for (const int64_t size :
+         {g.batch, g.height, g.width, g.patch, g.stride, g.before, g.after, g.taps, g.threads, g.draws}) {
         if (size < 0) return ICSEG_NEGATIVE_SIZE;
         if (size >= kSizeLimit) return ICSEG_TOO_LARGE;
     }
@@ -73,11 +75,12 @@ int plan(WindowGrid& g, bool backward, int64_t element_bytes, int64_t* bytes) {
     // An odd number of vectors, so that the rows of a block do not compete for the same lines of a cache.
     g.pitch = (static_cast<int64_t>(whole_vectors(g.every_columns)) / kAlignment | 1) * kAlignment;
     g.row_elements = static_cast<int64_t>(whole_vectors(g.pitch + g.patch)) + 2 * kAlignment;
-    if (g.draws > g.rows * g.columns) return ICSEG_DRAWS;
-    if (g.rows * g.columns >= kSizeLimit) return ICSEG_TOO_LARGE;  // indices fit 32 bits in the keys of a draw
+    const Wide candidates = Wide(g.rows) * g.columns;
+    if (g.draws > candidates) return ICSEG_DRAWS;
+    if (candidates >= kSizeLimit) return ICSEG_TOO_LARGE;  // indices fit 32 bits in the keys of a draw
     // A parallel region costs more than it saves where few pixels are.
     if (Wide(g.batch) * g.padded_height * g.pitch < kTogetherPixels) g.threads = 1;
-    const Wide keys = 2 * draw_workspace(g.rows * g.columns, g.draws);
+    const Wide keys = 2 * draw_workspace(static_cast<int64_t>(candidates), g.draws);
     const Wide slot = kAlignment + whole_vectors(backward ? backward_slot_elements(g) : slot_elements(g));
     const Wide own = backward ? backward_elements(g) : std::max(keys, logits_elements(g));
     const Wide task = whole_vectors(std::max(own, pool_elements(g)));
@@ -144,14 +147,6 @@ int icseg_sample_patches_workspace(const icseg_windows* windows, int64_t element
         ICSEG_CHOSEN(sample_patches<Real>)                                                                         \
         (call.maps, call.softening, {noise, noise_stride, seeded != 0, seed}, call.grid, workspace,                \
          {indices, scores, coords});                                                                               \
-        return ICSEG_OK;                                                                                           \
-    }                                                                                                              \
-    int icseg_window_logits_##suffix(const icseg_windows* windows, const Real* maps, Real* logits, Real* workspace, \
-                                     int64_t workspace_bytes) {                                                    \
-        using namespace icseg;                                                                                     \
-        const Call<Real> call(*windows, maps, 0, false, workspace_bytes);                                          \
-        if (call.code != ICSEG_OK) return call.code;                                                               \
-        ICSEG_CHOSEN(window_logits<Real>)(call.maps, call.softening, call.grid, workspace, logits);                \
         return ICSEG_OK;                                                                                           \
     }                                                                                                              \
     int icseg_window_logits_backward_##suffix(const icseg_windows* windows, const Real* maps,                      \

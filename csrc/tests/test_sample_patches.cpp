@@ -1,4 +1,4 @@
-// icseg_window_logits by plain loops, its gradient by differences, and icseg_sample_patches by a draw from the logits.
+// icseg_sample_patches: its logits by plain loops, their gradient by differences, and a draw from those logits.
 #include "testing.h"
 
 #include <algorithm>
@@ -7,12 +7,6 @@ namespace {
 
 using namespace testing;
 
-int logits_of(const icseg_windows* w, const float* maps, float* logits, float* workspace, int64_t bytes) {
-    return icseg_window_logits_f32(w, maps, logits, workspace, bytes);
-}
-int logits_of(const icseg_windows* w, const double* maps, double* logits, double* workspace, int64_t bytes) {
-    return icseg_window_logits_f64(w, maps, logits, workspace, bytes);
-}
 int backward_of(const icseg_windows* w, const float* maps, const float* grad, float* out, float* workspace, int64_t bytes) {
     return icseg_window_logits_backward_f32(w, maps, grad, out, workspace, bytes);
 }
@@ -85,10 +79,19 @@ public:
         const int64_t candidates = rows_ * columns_;
         Digest digest;
 
+        // All windows, drawn without noise: the scores are the logits.
         const Array<Real> logits = output<Real>(random, batch_ * candidates);
-        with_workspace(random, windows, 0, 0, [&](Real* workspace, int64_t bytes) {
-            return logits_of(&windows, maps_.data(), logits.data(), workspace, bytes);
+        const Array<Real> sorted = output<Real>(random, batch_ * candidates);
+        const Array<int64_t> places = output<int64_t>(random, batch_ * candidates);
+        const Array<int32_t> corners = output<int32_t>(random, batch_ * candidates * 2);
+        with_workspace(random, windows, candidates, 0, [&](Real* workspace, int64_t bytes) {
+            return draw_of(&windows, maps_.data(), nullptr, 0, candidates, false, 0, places.data(), sorted.data(),
+                           corners.data(), workspace, bytes);
         });
+        for (int64_t n = 0; n < batch_ * candidates; ++n) {
+            CHECK(places[n] >= 0 && places[n] < candidates);
+            logits[n / candidates * candidates + places[n]] = sorted[n];
+        }
         expect_close("logits", logits, expected_, {(sizeof(Real) == 4 ? 2e-5 : 1e-12) / windows.temperature});
         digest.add(logits);
 
@@ -242,7 +245,6 @@ void errors() {
         changed.*field = value;
         EXPECT_CODE(code, icseg_sample_patches_workspace(&changed, 4, 0, 0, &bytes));
         EXPECT_CODE(code, icseg_sample_patches_workspace(&changed, 8, 0, 1, &bytes));
-        EXPECT_CODE(code, logits_of(&changed, static_cast<float*>(nullptr), nullptr, nullptr, INT64_MAX));
         EXPECT_CODE(code, backward_of(&changed, static_cast<double*>(nullptr), nullptr, nullptr, nullptr, INT64_MAX));
         EXPECT_CODE(code, draw_of(&changed, static_cast<double*>(nullptr), nullptr, 0, 0, false, 0, nullptr, nullptr,
                                   nullptr, nullptr, INT64_MAX));
@@ -259,6 +261,9 @@ void errors() {
         expect(ICSEG_WINDOWS, field, 0);
     expect(ICSEG_WINDOWS, &W::patch, 10);
     expect(ICSEG_WINDOWS, &W::tap_count, 2);
+    fine.patch = 1, fine.height = fine.width = fine.before = INT32_MAX;  // 2^32 rows and columns: 2^64 windows
+    expect(ICSEG_TOO_LARGE, &W::after, 2);
+    EXPECT_CODE(ICSEG_TOO_LARGE, icseg_sample_patches_workspace(&fine, 4, 1, 0, &bytes));
 }
 
 std::unique_ptr<Case> make(Random& random, bool large) {

@@ -42,7 +42,7 @@ def gumbel_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference's. float16 and bfloat16 are converted first, and rows that are not contiguous copied."""
     values = None
-    dtype = accumulation_dtype(logits.dtype)
+    dtype = logits.dtype if logits.dtype in _DRAW else accumulation_dtype(logits.dtype)
     if noise is not None:
         if noise.shape != logits.shape or not noise.is_cpu:
             raise ValueError(
@@ -59,7 +59,7 @@ def gumbel_topk(
     logsumexp = torch.empty(batch, dtype=dtype)
     kappa = torch.empty_like(logsumexp)
     kappa_index = torch.empty(batch, dtype=torch.int64)
-    workspace = None if k <= _STACK_DRAWS else draw_workspace(batch, count, k, dtype)
+    workspace = None if k <= _STACK_DRAWS else _workspace(batch, count, k, dtype)
     code = _DRAW[dtype](
         rows.data_ptr(),
         None if values is None else values.data_ptr(),
@@ -83,10 +83,8 @@ def gumbel_topk(
     return indices, scores, logsumexp, kappa, kappa_index
 
 
-def draw_workspace(batch: int, count: int, k: int, dtype: torch.dtype) -> Tensor | None:
-    """Bytes for the threads' draws of k from rows of `count` logits of `dtype`; None where they need none."""
-    if k <= _STACK_DRAWS:
-        return None
+def _workspace(batch: int, count: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Bytes for the threads' draws of k from rows of `count` logits of `dtype`."""
     row = 4 * dtype.itemsize * (min(count, 2 * k + 258) + 1)
     return torch.empty(row * max(1, min(batch, torch.get_num_threads())), dtype=torch.uint8)
 

@@ -1,13 +1,13 @@
-"""sample_patches by the native library, on the CPU. What it draws equals the reference bit for bit.
+"""sample_patches by the native library, on the CPU.
 
-Maps of any strides are read where they lie; float16 and bfloat16 are converted first.
+What it draws equals the reference bit for bit, but for the sign of a zero. Maps of any strides are read where they
+lie; float16 and bfloat16 are converted first.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from ctypes import Array, addressof, c_double, c_float, c_int64, c_uint64, c_void_p
 from typing import Any, NamedTuple
 
@@ -37,12 +37,6 @@ _DRAW_ARGUMENTS = [c_void_p] * 3 + [c_int64] * 3 + [c_uint64] + [c_void_p] * 4 +
 _DRAW = {
     torch.float32: library.function("icseg_sample_patches_f32", _DRAW_ARGUMENTS),
     torch.float64: library.function("icseg_sample_patches_f64", _DRAW_ARGUMENTS),
-}
-# settings, maps, logits, workspace, its bytes
-_LOGITS_ARGUMENTS = [c_void_p] * 4 + [c_int64]
-_LOGITS = {
-    torch.float32: library.function("icseg_window_logits_f32", _LOGITS_ARGUMENTS),
-    torch.float64: library.function("icseg_window_logits_f64", _LOGITS_ARGUMENTS),
 }
 # settings, maps, grad_logits, grad_maps, workspace, its bytes
 _BACKWARD_ARGUMENTS = [c_void_p] * 5 + [c_int64]
@@ -77,7 +71,7 @@ def sample_patches(
     coords = torch.empty(batch, k, 2, dtype=torch.int32)
     scores = torch.empty(batch, k, dtype=dtype)
     indices = torch.empty(batch, k, dtype=torch.int64)
-    workspace = _workspace(plan.bytes)
+    workspace = torch.empty(plan.bytes, dtype=torch.uint8)
     code = _DRAW[dtype](
         plan.settings,
         maps.data_ptr(),
@@ -92,22 +86,13 @@ def sample_patches(
         workspace.data_ptr(),
         plan.bytes,
     )
-    library.check(code)
+    if code:
+        library.check(code)
     return coords, scores, indices
 
 
-def window_logits(weights: Tensor, windows: Windows) -> Tensor:
-    """[B, windows_y * windows_x] logits of every candidate window, as the reference's."""
-    maps, dtype, plan = _planned(weights, windows)
-    logits = torch.empty(plan.shape, dtype=dtype)
-    workspace = _workspace(plan.bytes)
-    code = _LOGITS[dtype](plan.settings, maps.data_ptr(), logits.data_ptr(), workspace.data_ptr(), plan.bytes)
-    library.check(code)
-    return logits
-
-
 def window_logits_backward(grad: Tensor, weights: Tensor, windows: Windows) -> Tensor:
-    """Gradient [B, 1, H, W] of the logits to weights, as autograd's of the reference."""
+    """Gradient [B, 1, H, W] of the reference's window_logits to weights, as autograd's."""
     maps, dtype, plan = _planned(weights, windows, backward=True)
     if grad.shape != plan.shape or grad.dtype != dtype or not grad.is_cpu:
         raise ValueError(
@@ -116,7 +101,7 @@ def window_logits_backward(grad: Tensor, weights: Tensor, windows: Windows) -> T
         )
     grad = grad.contiguous()
     grad_maps = torch.empty(weights.shape, dtype=dtype)
-    workspace = _workspace(plan.bytes)
+    workspace = torch.empty(plan.bytes, dtype=torch.uint8)
     code = _BACKWARD[dtype](
         plan.settings, maps.data_ptr(), grad.data_ptr(), grad_maps.data_ptr(), workspace.data_ptr(), plan.bytes
     )
@@ -214,18 +199,3 @@ def _noise_rows(noise: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Te
     if noise.dtype != dtype:
         noise = noise.to(dtype)
     return noise if noise.stride(1) == 1 else noise.contiguous()
-
-
-_scratch = threading.local()
-_MOST_KEPT = 64 * 2**20
-
-
-def _workspace(size: int) -> Tensor:
-    """At least `size` bytes. Each thread keeps what it had last: fresh memory would be paged in every time."""
-    kept: Tensor | None = getattr(_scratch, "kept", None)
-    if kept is not None and kept.nbytes >= size:
-        return kept
-    fresh = torch.empty(size, dtype=torch.uint8)
-    if size <= _MOST_KEPT:
-        _scratch.kept = fresh
-    return fresh

@@ -18,7 +18,7 @@ struct DivisionRange<double> {
 
 // x / value as IEEE rounds it. Where fused steps exist, a quotient off by less than a unit in the last place, then
 // Markstein's correction (1990) of it by its exact remainder: right if no step underflows, which holds for x = 0 and
-// x >= smallest, and least <= value <= most.
+// x >= smallest, and least <= value <= most, and none overflows, which holds for a finite quotient.
 template <typename Real>
 struct Divisor {
     Real value, inverse, rest;  // 1 / value = inverse + rest

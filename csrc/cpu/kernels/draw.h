@@ -260,8 +260,7 @@ inline uint32_t above(Vector<float> a, Vector<float> b) {
 #endif
 }
 
-// Appends first + the number of every bit that is set, and what `from` holds there; returns how many. Writes up to
-// a vector of garbage beyond.
+// Appends first + the number of every bit that is set; returns how many. Writes up to a vector of garbage beyond.
 inline int64_t append(uint32_t* to, uint32_t first, uint32_t bits) {
 #if defined(__AVX512F__)
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -289,7 +288,7 @@ inline Vector<float> excess(const double* logits, double floor) {
 // for the error of g, at most 1e-5. Let u = (r >> 8) * 2^-24 <= v. Read as an integer, a positive float's bits are at
 // most 2^23 (log2 + 127), as 1 + f >= 2^f for 0 <= f <= 1. So bits(u) <= 2^23 (x + 127) must hold, but for errors,
 // which 1024 covers: 2^23 * 1e-5 * log2(e) = 121 of g; where the comparison is close, which needs |x| < 256,
-// 64 for the conversion of bits to float, and 4 times 2^31 * 2^-24 = 128 for the roundings on the other side.
+// 64 for the conversion of bits to float, and 4 roundings of at most 2^31 * 2^-24 = 128 on the other side.
 // u = 0 has bits 0, and x < -127 rules every element out: g < 23. The scale 2^24 of u is taken into the constant.
 template <typename Real>
 inline int64_t find_seeded(const Real* logits, const uint32_t* words, Real floor, uint32_t* found) {

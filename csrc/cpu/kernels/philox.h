@@ -80,7 +80,8 @@ inline void philox_pass(const Stream& s, int64_t first, uint32_t* words) {
     uint32_t k0 = static_cast<uint32_t>(s.seed), k1 = static_cast<uint32_t>(s.seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += kWeyl0, k1 += kWeyl1) {
         for (int i = 0; i < 2; ++i) {
-            const Vector<uint64_t> product0 = multiply_low(c0[i], kMultiply0), product1 = multiply_low(c2[i], kMultiply1);
+            const Vector<uint64_t> product0 = multiply_low(c0[i], kMultiply0);
+            const Vector<uint64_t> product1 = multiply_low(c2[i], kMultiply1);
             c0[i] = upper(product1) ^ c1[i] ^ broadcast<uint64_t>(k0);
             c1[i] = product1;
             c2[i] = upper(product0) ^ c3[i] ^ broadcast<uint64_t>(k1);

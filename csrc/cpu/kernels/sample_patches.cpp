@@ -63,7 +63,8 @@ void blurred_logits(const Real* pooled, const Extremes<Real>& windows, const Sof
     const Divisor<Real> temperature(softening.temperature);
     const int64_t radius = g.taps / 2, reach = smaller(radius, g.every_columns);  // beyond it, a tap meets zeros only
     const int64_t taps = 2 * reach + 1, margin = whole_vectors(reach);
-    const int64_t phases = smaller(taps, g.stride), phase_pitch = whole_vectors(g.columns + taps / g.stride + kAlignment);
+    const int64_t phases = smaller(taps, g.stride);
+    const int64_t phase_pitch = whole_vectors(g.columns + taps / g.stride + kAlignment);
     const int64_t filled = 2 * margin + g.pitch + kAlignment + phases * phase_pitch + whole_vectors(g.columns);
     Real* column_sums = memory;  // zeros, every_columns sums, zeros
     Real* deinterleaved = column_sums + 2 * margin + g.pitch + kAlignment;
@@ -91,13 +92,13 @@ void blurred_logits(const Real* pooled, const Extremes<Real>& windows, const Sof
     }
 }
 
-// Logits of `count` samples that were pooled, each at logits_of(slot).
-template <typename Real, typename LogitsOf>
+// Logits of `count` samples that were pooled.
+template <typename Real>
 void soften_samples(const Softening<Real>& softening, const WindowGrid& g, int64_t count,
-                    const Workspace<Real>& work, const LogitsOf& logits_of) {
+                    const Workspace<Real>& work) {
     const auto soften = g.taps > 1 ? blurred_logits<Real> : sharp_logits<Real>;
     for_bands(g, count, g.rows, [&](int64_t slot, const Share& rows, int64_t t) {
-        soften(work.pooled(slot), work.sample(slot).windows, softening, g, rows, work.task(t), logits_of(slot));
+        soften(work.pooled(slot), work.sample(slot).windows, softening, g, rows, work.task(t), work.logits(slot));
     });
 }
 
@@ -178,7 +179,7 @@ void sample_patches(const MapBatch<Real>& maps, const Softening<Real>& softening
     for (int64_t first = 0; first < g.batch; first += g.slots) {
         const int64_t count = smaller(g.slots, g.batch - first);
         pool_samples(maps, g, first, count, work);
-        soften_samples(softening, g, count, work, [&](int64_t slot) { return work.logits(slot); });
+        soften_samples(softening, g, count, work);
         const bool together = count == 1 && g.threads > 1 && g.rows * g.columns >= kDrawTogether;
         parallel_for(count, kWorthwhile, [&](int64_t slot) {
             draw_sample(work.logits(slot), noise, g, first + slot, work, slot, together, out);
@@ -186,27 +187,11 @@ void sample_patches(const MapBatch<Real>& maps, const Softening<Real>& softening
     }
 }
 
-template <typename Real>
-void window_logits(const MapBatch<Real>& maps, const Softening<Real>& softening, const WindowGrid& g, Real* workspace,
-                   Real* logits) {
-    const Workspace<Real> work{workspace, g};
-    for (int64_t first = 0; first < g.batch; first += g.slots) {
-        const int64_t count = smaller(g.slots, g.batch - first);
-        pool_samples(maps, g, first, count, work);
-        soften_samples(softening, g, count, work,
-                       [&](int64_t slot) { return logits + (first + slot) * g.rows * g.columns; });
-    }
-}
-
-#define ICSEG_SAMPLE_PATCHES(Real)                                                                                    template void sample_patches<Real>(const MapBatch<Real>&, const Softening<Real>&, const WindowNoise<Real>&,                                        const WindowGrid&, Real*, const DrawnPatches<Real>&);
+#define ICSEG_SAMPLE_PATCHES(Real)                                                                                 \
+    template void sample_patches<Real>(const MapBatch<Real>&, const Softening<Real>&, const WindowNoise<Real>&,   \
+                                       const WindowGrid&, Real*, const DrawnPatches<Real>&);
 ICSEG_SAMPLE_PATCHES(float)
 ICSEG_SAMPLE_PATCHES(double)
-
-#define ICSEG_WINDOW_LOGITS(Real)                                                                               \
-    template void window_logits<Real>(const MapBatch<Real>&, const Softening<Real>&, const WindowGrid&, Real*, \
-                                      Real*);
-ICSEG_WINDOW_LOGITS(float)
-ICSEG_WINDOW_LOGITS(double)
 
 }  // namespace ICSEG_ISA
 }  // namespace icseg

@@ -64,9 +64,6 @@ ICSEG_KERNEL(template <typename Real>
                                  const WindowNoise<Real>& noise, const WindowGrid& g, Real* workspace,
                                  const DrawnPatches<Real>& out))
 ICSEG_KERNEL(template <typename Real>
-             void window_logits(const MapBatch<Real>& maps, const Softening<Real>& softening, const WindowGrid& g,
-                                Real* workspace, Real* logits))
-ICSEG_KERNEL(template <typename Real>
              void window_logits_backward(const MapBatch<Real>& maps, const Real* grad_logits,
                                          const Softening<Real>& softening, const WindowGrid& g, Real* workspace,
                                          Real* grad_maps))

@@ -1,5 +1,5 @@
-// The gradient of window_logits: back through temperature, stride and blur, through the rescaling by the extremes, and
-// from each window to its maximum. Every sum is taken by one thread in a fixed order.
+// The gradient of the logits of sample_patches: back through temperature, stride and blur, through the rescaling by
+// the extremes, and from each window to its maximum. Every sum is taken by one thread in a fixed order.
 #include "blur.h"
 #include "sample_patches.h"
 #include "windows.h"
