@@ -93,7 +93,7 @@ ICSEG_API int icseg_gather_patches_backward_f64(const double* patches, const voi
 
 /* Resample patches of images bilinearly, borders replicated; zero for a patch wholly outside, or at NaN.
  *
- * A patch covers extent_y x extent_x pixels from its corner. Of its samples x samples samples, number i lies along
+ * A patch covers extent_y x extent_x > 0 pixels from its corner. Of its samples x samples samples, number i lies along
  * an axis at corner + (i + 1/2) extent / samples - 1/2, in pixels from the first pixel's centre; with edge_to_edge
  * at corner + extent / 2 - 1/2 + extent * line(i), `line` from -1/2 to 1/2 in equal steps (one sample: -1/2).
  *

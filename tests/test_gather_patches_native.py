@@ -327,3 +327,11 @@ def test_ops_never_read_beyond_their_tensors():
     shorts = torch.zeros(1, 5, 5, dtype=torch.int16)
     with pytest.raises(TypeError, match=r"source must be a floating-point tensor, got torch.int16"):
         ops.gather_patches_bilinear(shorts, coords, extent, extent, 3, False, "native")
+
+
+def test_an_extent_below_zero_reads_no_pixel_outside_the_image(isa):
+    source, coords = randn(1, 2, 40, 40), torch.tensor([[[39, 39], [20, 39], [30, 25]]])
+    arguments = coords, torch.tensor(-19.0), torch.tensor(-24.0), 16, False  # the samples descend
+    found, expected = (torch.ops.icseg.gather_patches_bilinear(source, *arguments, b) for b in ("native", "reference"))
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(found, expected)

@@ -11,10 +11,11 @@ namespace {
 int checked(const DrawSizes& s, int64_t element_bytes) {
     if (any_negative({s.batch, s.count, s.k})) return ICSEG_NEGATIVE_SIZE;
     if (s.k > s.count) return ICSEG_DRAWS;
+    constexpr int64_t kIndexBytes = sizeof(int64_t);
     int64_t bytes;
     // Indices fit 32 bits in the kernels' keys, and rows the counter of the noise.
     const bool fits = s.count <= INT32_MAX && s.batch <= UINT32_MAX &&
-                      multiply({s.batch, s.count + 1, 4, sizeof(int64_t) + element_bytes}, &bytes);
+                      multiply({s.batch, s.count + 1, 4, kIndexBytes + element_bytes}, &bytes);
     return fits ? ICSEG_OK : ICSEG_TOO_LARGE;
 }
 

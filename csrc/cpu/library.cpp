@@ -3,8 +3,8 @@
 #include "isa.h"
 
 #include <atomic>
-#include <initializer_list>
 #include <cstring>
+#include <initializer_list>
 
 #include <pthread.h>
 #ifdef _OPENMP

@@ -12,7 +12,7 @@ from icseg_kernels.numerics import accumulation_dtype
 
 _KERNELS = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _SUMS = {dtype: accumulation_dtype(dtype) for dtype in _KERNELS}
-_NO_TOTAL = {dtype: torch.empty(0, dtype=dtype) for dtype in set(_SUMS.values())}
+_NO_TOTAL = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in set(_SUMS.values())}
 # patches, coords, weight, mean, total, coverage; fill; B, K, C, p, H, W; strides of B, K, C, y, x; coords are int32
 _scatter = {
     dtype: library.function(f"icseg_scatter_patches_{name}", [c_void_p] * 6 + [c_double] + [c_int64] * 12)

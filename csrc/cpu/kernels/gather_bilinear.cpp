@@ -44,12 +44,13 @@ class Axis {
           steps_(static_cast<Real>(samples > 1 ? samples - 1 : 1)),
           edge_to_edge_(edge_to_edge),
           last_(length - 1),
-          regular_(inside_ && extent < kMostRegular && corner > -kMostRegular && length <= kMostRegular) {}
+          regular_(inside_ && corner > -kMostRegular && extent > 0 && extent < kMostRegular &&
+                   length <= kMostRegular) {}
 
     // Whether the patch and the image overlap.
     bool inside() const { return inside_; }
 
-    // Whether every position is a number, and every pixel's number fits an index of a vector.
+    // Whether every position is a number, they ascend, and every pixel's number fits an index of a vector.
     bool regular() const { return regular_; }
 
     int64_t last() const { return last_; }

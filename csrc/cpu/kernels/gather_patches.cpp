@@ -11,19 +11,14 @@ namespace ICSEG_ISA {
 namespace {
 
 template <int kBytes>
-struct ChunkOf {
-    typedef uint8_t type __attribute__((vector_size(kBytes), aligned(1), may_alias));
-};
-
-template <int kBytes>
-inline void copy_chunk(const char* from, char* to) {
-    using Chunk = typename ChunkOf<kBytes>::type;
-    *reinterpret_cast<Chunk*>(to) = *reinterpret_cast<const Chunk*>(from);
+inline void copy_chunk(const uint8_t* from, uint8_t* to) {
+    put<kBytes>(to, get<kBytes>(from));
 }
 
 // Rows of one chunk of kBytes, or of at least that many bytes: then the last chunk overlaps the one before.
 template <int kBytes>
-inline void copy_rows(const char* from, int64_t from_pitch, char* to, int64_t to_pitch, int64_t rows, int64_t bytes) {
+inline void copy_rows(const uint8_t* from, int64_t from_pitch, uint8_t* to, int64_t to_pitch, int64_t rows,
+                      int64_t bytes) {
     if (bytes == kBytes) {
         for (int64_t i = 0; i < rows; ++i) copy_chunk<kBytes>(from + i * from_pitch, to + i * to_pitch);
     } else if (bytes == 2 * kBytes) {
@@ -41,12 +36,13 @@ inline void copy_rows(const char* from, int64_t from_pitch, char* to, int64_t to
 }
 
 // A rectangle of rows of contiguous bytes.
-inline void copy_rectangle(const char* from, int64_t from_pitch, char* to, int64_t to_pitch, int64_t rows,
+inline void copy_rectangle(const uint8_t* from, int64_t from_pitch, uint8_t* to, int64_t to_pitch, int64_t rows,
                            int64_t bytes) {
-    if (kVectorBytes >= 64 && bytes >= 64) {
-        copy_rows<64>(from, from_pitch, to, to_pitch, rows, bytes);
-    } else if (kVectorBytes >= 32 && bytes >= 32) {
-        copy_rows<32>(from, from_pitch, to, to_pitch, rows, bytes);
+    constexpr int kNext = kVectorBytes >= 32 ? 32 : 16;
+    if (bytes >= kVectorBytes) {
+        copy_rows<kVectorBytes>(from, from_pitch, to, to_pitch, rows, bytes);
+    } else if (bytes >= kNext) {
+        copy_rows<kNext>(from, from_pitch, to, to_pitch, rows, bytes);
     } else if (bytes >= 16) {
         copy_rows<16>(from, from_pitch, to, to_pitch, rows, bytes);
     } else if (bytes >= 8) {
@@ -68,7 +64,7 @@ inline void copy_box(const Element* from, const GatherStrides& stride, Element* 
     const int64_t plane = patch * patch;
     if (stride.x == 1) {
         for (int64_t c = 0; c < channels; ++c, from += stride.channel, to += plane) {
-            copy_rectangle(reinterpret_cast<const char*>(from), stride.y * kBytes, reinterpret_cast<char*>(to),
+            copy_rectangle(reinterpret_cast<const uint8_t*>(from), stride.y * kBytes, reinterpret_cast<uint8_t*>(to),
                            patch * kBytes, rows, columns * kBytes);
         }
     } else if (stride.channel == 1) {
@@ -88,18 +84,11 @@ inline void copy_box(const Element* from, const GatherStrides& stride, Element* 
     }
 }
 
-template <typename Real, int kCount>
-struct RealsOf {
-    typedef Real type __attribute__((vector_size(kCount * sizeof(Real)), aligned(alignof(Real)), may_alias));
-};
-
 // to[j] += from[j] for the next `kCount` elements as often as they fit.
 template <int kCount, typename Real>
 inline void add_chunks(const Real* from, Real* to, int64_t length, int64_t& j) {
-    using Reals = typename RealsOf<Real, kCount>::type;
-    if (kCount > kLanes<Real>) return;
-    for (; j + kCount <= length; j += kCount) {
-        *reinterpret_cast<Reals*>(to + j) += *reinterpret_cast<const Reals*>(from + j);
+    if constexpr (kCount <= kLanes<Real>) {
+        for (; j + kCount <= length; j += kCount) put<kCount>(to + j, get<kCount>(to + j) + get<kCount>(from + j));
     }
 }
 

@@ -4,6 +4,31 @@
 #include "simd.h"
 #include "span.h"
 
+namespace {
+
+using icseg::Bfloat16;
+
+// There are no vectors of bfloat16: it is loaded and stored as float.
+template <int64_t kCount>
+struct SomeOf<Bfloat16, kCount> {};
+
+// bfloat16 is the upper half of a float32.
+template <int64_t kCount>
+inline Some<float, kCount> get(const Bfloat16* from) {
+    const auto bits = get<kCount>(&from->bits);
+    return reinterpret_cast<Some<float, kCount>>(__builtin_convertvector(bits, Some<uint32_t, kCount>) << 16);
+}
+// To the nearest, ties to even; every NaN becomes the same.
+template <int64_t kCount>
+inline void put(Bfloat16* to, Some<float, kCount> value) {
+    const auto bits = reinterpret_cast<Some<uint32_t, kCount>>(value);
+    const auto nan = Some<uint32_t, kCount>{} + 0x7fc0;
+    const auto upper = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : nan;
+    put<kCount>(&to->bits, __builtin_convertvector(upper, Some<uint16_t, kCount>));
+}
+
+}  // namespace
+
 namespace icseg {
 namespace ICSEG_ISA {
 namespace {
@@ -26,42 +51,6 @@ constexpr int64_t kBandBytes = 256 * 1024;
 // How many patches of a band, and of a tile, are listed. If there are more, all are tested again and again.
 constexpr int64_t kCandidates = 512;
 constexpr int64_t kHits = 128;
-
-// A vector of so many elements, and its loads and stores.
-template <typename Element, int64_t kCount>
-struct SomeOf {
-    typedef Element type __attribute__((vector_size(kCount * sizeof(Element))));
-    typedef Element unaligned
-        __attribute__((vector_size(kCount * sizeof(Element)), aligned(alignof(Element)), may_alias));
-};
-template <int64_t kCount>
-struct SomeOf<Bfloat16, kCount> {};  // there are none: loaded and stored as float
-template <typename Element, int64_t kCount>
-using Some = typename SomeOf<Element, kCount>::type;
-
-template <int64_t kCount, typename Element>
-inline Some<Element, kCount> get(const Element* from) {
-    return *reinterpret_cast<const typename SomeOf<Element, kCount>::unaligned*>(from);
-}
-template <int64_t kCount, typename Element>
-inline void put(Element* to, Some<Element, kCount> value) {
-    *reinterpret_cast<typename SomeOf<Element, kCount>::unaligned*>(to) = value;
-}
-
-// bfloat16 is the upper half of a float32.
-template <int64_t kCount>
-inline Some<float, kCount> get(const Bfloat16* from) {
-    const auto bits = get<kCount>(&from->bits);
-    return reinterpret_cast<Some<float, kCount>>(__builtin_convertvector(bits, Some<uint32_t, kCount>) << 16);
-}
-// To the nearest, ties to even; every NaN becomes the same.
-template <int64_t kCount>
-inline void put(Bfloat16* to, Some<float, kCount> value) {
-    const auto bits = reinterpret_cast<Some<uint32_t, kCount>>(value);
-    const auto nan = Some<uint32_t, kCount>{} + 0x7fc0;
-    const auto upper = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : nan;
-    put<kCount>(&to->bits, __builtin_convertvector(upper, Some<uint16_t, kCount>));
-}
 
 template <int64_t kCount>
 struct Step {
@@ -99,19 +88,37 @@ struct Area {
     }
 };
 
+inline int64_t coordinate(const Corners& corners, int64_t i) {
+    return corners.narrow ? static_cast<const int32_t*>(corners.values)[i]
+                          : static_cast<const int64_t*>(corners.values)[i];
+}
+
+// Without the first `skipped` coordinates.
+inline Corners rest(const Corners& corners, int64_t skipped) {
+    const int64_t bytes = skipped * static_cast<int64_t>(corners.narrow ? sizeof(int32_t) : sizeof(int64_t));
+    return {static_cast<const char*>(corners.values) + bytes, corners.narrow};
+}
+
+// A patch that touches a tile: its number, and its corner as seen from the tile's.
+struct Hit {
+    int64_t index, y, x;
+};
+
 // Which patches touch a band, in their order, and which of its blocks they touch.
 struct Candidates {
+    Corners corners;
+    int64_t patch;
     int64_t listed[kCandidates];
     bool touched[kBandBlocks];
     int64_t count, blocks;  // of candidates, and of blocks touched
     bool all;  // too many to list: every patch is a candidate, and every block counts as touched
 
-    template <typename Index>
-    Candidates(const Index* corners, int64_t patches, int64_t patch, const Area& band)
-        : count(0), blocks(0), all(false) {
+    Candidates(Corners those, int64_t patches, int64_t size, const Area& band)
+        : corners(those), patch(size), count(0), blocks(0), all(false) {
         std::memset(touched, 0, sizeof touched);
         for (int64_t k = 0; k < patches; ++k) {
-            if (!band.is_touched(corners[2 * k], corners[2 * k + 1], patch)) continue;
+            const int64_t y = coordinate(corners, 2 * k), x = coordinate(corners, 2 * k + 1);
+            if (!band.is_touched(y, x, patch)) continue;
             if (count == kCandidates) {
                 all = true;
                 count = patches;
@@ -120,9 +127,9 @@ struct Candidates {
                 return;
             }
             listed[count++] = k;
-            const int64_t x = corners[2 * k + 1] - band.left;
-            const int64_t last = (smaller(x + patch, band.columns) - 1) / kBlock;
-            for (int64_t block = larger<int64_t>(x, 0) / kBlock; block <= last; ++block) {
+            const int64_t start = x - band.left;
+            const int64_t last = (smaller(start + patch, band.columns) - 1) / kBlock;
+            for (int64_t block = larger<int64_t>(start, 0) / kBlock; block <= last; ++block) {
                 blocks += !touched[block];
                 touched[block] = true;
             }
@@ -130,28 +137,23 @@ struct Candidates {
     }
 };
 
-// A patch that touches a tile: its number, and its corner as seen from the tile's.
-struct Hit {
-    int64_t index, y, x;
-};
-
 struct Hits {
     Hit listed[kHits];
     int64_t count;
 
     // Lists those of the candidates from `next` on, as many as fit. Returns the first that was not tested.
-    template <typename Index>
-    int64_t find(const Index* corners, const Candidates& candidates, int64_t next, const Area& tile, int64_t patch) {
+    int64_t find(const Candidates& candidates, int64_t next, const Area& tile) {
         for (count = 0; next < candidates.count && count < kHits; ++next) {
             const int64_t k = candidates.all ? next : candidates.listed[next];
-            const int64_t y = corners[2 * k], x = corners[2 * k + 1];
-            if (tile.is_touched(y, x, patch)) listed[count++] = {k, y - tile.top, x - tile.left};
+            const Corners& corners = candidates.corners;
+            const int64_t y = coordinate(corners, 2 * k), x = coordinate(corners, 2 * k + 1);
+            if (tile.is_touched(y, x, candidates.patch)) listed[count++] = {k, y - tile.top, x - tile.left};
         }
         return next;
     }
 };
 
-// body(row, column, Step) over a tile, row by row.
+// body(row, column, Step) over an area, row by row.
 template <typename Real, typename Body>
 inline void each_pixel(const Area& area, const Body& body) {
     const int64_t rows = area.rows, columns = area.columns;
@@ -193,11 +195,12 @@ inline void clear(const Area& tile, Real* sums) {
 }
 
 // Everything of a call, pointers moved to one image.
-template <typename Stored, int64_t kPatch, bool weighted>
+template <typename Stored>
 struct Image {
     using Real = Sum<Stored>;
 
     const Stored* patches;
+    Corners corners;
     const Real* weight;
     Stored* mean;
     Real* total;
@@ -205,96 +208,6 @@ struct Image {
     Real fill;
     const ScatterSizes& s;
     const ScatterStrides& stride;
-
-    template <typename Index>
-    void write_band(const Index* corners, int64_t top) const {
-        const int64_t pixel_bytes = s.channels * kRows * static_cast<int64_t>(sizeof(Stored)) + 1;
-        const int64_t most_columns = clamped(kBandBytes / pixel_bytes / kBlock * kBlock, kBlock, kBandColumns);
-        Area band{top, 0, smaller(kRows, s.height - top), 0};
-        for (; band.left < s.width; band.left += most_columns) {
-            band.columns = smaller(most_columns, s.width - band.left);
-            const Candidates candidates(corners, s.count, patch(), band);
-            // Long rows are written faster than short ones, even if a few pixels are then written again.
-            const bool is_sparse = candidates.blocks * kBlock * 4 < band.columns;
-            if (is_sparse) write_empty(band);
-            const bool* touched = candidates.touched;
-            for (int64_t first = 0, last; first * kBlock < band.columns; first = last) {
-                const int64_t most = touched[first] ? kColumns<Real> / kBlock : kBandBlocks;
-                for (last = first + 1; last < kBandBlocks && last - first < most && touched[last] == touched[first];) {
-                    ++last;
-                }
-                const int64_t end = smaller(last * kBlock, band.columns);
-                const Area area{band.top, band.left + first * kBlock, band.rows, end - first * kBlock};
-                if (touched[first]) {
-                    write_tile(corners, candidates, area);
-                } else if (!is_sparse) {
-                    write_empty(area);
-                }
-            }
-        }
-    }
-
-    template <typename Index>
-    void write_tile(const Index* corners, const Candidates& candidates, const Area& tile) const {
-        Hits hits;
-        const int64_t tested = hits.find(corners, candidates, 0, tile, patch());
-        const bool all_listed = tested == candidates.count;
-        const auto each_hit = [&](const auto& body) {
-            int64_t next = all_listed ? tested : hits.find(corners, candidates, 0, tile, patch());
-            for (;;) {
-                for (int64_t n = 0; n < hits.count; ++n) body(hits.listed[n]);
-                if (next == candidates.count) return;
-                next = hits.find(corners, candidates, next, tile, patch());
-            }
-        };
-
-        alignas(64) Real totals[kRows * kPitch<Real>], sums[kRows * kPitch<Real>];
-        const int64_t size = patch(), stride_y = stride.y, stride_x = kPatch ? 1 : stride.x;
-        const Real* const table = weight;
-        clear(tile, totals);
-        each_hit([&](const Hit& hit) {
-            add_patch<Real, kPatch>(hit, tile, size, true, totals, [&](int64_t i, int64_t j, auto step) {
-                return counted_weight(table + i * size + j, step);
-            });
-        });
-        write_totals(tile, totals);
-        for (int64_t c = 0; c < s.channels; ++c) {
-            clear(tile, sums);
-            each_hit([&](const Hit& hit) {
-                const Stored* const from = patches + hit.index * stride.count + c * stride.channel;
-                add_patch<Real, kPatch>(hit, tile, size, stride_x == 1, sums, [&](int64_t i, int64_t j, auto step) {
-                    return weighted_pixel(from + i * stride_y + j * stride_x, table + i * size + j, step);
-                });
-            });
-            write_means(tile, totals, sums, mean + c * s.height * s.width);
-        }
-    }
-
-    int64_t patch() const { return kPatch ? kPatch : s.patch; }
-
-    template <typename Step>
-    static auto counted_weight(const Real* at, Step) {
-        constexpr int64_t kStep = Step::count;
-        constexpr Some<Real, kStep> zero = {};
-        if constexpr (!weighted) {
-            return zero + 1;
-        } else {
-            const auto w = get<kStep>(at);
-            return w > 0 ? w : zero;
-        }
-    }
-
-    template <typename Step>
-    static auto weighted_pixel(const Stored* from, const Real* at, Step) {
-        constexpr int64_t kStep = Step::count;
-        const Some<Real, kStep> value = get<kStep>(from);
-        if constexpr (!weighted) {
-            return value;
-        } else {
-            const auto w = get<kStep>(at);
-            return w > 0 ? value * w : Some<Real, kStep>{};  // without weight also a NaN is nothing
-        }
-    }
 
     void write_totals(const Area& tile, const Real* totals) const {
         const int64_t width = s.width, start = tile.top * width + tile.left;
@@ -348,27 +261,102 @@ struct Image {
     }
 };
 
+// Weights of a step of pixels, and the pixels times their weights. Without weight also a NaN is nothing.
+template <bool weighted, typename Real, typename Step>
+inline auto counted_weight(const Real* at, Step) {
+    constexpr int64_t kStep = Step::count;
+    constexpr Some<Real, kStep> zero = {};
+    if constexpr (!weighted) {
+        return zero + 1;
+    } else {
+        const auto w = get<kStep>(at);
+        return w > 0 ? w : zero;
+    }
+}
+
+template <bool weighted, typename Stored, typename Step>
+inline auto weighted_pixel(const Stored* from, const Sum<Stored>* at, Step) {
+    constexpr int64_t kStep = Step::count;
+    using Reals = Some<Sum<Stored>, kStep>;
+    const Reals value = get<kStep>(from);
+    if constexpr (!weighted) {
+        return value;
+    } else {
+        const auto w = get<kStep>(at);
+        return w > 0 ? value * w : Reals{};
+    }
+}
+
+// kPatch: the patch size, of contiguous rows; 0: any.
 template <typename Stored, int64_t kPatch, bool weighted>
-void scatter_bands(const Stored* patches, Corners corners, const Sum<Stored>* weight, Stored* mean,
-                   Sum<Stored>* total, uint8_t* coverage, double fill, const ScatterSizes& s,
-                   const ScatterStrides& stride) {
-    const int64_t bands = s.height / kRows + (s.height % kRows != 0);
-    parallel_for(s.width ? s.batch * bands : 0, s.images_bytes + s.patches_bytes, [&](int64_t n) {
-        const int64_t b = n / bands, plane = b * s.height * s.width, first = 2 * b * s.count;
-        const Image<Stored, kPatch, weighted> image{patches + b * stride.batch,
-                                                    weight,
-                                                    mean + s.channels * plane,
-                                                    total ? total + plane : nullptr,
-                                                    coverage + plane,
-                                                    static_cast<Sum<Stored>>(fill),
-                                                    s,
-                                                    stride};
-        if (corners.narrow) {
-            image.write_band(static_cast<const int32_t*>(corners.values) + first, n % bands * kRows);
-        } else {
-            image.write_band(static_cast<const int64_t*>(corners.values) + first, n % bands * kRows);
+void write_tile(const Image<Stored>& image, const Candidates& candidates, const Area& tile) {
+    using Real = Sum<Stored>;
+    Hits hits;
+    const int64_t tested = hits.find(candidates, 0, tile);
+    const bool all_listed = tested == candidates.count;
+    const auto each_hit = [&](const auto& body) {
+        int64_t next = all_listed ? tested : hits.find(candidates, 0, tile);
+        for (;;) {
+            for (int64_t n = 0; n < hits.count; ++n) body(hits.listed[n]);
+            if (next == candidates.count) return;
+            next = hits.find(candidates, next, tile);
         }
+    };
+
+    alignas(64) Real totals[kRows * kPitch<Real>], sums[kRows * kPitch<Real>];
+    const ScatterSizes& s = image.s;
+    const int64_t size = kPatch ? kPatch : s.patch;
+    const int64_t stride_y = image.stride.y, stride_x = kPatch ? 1 : image.stride.x;
+    const auto weights = [&](int64_t i, int64_t j) { return weighted ? image.weight + i * size + j : nullptr; };
+    clear(tile, totals);
+    each_hit([&](const Hit& hit) {
+        add_patch<Real, kPatch>(hit, tile, size, true, totals, [&](int64_t i, int64_t j, auto step) {
+            return counted_weight<weighted>(weights(i, j), step);
+        });
     });
+    image.write_totals(tile, totals);
+    for (int64_t c = 0; c < s.channels; ++c) {
+        clear(tile, sums);
+        each_hit([&](const Hit& hit) {
+            const Stored* const from = image.patches + hit.index * image.stride.count + c * image.stride.channel;
+            add_patch<Real, kPatch>(hit, tile, size, stride_x == 1, sums, [&](int64_t i, int64_t j, auto step) {
+                return weighted_pixel<weighted>(from + i * stride_y + j * stride_x, weights(i, j), step);
+            });
+        });
+        image.write_means(tile, totals, sums, image.mean + c * s.height * s.width);
+    }
+}
+
+template <typename Stored>
+using WriteTile = void (*)(const Image<Stored>&, const Candidates&, const Area&);
+
+template <typename Stored>
+inline void write_band(const Image<Stored>& image, WriteTile<Stored> write_tile, int64_t top) {
+    const ScatterSizes& s = image.s;
+    const int64_t pixel_bytes = s.channels * kRows * static_cast<int64_t>(sizeof(Stored)) + 1;
+    const int64_t most_columns = clamped(kBandBytes / pixel_bytes / kBlock * kBlock, kBlock, kBandColumns);
+    Area band{top, 0, smaller(kRows, s.height - top), 0};
+    for (; band.left < s.width; band.left += most_columns) {
+        band.columns = smaller(most_columns, s.width - band.left);
+        const Candidates candidates(image.corners, s.count, s.patch, band);
+        // Long rows are written faster than short ones, even if a few pixels are then written again.
+        const bool is_sparse = candidates.blocks * kBlock * 4 < band.columns;
+        if (is_sparse) image.write_empty(band);
+        const bool* touched = candidates.touched;
+        for (int64_t first = 0, last; first * kBlock < band.columns; first = last) {
+            const int64_t most = touched[first] ? kColumns<Sum<Stored>> / kBlock : kBandBlocks;
+            for (last = first + 1; last < kBandBlocks && last - first < most && touched[last] == touched[first];) {
+                ++last;
+            }
+            const int64_t end = smaller(last * kBlock, band.columns);
+            const Area area{band.top, band.left + first * kBlock, band.rows, end - first * kBlock};
+            if (touched[first]) {
+                write_tile(image, candidates, area);
+            } else if (!is_sparse) {
+                image.write_empty(area);
+            }
+        }
+    }
 }
 
 // to = grad / total * weight, where both are positive, else 0.
@@ -387,47 +375,36 @@ inline void share(const Stored* grad, const Sum<Stored>* total, const Sum<Stored
     put<kStep>(to, counted ? value : Some<Real, kStep>{});
 }
 
-// One patch after the other: what each pixel of it got of the gradient.
+// What each pixel of a patch got of the gradient of its image. kPatch: the patch size, 0: any.
 template <typename Stored, int64_t kPatch, bool weighted>
-void gather_shares(const Stored* grad, const Sum<Stored>* total, Corners corners, const Sum<Stored>* weight,
-                   Stored* patches, const ScatterSizes& s, const ScatterStrides& stride) {
+void write_shares(const Stored* grad, const Sum<Stored>* total, const Span& y, const Span& x,
+                  const Sum<Stored>* weight, Stored* to, const ScatterSizes& s, const ScatterStrides& stride) {
     using Real = Sum<Stored>;
-    const int64_t patch = kPatch ? kPatch : s.patch, elements = s.channels * patch * patch;
-    parallel_for(elements ? s.batch * s.count : 0, 2 * s.patches_bytes, [&](int64_t n) {
-        const int64_t b = n / s.count;
-        const auto corner = [&](int64_t i) {
-            return corners.narrow ? static_cast<const int32_t*>(corners.values)[i]
-                                  : static_cast<const int64_t*>(corners.values)[i];
-        };
-        const Span y(corner(2 * n), patch, s.height), x(corner(2 * n + 1), patch, s.width);
-        Stored* to = patches + n * elements;
-        if (y.empty() || x.empty()) {
-            std::memset(to, 0, elements * sizeof(Stored));
-            return;
-        }
-        for (int64_t c = 0; c < s.channels; ++c) {
-            for (int64_t i = 0; i < patch; ++i, to += patch) {
-                if (!y.contains(i)) {
-                    std::memset(to, 0, patch * sizeof(Stored));
-                    continue;
-                }
-                const int64_t row = y.corner + i;
-                const Stored* from =
-                    grad + b * stride.batch + c * stride.channel + row * stride.y + x.corner * stride.x;
-                const Real* divisors = total + (b * s.height + row) * s.width + x.corner;
-                const auto write = [&](int64_t j, auto step) {
-                    share<weighted>(from + j * stride.x, divisors + j, weight + i * patch + j, to + j, step);
-                };
-                if (kPatch > 0 && x.last - x.first == kPatch && stride.x == 1) {
-                    in_fixed_steps<Real, kPatch ? kPatch : 1>(write);
-                    continue;
-                }
-                std::memset(to, 0, x.first * sizeof(Stored));
-                in_steps<Real>(x.first, x.last, stride.x == 1, write);
-                std::memset(to + x.last, 0, (patch - x.last) * sizeof(Stored));
+    const int64_t patch = kPatch ? kPatch : s.patch, stride_x = stride.x;
+    const bool whole_rows = kPatch > 0 && x.last - x.first == kPatch && stride_x == 1;
+    for (int64_t c = 0; c < s.channels; ++c) {
+        for (int64_t i = 0; i < patch; ++i, to += patch) {
+            if (!y.contains(i)) {
+                std::memset(to, 0, patch * sizeof(Stored));
+                continue;
             }
+            const int64_t row = y.corner + i, left = x.corner;
+            const Stored* const from = grad + c * stride.channel + row * stride.y;
+            const Real* const divisors = total + row * s.width;
+            const Real* const weights = weighted ? weight + i * patch : nullptr;
+            const auto write = [&](int64_t j, auto step) {
+                share<weighted>(from + (left + j) * stride_x, divisors + left + j, weighted ? weights + j : nullptr,
+                                to + j, step);
+            };
+            if (whole_rows) {
+                in_fixed_steps<Real, kPatch ? kPatch : 1>(write);
+                continue;
+            }
+            std::memset(to, 0, x.first * sizeof(Stored));
+            in_steps<Real>(x.first, x.last, stride_x == 1, write);
+            std::memset(to + x.last, 0, (patch - x.last) * sizeof(Stored));
         }
-    });
+    }
 }
 
 }  // namespace
@@ -436,21 +413,45 @@ template <typename Stored>
 void scatter(const Stored* patches, Corners corners, const Sum<Stored>* weight, Stored* mean, Sum<Stored>* total,
              uint8_t* coverage, double fill, const ScatterSizes& s, const ScatterStrides& stride) {
     const int64_t fixed = stride.x == 1 ? s.patch : 0;
-    const auto kernel = fixed == 8    ? weight ? scatter_bands<Stored, 8, true> : scatter_bands<Stored, 8, false>
-                        : fixed == 16 ? weight ? scatter_bands<Stored, 16, true> : scatter_bands<Stored, 16, false>
-                        : weight      ? scatter_bands<Stored, 0, true>
-                                      : scatter_bands<Stored, 0, false>;
-    kernel(patches, corners, weight, mean, total, coverage, fill, s, stride);
+    const auto write = fixed == 8    ? weight ? write_tile<Stored, 8, true> : write_tile<Stored, 8, false>
+                       : fixed == 16 ? weight ? write_tile<Stored, 16, true> : write_tile<Stored, 16, false>
+                       : weight      ? write_tile<Stored, 0, true>
+                                     : write_tile<Stored, 0, false>;
+    const int64_t bands = s.height / kRows + (s.height % kRows != 0);
+    parallel_for(s.width ? s.batch * bands : 0, s.images_bytes + s.patches_bytes, [&](int64_t n) {
+        const int64_t b = n / bands, plane = b * s.height * s.width;
+        const Image<Stored> image{patches + b * stride.batch,
+                                  rest(corners, 2 * b * s.count),
+                                  weight,
+                                  mean + s.channels * plane,
+                                  total ? total + plane : nullptr,
+                                  coverage + plane,
+                                  static_cast<Sum<Stored>>(fill),
+                                  s,
+                                  stride};
+        write_band(image, write, n % bands * kRows);
+    });
 }
 
 template <typename Stored>
 void scatter_backward(const Stored* grad, const Sum<Stored>* total, Corners corners, const Sum<Stored>* weight,
                       Stored* patches, const ScatterSizes& s, const ScatterStrides& stride) {
-    const auto kernel = s.patch == 8    ? weight ? gather_shares<Stored, 8, true> : gather_shares<Stored, 8, false>
-                        : s.patch == 16 ? weight ? gather_shares<Stored, 16, true> : gather_shares<Stored, 16, false>
-                        : weight        ? gather_shares<Stored, 0, true>
-                                        : gather_shares<Stored, 0, false>;
-    kernel(grad, total, corners, weight, patches, s, stride);
+    const auto write = s.patch == 8    ? weight ? write_shares<Stored, 8, true> : write_shares<Stored, 8, false>
+                       : s.patch == 16 ? weight ? write_shares<Stored, 16, true> : write_shares<Stored, 16, false>
+                       : weight        ? write_shares<Stored, 0, true>
+                                       : write_shares<Stored, 0, false>;
+    const int64_t elements = s.channels * s.patch * s.patch;
+    parallel_for(elements ? s.batch * s.count : 0, 2 * s.patches_bytes, [&](int64_t n) {
+        const int64_t b = n / s.count;
+        const Span y(coordinate(corners, 2 * n), s.patch, s.height);
+        const Span x(coordinate(corners, 2 * n + 1), s.patch, s.width);
+        Stored* to = patches + n * elements;
+        if (y.empty() || x.empty()) {
+            std::memset(to, 0, elements * sizeof(Stored));
+        } else {
+            write(grad + b * stride.batch, total + b * s.height * s.width, y, x, weight, to, s, stride);
+        }
+    });
 }
 
 #define ICSEG_SCATTER(Stored)                                                                                       \

@@ -66,7 +66,7 @@ struct Rows {
     void turn_back(const Real* from, int64_t n, Real* to) const {
         if (cos != nullptr) {
             turn(from, 1, n, -1, to);
-        } else {
+        } else if (width > 0) {  // else `to` may be null
             std::memcpy(to, from, width * sizeof(Real));
         }
     }

@@ -8,6 +8,12 @@
 #include <cstdint>
 #include <cstring>
 #ifdef __SSE2__
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 holds the undefined lanes that its own AVX-512 intrinsics begin with for mistakes (bug 105593). It reports
+// them where the intrinsics are inlined, so a push and pop around the header does not help.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -25,30 +31,44 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <typename Element>
-struct VectorOf {
-    typedef Element type __attribute__((vector_size(kVectorBytes)));
-    typedef Element unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(Element)), may_alias));
+// A vector of so many elements (a power of two), and its loads and stores.
+template <typename Element, int64_t kCount>
+struct SomeOf {
+    typedef Element type __attribute__((vector_size(kCount * sizeof(Element))));
+    typedef Element unaligned
+        __attribute__((vector_size(kCount * sizeof(Element)), aligned(alignof(Element)), may_alias));
 };
+template <typename Element, int64_t kCount>
+using Some = typename SomeOf<Element, kCount>::type;
 
-template <typename Element>
-using Vector = typename VectorOf<Element>::type;
+template <int64_t kCount, typename Element>
+inline Some<Element, kCount> get(const Element* from) {
+    return *reinterpret_cast<const typename SomeOf<Element, kCount>::unaligned*>(from);
+}
 
-// Elements in a vector.
+template <int64_t kCount, typename Element>
+inline void put(Element* to, Some<Element, kCount> value) {
+    *reinterpret_cast<typename SomeOf<Element, kCount>::unaligned*>(to) = value;
+}
+
+// Elements in a vector of the instruction set.
 template <typename Element>
 constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(Element));
 
 template <typename Element>
+using Vector = Some<Element, kLanes<Element>>;
+
+template <typename Element>
 inline Vector<Element> load(const Element* from) {
-    return *reinterpret_cast<const typename VectorOf<Element>::unaligned*>(from);
+    return get<kLanes<Element>>(from);
 }
 
 template <typename Element>
 inline void store(Element* to, Vector<Element> value) {
-    *reinterpret_cast<typename VectorOf<Element>::unaligned*>(to) = value;
+    put<kLanes<Element>>(to, value);
 }
 
-// The first `count` elements, 0 <= count < lanes; zeros beyond.
+// The first `count` elements, 0 <= count < lanes; zeros beyond. Of none, `from` may be null.
 template <typename Element>
 inline Vector<Element> load_first(const Element* from, int64_t count) {
 #ifdef __AVX512F__
@@ -56,7 +76,7 @@ inline Vector<Element> load_first(const Element* from, int64_t count) {
     if constexpr (sizeof(Element) == 8) return (Vector<Element>)_mm512_maskz_loadu_epi64((1u << count) - 1, from);
 #endif
     Vector<Element> value = {};
-    std::memcpy(&value, from, count * sizeof(Element));
+    if (count > 0) std::memcpy(&value, from, count * sizeof(Element));  // memcpy wants a pointer even then
     return value;
 }
 
@@ -66,7 +86,7 @@ inline void store_first(Element* to, Vector<Element> value, int64_t count) {
     if constexpr (sizeof(Element) == 4) return _mm512_mask_storeu_epi32(to, (1u << count) - 1, (__m512i)value);
     if constexpr (sizeof(Element) == 8) return _mm512_mask_storeu_epi64(to, (1u << count) - 1, (__m512i)value);
 #endif
-    std::memcpy(to, &value, count * sizeof(Element));
+    if (count > 0) std::memcpy(to, &value, count * sizeof(Element));
 }
 
 template <typename Element>

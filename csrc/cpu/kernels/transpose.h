@@ -5,7 +5,7 @@
 
 namespace {
 
-#ifdef __AVX__
+#ifdef __AVX2__
 // 8 x 8 elements of 4 bytes.
 inline void transpose_tile(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
     __m256 rows[8], pairs[8], quads[8];
@@ -26,6 +26,7 @@ inline void transpose_tile(const float* from, int64_t from_pitch, float* to, int
     }
 }
 #elif defined(__SSE2__)
+// 4 x 4 elements of 4 bytes.
 inline void transpose_tile(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
     __m128 rows[4];
     for (int i = 0; i < 4; ++i) rows[i] = _mm_loadu_ps(from + i * from_pitch);
