@@ -6,13 +6,21 @@ import pytest
 import torch
 from harness import compare
 
-from icseg_kernels import gather_patches, gumbel_topk, sample_patches, scatter_patches, selected_attention
+from icseg_kernels import (
+    gather_patches,
+    group_norm_film,
+    gumbel_topk,
+    sample_patches,
+    scatter_patches,
+    selected_attention,
+)
 
 SOURCE = torch.rand(1, 1, 8, 8)
 COORDS = torch.zeros(1, 1, 2, dtype=torch.int64)
 PATCHES = torch.rand(1, 1, 1, 2, 2)
 LOGITS = torch.rand(1, 8)
 TOKENS = torch.rand(1, 1, 4, 8)
+MAPS, GAIN, BIAS = torch.rand(2, 8, 2, 2), torch.rand(8), torch.rand(8)
 INDEX = torch.tensor([[0, 2]])
 CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "gather_patches": lambda backend: gather_patches(SOURCE, COORDS, 2, backend=backend),
@@ -24,6 +32,7 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
         TOKENS, TOKENS, TOKENS, index=INDEX, backend=backend
     ),
     "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
+    "group_norm_film": lambda backend: group_norm_film(MAPS, 4, GAIN, BIAS, activation="gelu", backend=backend),
 }
 
 

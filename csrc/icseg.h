@@ -212,7 +212,8 @@ ICSEG_API int icseg_gumbel_noise(float* noise, int64_t rows, int64_t elements, u
  *
  * zx, zy     [batch, xs, length], [batch, ys, length] contiguous
  * pairs      [batch, xs, ys, length] contiguous, every element written, or NULL; it may be zy where xs is 1
- * mean       [batch, xs, length] contiguous, every element written if ys > 0, added up in the order of j, or NULL
+ * mean       [batch, xs, length] contiguous, every element written if ys > 0, added up in the order of j, or NULL;
+ *            the same bits with and without pairs, but for which NaN a NaN is
  * activation 0 none, 1 relu, 2 leaky relu (slope below 0: `slope`), 3 GELU
  */
 ICSEG_API int icseg_cross_tail_f32(const float* zx, const float* zy, float* pairs, float* mean,

@@ -5,7 +5,7 @@ Each op has a reference in plain PyTorch and, where built, faster backends; see 
 
 from icseg_kernels.attention import Rotation, selected_attention
 from icseg_kernels.backend import BackendError, use_backend
-from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_mean
+from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean
 from icseg_kernels.group_norm_film import group_norm_film
 from icseg_kernels.gumbel_topk import TopK, gumbel_topk
 from icseg_kernels.patches import PatchSample, Scatter, gather_patches, sample_patches, scatter_patches
@@ -17,6 +17,7 @@ __all__ = [
     "Scatter",
     "TopK",
     "cross_conv2d",
+    "cross_conv2d_and_mean",
     "cross_conv2d_mean",
     "gather_patches",
     "group_norm_film",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icseg_kernels import (
     cross_conv2d,
+    cross_conv2d_and_mean,
     cross_conv2d_mean,
     gather_patches,
     group_norm_film,
@@ -96,7 +97,7 @@ def _selected_attention(large: bool) -> Run:
     return _run(attend, *(_normal(2, 4, n, 16, seed=i) for i in range(3)))
 
 
-def _cross_conv2d(large: bool, op: Callable[..., Tensor] = cross_conv2d) -> Run:
+def _cross_conv2d(large: bool, op: Callable[..., Any] = cross_conv2d) -> Run:
     side = 48 if large else 5
     shapes = ((2, 2, 3, side, side), (2, 4, 3, side, side), (8, 6, 3, 3), (8,))
     return _run(op, *(_normal(*shape, seed=i) for i, shape in enumerate(shapes)))
@@ -104,6 +105,10 @@ def _cross_conv2d(large: bool, op: Callable[..., Tensor] = cross_conv2d) -> Run:
 
 def _cross_conv2d_mean(large: bool) -> Run:
     return _cross_conv2d(large, cross_conv2d_mean)
+
+
+def _cross_conv2d_and_mean(large: bool) -> Run:
+    return _cross_conv2d(large, cross_conv2d_and_mean)
 
 
 def _group_norm_film(large: bool) -> Run:
@@ -125,6 +130,7 @@ SAMPLES: dict[str, Callable[[bool], Run]] = {
     "selected_attention": _selected_attention,
     "cross_conv2d": _cross_conv2d,
     "cross_conv2d_mean": _cross_conv2d_mean,
+    "cross_conv2d_and_mean": _cross_conv2d_and_mean,
     "group_norm_film": _group_norm_film,
 }
 """prepare(large): inputs of one call, of a second's fraction; large: enough for several threads."""

@@ -14,8 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from icseg_kernels import (
     checks,
     cross_conv2d,
+    cross_conv2d_and_mean,
     cross_conv2d_mean,
     gather_patches,
+    group_norm_film,
     gumbel_topk,
     sample_patches,
     scatter_patches,
@@ -41,6 +43,8 @@ def valid(op: Callable[..., Any]) -> dict[str, Any]:
         },
         cross_conv2d: images(),
         cross_conv2d_mean: images(),
+        cross_conv2d_and_mean: images(),
+        group_norm_film: {"x": torch.zeros(2, 4, 3), "groups": 2, "gain": torch.zeros(4), "bias": torch.zeros(2, 4)},
     }[op]
 
 
@@ -54,7 +58,7 @@ def images() -> dict[str, Any]:
     }
 
 
-IMAGE_OPS = (cross_conv2d, cross_conv2d_mean)
+IMAGE_OPS = (cross_conv2d, cross_conv2d_mean, cross_conv2d_and_mean)
 TENSORS = [
     (gumbel_topk, "logits"),
     (sample_patches, "weights"),
@@ -64,6 +68,7 @@ TENSORS = [
     (scatter_patches, "coords"),
     *((selected_attention, name) for name in ("q", "k", "v", "index")),
     *((op, name) for op in IMAGE_OPS for name in ("x", "y", "weight", "bias")),
+    *((group_norm_film, name) for name in ("x", "gain", "bias")),
 ]
 # The first tensor of an op says where the others must be.
 FOLLOWING = [(op, name) for op, name in TENSORS if name != next(iter(valid(op)))]
@@ -75,12 +80,15 @@ INTEGERS = [
     (gather_patches, "patch_size"),
     (selected_attention, "kv_end"),
     *((op, name) for op in IMAGE_OPS for name in ("stride", "padding", "dilation")),
+    (group_norm_film, "groups"),
 ]
 NUMBERS = [
     (sample_patches, "temperature"),
     (sample_patches, "blur_sigma"),
     (selected_attention, "scale"),
     (scatter_patches, "fill"),
+    *((op, "negative_slope") for op in IMAGE_OPS),
+    (group_norm_film, "eps"),
 ]
 
 
@@ -177,12 +185,20 @@ def test_number_that_is_not_finite(op: Callable[..., Any], name: str, hostile: f
         *((op, "stride", (1, 1.5), TypeError) for op in IMAGE_OPS),
         *((op, "stride", (1, 1, 1), ValueError) for op in IMAGE_OPS),
         *((op, "padding", (1, "1"), TypeError) for op in IMAGE_OPS),
+        *((op, "activation", hostile, ValueError) for op in IMAGE_OPS for hostile in ("tanh", 1, ["relu"], {})),
+        *((group_norm_film, "activation", hostile, ValueError) for hostile in ("relu", 1, ["gelu"], {})),
+        (group_norm_film, "groups", -2, ValueError),
+        (group_norm_film, "eps", -1e-9, ValueError),
+        (group_norm_film, "gain", torch.zeros(()), ValueError),
+        (group_norm_film, "gain", torch.zeros(1, 4), ValueError),
+        (group_norm_film, "bias", torch.zeros(2), ValueError),
+        (group_norm_film, "x", torch.zeros(4), ValueError),
     ],
     ids=label,
 )
 def test_other_arguments(op: Callable[..., Any], name: str, hostile: object, error: type[Exception]) -> None:
     changes = {"seed": None, name: hostile} if name == "noise" else {name: hostile}
-    with pytest.raises(error, match=rf"^{name}.* must be"):
+    with pytest.raises(error, match=rf"^{name}.* must (be|have)"):
         call(op, **changes)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from icseg_kernels import BackendError, cross_conv2d, cross_conv2d_mean, library
-from icseg_kernels.cross_conv import cross_conv2d_and_mean, native, reference
+from icseg_kernels import BackendError, cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean, library
+from icseg_kernels.cross_conv import native, reference
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 needs_native = pytest.mark.skipif(bool(library.missing()), reason="the native library is not built")
@@ -165,14 +165,15 @@ def test_one_of_them_without_channels(settings: str, bias: bool, cx: int, cy: in
     close(cross_conv2d_mean(*tensors, **options), expected.mean(dim=2))
 
 
-@pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean])
-@pytest.mark.parametrize("settings", ["default", "pair", "reflect"])
+@pytest.mark.parametrize(
+    ("op", "settings"), [(cross_conv2d, "default"), (cross_conv2d, "reflect"), (cross_conv2d_mean, "pair")]
+)
 def test_compile_fullgraph(op: Callable[..., Tensor], settings: str) -> None:
     """Values and gradients; new values do not compile anew, and new sizes at most once."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *t: op(*t, **SETTINGS[settings]), fullgraph=True, backend=counter)
-    for sy, factor in ((3, 1.0), (3, -2.0), (4, 1.0), (5, 1.0), (6, 0.5)):
+    for sy, factor in ((3, 1.0), (3, -2.0), (4, 1.0), (5, 0.5)):
         ours, theirs = ([(factor * t).requires_grad_() for t in arguments(sy=sy)] for _ in range(2))
         out, expected = compiled(*ours), op(*theirs, **SETTINGS[settings])
         close(out, expected)
@@ -239,7 +240,7 @@ def test_autocast_is_the_op_on_narrow_inputs(op: Callable[..., Tensor]) -> None:
         ),
         ({"activation": "tanh"}, ValueError, "activation must be one of relu, leaky_relu, gelu or None, got 'tanh'"),
         ({"negative_slope": math.inf}, ValueError, "negative_slope must be a finite number, got inf"),
-        ({"backend": "triton"}, BackendError, "cross_conv2d(_mean)? has no triton backend"),
+        ({"backend": "triton"}, BackendError, "cross_conv2d(_mean|_and_mean)? has no triton backend"),
     ],
 )
 @pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean, cross_conv2d_and_mean])
@@ -412,11 +413,13 @@ def test_threads_change_no_bit(isa: str, threads: Callable[[int], None], activat
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("op", [cross_conv2d, cross_conv2d_mean, cross_conv2d_and_mean])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("op", "activation"),
+    [*((cross_conv2d_and_mean, a) for a in ACTIVATIONS), (cross_conv2d, "gelu"), (cross_conv2d_mean, "gelu")],
+)
 def test_activated_gradcheck(backend: str, activation: str | None, op: Callable[..., Any]) -> None:
     x, y, w, b = arguments()
-    inputs = tuple(t.detach().requires_grad_() for t in (x[:1, :, :2, :5, :4], y[:1, :2, :2, :5, :4], w[:2, :4], b[:2]))
+    inputs = tuple(t.detach().requires_grad_() for t in (x[:1, :, :2, :4, :3], y[:1, :2, :2, :4, :3], w[:2, :4], b[:2]))
     run = lambda *t: op(*t, activation=activation, negative_slope=0.2, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(run, inputs, nondet_tol=0.0)
 
@@ -470,26 +473,25 @@ def test_opcheck_of_the_tail(backend: str) -> None:
     zx, zy = torch.randn(2, 2, 3, 4, 5), torch.randn(2, 3, 3, 4, 5)
     grads = torch.randn(2, 2, 3, 3, 4, 5), torch.randn(2, 2, 3, 4, 5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for activation in (None, "gelu"):
-        for wanted in ((True, True), (True, False), (False, True)):
-            arguments = (zx, zy, *wanted, activation, 0.1, backend)
-            torch.library.opcheck(torch.ops.icseg.cross_conv2d_tail.default, arguments, test_utils=tests)
-            given = tuple(grad if there else None for grad, there in zip(grads, wanted, strict=True))
-            torch.library.opcheck(
-                torch.ops.icseg.cross_conv2d_tail_backward.default,
-                (zx, zy, *given, activation, 0.1, backend),
-                test_utils=tests,
-            )
+    for activation, *wanted in ((None, True, True), ("gelu", True, False), ("relu", False, True)):
+        arguments = (zx, zy, *wanted, activation, 0.1, backend)
+        torch.library.opcheck(torch.ops.icseg.cross_conv2d_tail.default, arguments, test_utils=tests)
+        given = tuple(grad if there else None for grad, there in zip(grads, wanted, strict=True))
+        torch.library.opcheck(
+            torch.ops.icseg.cross_conv2d_tail_backward.default,
+            (zx, zy, *given, activation, 0.1, backend),
+            test_utils=tests,
+        )
 
 
-@pytest.mark.parametrize("activation", [None, "leaky_relu"])
-def test_compile_pairs_and_mean(backend: str, activation: str | None) -> None:
+def test_compile_pairs_and_mean(backend: str) -> None:
+    run = both("leaky_relu", backend)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(both(activation, backend), fullgraph=True, backend=counter)
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
     for sy, factor in ((3, 1.0), (3, -2.0), (4, 1.0), (5, 1.0)):
         tensors = tuple(factor * t for t in arguments(sy=sy))
-        expected = values_and_gradients(both(activation, backend), tensors)
+        expected = values_and_gradients(run, tensors)
         for ours, theirs in zip(values_and_gradients(compiled, tensors), expected, strict=True):
             close(ours, theirs, 1e-11)
         assert counter.frame_count <= (1 if sy == 3 else 2)

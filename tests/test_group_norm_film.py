@@ -334,16 +334,15 @@ def test_opcheck(backend):
     x, gain, bias = (t.detach() for t in arguments(3, 8, (4, 4), ("channel", "sample"), torch.float32))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     stats = torch.rand(2, 3, 4)
-    for films in ((gain, bias), (None, bias), (None, None)):
-        for activation in (None, "gelu"):
-            torch.library.opcheck(
-                torch.ops.icseg.group_norm_film.default, (x, 4, *films, activation, 1e-5, backend), test_utils=tests
-            )
-            torch.library.opcheck(
-                torch.ops.icseg.group_norm_film_backward.default,
-                (x, x, stats, 4, *films, activation, backend),
-                test_utils=tests,
-            )
+    for *films, activation in ((gain, bias, "gelu"), (None, bias, None), (None, None, "gelu")):
+        torch.library.opcheck(
+            torch.ops.icseg.group_norm_film.default, (x, 4, *films, activation, 1e-5, backend), test_utils=tests
+        )
+        torch.library.opcheck(
+            torch.ops.icseg.group_norm_film_backward.default,
+            (x, x, stats, 4, *films, activation, backend),
+            test_utils=tests,
+        )
 
 
 def test_compile_fullgraph(backend):

@@ -45,6 +45,7 @@ from icseg.published.sampling import (
     half_entropy,
 )
 from icseg.published.transformer import POSITIONS, Block, RotaryEmbedding, attend, rotated
+from icseg_kernels import Rotation
 
 DATA = Path(__file__).parent / "data"
 FIXTURES = ("patchicl_3level", "patchicl_overlap")
@@ -634,10 +635,15 @@ def test_split_attention_is_the_masked_one(zero_key: bool) -> None:
     bounds = [(ns, ns + nr), (nr + nt, total)]
     seen = torch.ones(total, total + zero_key, dtype=torch.bool)
     seen[:ns, ns + nr : total] = False
-    keys, values = (F.pad(t, (0, 0, 0, int(zero_key))) for t in (k, v))
-    expected = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-    torch.testing.assert_close(attend(q, k, v, bounds, zero_key, 0.0), expected)
-    torch.testing.assert_close(attend(q, k, v, bounds, zero_key, 1e-12), expected)
+    angles = torch.randn(2, 2, total, 2, dtype=torch.float64)
+    turn = Rotation(angles.cos(), angles.sin())
+    keys, values = (F.pad(t, (0, 0, 0, int(zero_key))) for t in (rotated(k, turn), v))
+    for first in (0, ns):  # all queries, and the last run's alone
+        runs = bounds if first == 0 else bounds[1:]
+        expected = F.scaled_dot_product_attention(rotated(q, turn)[:, :, first:], keys, values, attn_mask=seen[first:])
+        for dropout in (0.0, 1e-12):
+            found = attend(q[:, :, first:], k, v, turn, runs, zero_key, dropout)
+            torch.testing.assert_close(found, expected)
 
 
 def test_a_block_can_leave_leading_tokens_out() -> None:
@@ -803,7 +809,7 @@ def test_every_field_is_validated() -> None:
         (FeatureConfig, {"input_size": 100}, "input_size must be divisible by 8, got 100"),
         (FeatureConfig, {"antialias": True}, 'antialias must be False with alignment "published"'),
         (BackboneConfig, {"dim": 12}, "dim must be divisible by 8"),
-        (BackboneConfig, {"heads": 3}, "by heads = 3"),
+        (BackboneConfig, {"heads": 3}, r"by 2 \* heads = 6"),
         (BackboneConfig, {"patch_grid": 4}, "patch_grid must be 8 or 16, got 4"),
         (PublishedConfig, {"levels": ()}, "levels must be a tuple of at least one LevelConfig"),
         (PublishedConfig, {"levels": (LevelConfig(4, 1, 1),)}, "at least patch_size = 8, got 4"),

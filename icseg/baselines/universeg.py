@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from icseg_kernels.cross_conv import cross_conv2d_and_mean, cross_conv2d_mean
+from icseg_kernels import cross_conv2d_and_mean, cross_conv2d_mean
 
 # The published state dict's names, and ours.
 _PUBLISHED_NAMES = (
@@ -173,7 +173,7 @@ class UniverSeg(nn.Module):
             raise ValueError(f"weights must be a UniverSeg state dict, got the keys {', '.join(list(state)[:3])}, ...")
         depth = sum(re.fullmatch(r"encoder\.blocks\.\d+\.cross\.bias", name) is not None for name in ours)
         biases = [ours.get(f"encoder.blocks.{i}.cross.bias") for i in range(depth)]
-        model = cls([0 if b is None else b.shape[0] for b in biases], factorised=factorised)
+        model = cls([0 if b is None or b.ndim != 1 else len(b) for b in biases], factorised=factorised)
         try:
             model.load_state_dict(ours)
         except RuntimeError as error:

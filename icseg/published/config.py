@@ -220,8 +220,8 @@ class BackboneConfig:
         check_choice(self, "mask_prior", PRIORS)
         check_choice(self, "fusion", FUSIONS)
         check_choice(self, "positions", POSITIONS)
-        if self.dim % 8 or self.dim % self.heads:
-            raise ValueError(f"dim must be divisible by 8 and by heads = {self.heads}, got {self.dim}")
+        if self.dim % 8 or self.dim % (2 * self.heads):  # heads of whole pairs of channels, which positions turn
+            raise ValueError(f"dim must be divisible by 8 and by 2 * heads = {2 * self.heads}, got {self.dim}")
         if self.patch_grid not in (8, 16):
             raise ValueError(f"patch_grid must be 8 or 16, got {self.patch_grid}")
 

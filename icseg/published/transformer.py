@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from icseg.published.config import BackboneConfig
-from icseg_kernels import selected_attention
+from icseg_kernels import Rotation, selected_attention
 
 POSITIONS = 1024
 Bounds = Sequence[tuple[int, int]]
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines [B, N, D / 2] by which consecutive pairs of channels are turned."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class RotaryEmbedding(nn.Module):
@@ -41,8 +33,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, positions: Tensor) -> Rotation:
-        """positions: [B, K, 2] int64 (y, x) in [0, 1024)."""
-        return Rotation(*(table[positions.flip(-1)].flatten(-2) for table in (self.cos, self.sin)))
+        """Of positions [B, N, 2], int64 (y, x) in [0, 1024): [B, N, D / 2], in float32 or wider."""
+        tables = (table.to(torch.promote_types(table.dtype, torch.float32)) for table in (self.cos, self.sin))
+        return Rotation(*(table[positions.flip(-1)].flatten(-2) for table in tables))
 
 
 def still(batch: int, tokens: int, like: Rotation) -> Rotation:
@@ -57,19 +50,24 @@ def joined(*rotations: Rotation) -> Rotation:
 
 
 def rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [B, N, D] turned pair by pair, in float32 or wider."""
+    """x [..., D] turned pair by pair, in float32 or wider."""
     even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, zero_key: bool, dropout: float) -> Tensor:
-    """Attention of q, k, v [B, h, N, d]; `bounds`: (queries, keys), runs of queries and how many first keys they see.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, bounds: Bounds, zero_key: bool, dropout: float
+) -> Tensor:
+    """Attention of q, k, v [B, h, N, d], where q may be of the last tokens only.
 
-    With dropout, which `selected_attention` does not have, one call a run.
+    rotation: of all tokens, [B, h, N, d / 2]; bounds: (queries, keys), runs of queries and how many first keys they
+    see. With dropout, which `selected_attention` does not have, one call a run.
     """
+    of_queries = Rotation(*(t[:, :, k.shape[2] - q.shape[2] :] for t in rotation))
     if dropout == 0:
-        return selected_attention(q, k, v, kv_end=bounds, sink=zero_key)
+        return selected_attention(q, k, v, kv_end=bounds, sink=zero_key, rotary=(of_queries, rotation))
+    q, k = rotated(q, of_queries), rotated(k, rotation)
     if zero_key:  # in front, so that every run sees it
         k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
     parts, start = [], 0
@@ -111,9 +109,10 @@ class Block(nn.Module):
         normed = self.norm1(x) + torch.cat(kinds)
         start = x.shape[1] - sum(queries for queries, _ in bounds)
         k, v = self.key_value(normed).chunk(2, dim=-1)
-        q = rotated(self.query(normed[:, start:]), Rotation(rotation.cos[:, start:], rotation.sin[:, start:]))
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, rotated(k, rotation), v))
-        attended = attend(q, k, v, bounds, self.zero_key, self.dropout if self.training else 0.0)
+        tokens = self.query(normed[:, start:]), k, v, *rotation
+        q, k, v, cos, sin = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in tokens)
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(q, k, v, Rotation(cos, sin), bounds, self.zero_key, dropout)
         x = x[:, start:] + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 

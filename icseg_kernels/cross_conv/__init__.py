@@ -21,7 +21,7 @@ _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate
 _ACTIVATIONS = ("relu", "leaky_relu", "gelu")
 _IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
 
-for _op in ("cross_conv2d", "cross_conv2d_mean"):
+for _op in ("cross_conv2d", "cross_conv2d_mean", "cross_conv2d_and_mean"):
     backends.declare(
         _op, {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()}
     )
@@ -120,14 +120,20 @@ def cross_conv2d_and_mean(
 ) -> tuple[Tensor, Tensor]:
     """`cross_conv2d` and its mean over y, [B, Sx, Sy, Co, Ho, Wo] and [B, Sx, Co, Ho, Wo], in one pass.
 
-    Arguments as for `cross_conv2d`. Once differentiable, also without an activation. Sy must be at least 1. Raises
-    as `cross_conv2d` does.
+    What a block of UniverSeg reads: the pairs become the new support set, their mean the new target. Arguments as for
+    `cross_conv2d`. Once differentiable, in reverse mode only, also without an activation. Sy must be at least 1.
+    Raises as `cross_conv2d` does.
+
+    ```
+    x, y = torch.randn(2, 1, 64, 32, 32), torch.randn(2, 8, 64, 32, 32)              # one target, eight supports
+    support, target = cross_conv2d_and_mean(x, y, torch.randn(64, 128, 3, 3))        # [2, 1, 8, ...], [2, 1, ...]
+    ```
     """
     x, y, weight, bias = _checked_tensors(x, y, weight, bias)
     _check_not_empty(y)
     geometry = _checked_geometry(x, weight, stride, padding, dilation, padding_mode)
     slope = _checked_activation(activation, negative_slope)
-    name = backends.select("cross_conv2d", backend, x)
+    name = backends.select("cross_conv2d_and_mean", backend, x)
     zx, zy = convolve_both(x, y, weight, bias, geometry)
     return _activated(zx, zy, True, True, activation, slope, name)
 
@@ -140,7 +146,10 @@ def _serves_sum(zx: Tensor, zy: Tensor, backend: str) -> bool:
 def _activated(
     zx: Tensor, zy: Tensor, pairs: bool, mean: bool, activation: str | None, slope: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Pairs and their mean, whichever are wanted; zy is ours to overwrite."""
+    """Pairs and their mean, whichever are wanted.
+
+    zx and zy must be of nobody else: what `convolve_both` has just made. If nobody watches, zy is overwritten.
+    """
     if zx.shape[2:] != zy.shape[2:]:  # one of them comes of no channels
         image = torch.broadcast_shapes(zx.shape[2:], zy.shape[2:])
         zx, zy = zx.expand(*zx.shape[:2], *image), zy.expand(*zy.shape[:2], *image)

@@ -6,7 +6,8 @@
 namespace {
 
 // exp(x) = 2^n exp(r) with |r| <= log(2) / 2: a polynomial with the least largest relative error. Adding kMagic rounds
-// to an integer, and leaves n and the exponent's bias in the low bits. NaN stays NaN; below kLeast the result is 0.
+// to an integer, and leaves n and the exponent's bias in the low bits. NaN stays NaN; below kLeast the result is
+// 0. Above 88 (709) it is of no use.
 template <typename Real>
 struct Exponential;
 
@@ -31,7 +32,7 @@ struct Exponential<double> {
 };
 
 template <typename Real>
-inline __attribute__((always_inline)) Vector<Real> exponential(Vector<Real> x) {
+inline ICSEG_INLINE Vector<Real> exponential(Vector<Real> x) {
     using E = Exponential<Real>;
     typedef typename Integers<Real>::type Bits;
     const Vector<Real> shifted = fma(x, broadcast<Real>(E::kLog2e), broadcast<Real>(E::kMagic));

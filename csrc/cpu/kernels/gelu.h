@@ -2,34 +2,28 @@
 // includes (see isa.h).
 #pragma once
 
+#include "exponential.h"
 #include "simd.h"
 
 namespace {
 
 // With u = |v|, Phi(-u) = exp(-u^2 / 2) * t * R(s), where t = 1 / (1 + step * u) and s = factor * t + offset runs over
-// [-1, 1] until the exponential underflows. R (2e-8 and 3e-16 relative) and exp on +-ln(2) / 2 (3e-9 and 4e-18) are
-// polynomials fitted to that, lowest power first.
+// [-1, 1] until the exponential underflows. R is a polynomial fitted to that (2e-8 and 3e-16 relative), lowest power
+// first.
 template <typename Real>
 struct Normal;
 
 template <>
 struct Normal<float> {
-    using Integer = int32_t;
     static constexpr float step = 0.26f, factor = 2.5698005698f, offset = -1.5698005698f;
     static constexpr float ratio[] = {0.235145942f,     0.158837929f,     0.0771491846f,
                                       0.0252224758f,    0.00425650019f,   -0.000333696075f,
                                       -0.000289461835f, -5.07011135e-06f, 1.61854013e-05f};
-    static constexpr float exponential[] = {1.0f,           1.0f,            0.5000000047f, 0.1666641501f,
-                                            0.04166635227f, 0.008375168289f, 0.001394116075f};
-    static constexpr float least = -87.0f;           // exp of less counts as 0
-    static constexpr float rounder = 12582912.0f;    // 1.5 * 2^23: adding it rounds to integers
-    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    static constexpr Integer bias = 127, mantissa = 23, sign = INT32_MIN;
+    static constexpr int32_t sign = INT32_MIN;
 };
 
 template <>
 struct Normal<double> {
-    using Integer = int64_t;
     static constexpr double step = 0.2, factor = 2.2564102564102564, offset = -1.2564102564102564;
     static constexpr double ratio[] = {
         0.17033792891176728,    0.14024520173287393,    0.096797979149959304,   0.055443694420699785,
@@ -38,14 +32,7 @@ struct Normal<double> {
         3.712836391231887e-7,   -3.164568942356128e-7,  -5.8999485921050779e-8, 3.1551457029999714e-8,
         6.9314590572936671e-9,  -3.3415386059153622e-9, -6.7261204646770459e-10, 2.574234919491805e-10,
         4.2143944657503306e-11};
-    static constexpr double exponential[] = {
-        1.0, 1.0, 0.50000000000000185, 0.16666666666666681, 0.04166666666648738, 0.0083333333333195456,
-        0.0013888888952505406, 0.00019841269890193706, 2.4801485278370063e-5, 2.7557240761739259e-6,
-        2.7632715071632254e-7, 2.5110095611886237e-8};
-    static constexpr double least = -708.0;
-    static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
-    static constexpr Integer bias = 1023, mantissa = 52, sign = INT64_MIN;
+    static constexpr int64_t sign = INT64_MIN;
 };
 
 template <typename Real, int first = 0, int count>
@@ -58,25 +45,12 @@ inline Vector<Real> polynomial(const Real (&coefficients)[count], Vector<Real> x
     }
 }
 
-// exp(x) for x <= 0.
-template <typename Real>
-inline Vector<Real> exponential(Vector<Real> x) {
-    using N = Normal<Real>;
-    using Integers = Vector<typename N::Integer>;
-    const Vector<Real> rounded = fma(x, broadcast(Real(1.4426950408889634)), broadcast(N::rounder));
-    const Vector<Real> twos = rounded - N::rounder;
-    const Vector<Real> rest = fma(twos, broadcast(-N::ln2_low), fma(twos, broadcast(-N::ln2_high), x));
-    const Vector<Real> power = (Vector<Real>)(((Integers)rounded + N::bias) << N::mantissa);  // 2^twos
-    const Vector<Real> value = polynomial<Real>(N::exponential, rest) * power;
-    return x < N::least ? Vector<Real>{} : value;
-}
-
 // The normal distribution function of v, and exp(-v^2 / 2).
 template <typename Real>
 inline Vector<Real> normal(Vector<Real> v, Vector<Real>* bell) {
     using N = Normal<Real>;
-    using Integers = Vector<typename N::Integer>;
-    const Vector<Real> size = (Vector<Real>)((Integers)v & ~N::sign);
+    typedef typename Integers<Real>::type Bits;
+    const Vector<Real> size = (Vector<Real>)((Bits)v & ~N::sign);
     const Vector<Real> t = Real(1) / fma(size, broadcast(N::step), broadcast(Real(1)));
     const Vector<Real> ratio = polynomial<Real>(N::ratio, fma(t, broadcast(N::factor), broadcast(N::offset)));
     *bell = exponential<Real>(Real(-0.5) * v * v);

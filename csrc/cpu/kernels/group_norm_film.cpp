@@ -51,7 +51,7 @@ inline Moments block_moments(const Real* x, int64_t count) {
         offset += d;
         squares += d * d;
     }
-    return {middle + offset / count, squares - offset * offset / count};
+    return {middle + offset / count, larger(squares - offset * offset / count, 0.0)};  // NaN stays NaN
 }
 
 // By blocks that stay in the first cache between the two passes; NaN of no elements.

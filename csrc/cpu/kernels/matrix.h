@@ -1,11 +1,10 @@
 // Small matrix products and transpositions, in registers. Internal linkage, as all that a kernel file includes.
 #pragma once
 
+#include "partial.h"
 #include "simd.h"
 
 namespace {
-
-#define ICSEG_INLINE inline __attribute__((always_inline))
 
 // A tile of a product is kTileRows rows by two vectors: what the registers hold, beside two vectors of the right factor.
 #ifdef __AVX512F__
@@ -29,7 +28,7 @@ struct Count {
 
 // body(Count<n>()) for the least n that the kernels know and that is at least `rows` <= kTileRows.
 template <typename Body>
-ICSEG_INLINE void for_rows(int64_t rows, const Body& body) {
+inline ICSEG_INLINE void for_rows(int64_t rows, const Body& body) {
     if (rows > kTileRows / 3 * 2) {
         body(Count<kTileRows>());
     } else if (rows > kTileRows / 3) {
@@ -41,7 +40,7 @@ ICSEG_INLINE void for_rows(int64_t rows, const Body& body) {
 
 // body(column, Count<vectors>()) for the columns [0, width), two vectors at a time and the last perhaps one.
 template <typename Real, typename Body>
-ICSEG_INLINE void for_columns(int64_t width, const Body& body) {
+inline ICSEG_INLINE void for_columns(int64_t width, const Body& body) {
     int64_t column = 0;
     for (; column + kLanes<Real> < width; column += kPanel<Real>) body(column, Count<2>());
     if (column < width) body(column, Count<1>());
@@ -49,7 +48,7 @@ ICSEG_INLINE void for_columns(int64_t width, const Body& body) {
 
 // sum[r][v] = left[r * RowStep + k * DepthStep] * right[k * stride + v * lanes], summed over k < depth.
 template <int64_t RowStep, int64_t DepthStep, typename Real, int64_t Rows, int64_t Vectors>
-ICSEG_INLINE void multiply(const Real* left, const Real* right, int64_t stride, int64_t depth,
+inline ICSEG_INLINE void multiply(const Real* left, const Real* right, int64_t stride, int64_t depth,
                            Vector<Real> (&sum)[Rows][Vectors]) {
 #pragma GCC unroll 12
     for (int64_t r = 0; r < Rows; ++r) {
@@ -77,7 +76,7 @@ ICSEG_INLINE void multiply(const Real* left, const Real* right, int64_t stride, 
 
 // a0 b0 a1 b1 ..., the first halves and the second.
 template <typename Real>
-ICSEG_INLINE void interleave(Vector<Real> a, Vector<Real> b, Vector<Real>& first, Vector<Real>& second) {
+inline ICSEG_INLINE void interleave(Vector<Real> a, Vector<Real> b, Vector<Real>& first, Vector<Real>& second) {
     if constexpr (kLanes<Real> == 2) {
         first = ICSEG_SHUFFLE(Real, a, b, 0, 2);
         second = ICSEG_SHUFFLE(Real, a, b, 1, 3);
@@ -102,7 +101,7 @@ inline void transpose(const Real* const* rows, int64_t count, int64_t depth, Rea
             const int64_t width = smaller(lanes, depth - d);
             Vector<Real> x[lanes], y[lanes];
             for (int64_t i = 0; i < lanes; ++i) {
-                x[i] = r + i >= count ? Vector<Real>{} : width == lanes ? load(rows[r + i] + d) : load_first(rows[r + i] + d, width);
+                x[i] = r + i < count ? load_up_to(rows[r + i] + d, width) : Vector<Real>{};
             }
             // Each round of interleaving rotates the bits of (row, column) by one.
 #pragma GCC unroll 4

@@ -3,9 +3,6 @@
 
 #include "simd.h"
 
-// Of a lambda that takes vectors, which would travel through memory.
-#define ICSEG_INLINE __attribute__((always_inline))
-
 namespace {
 
 // The whole vector if `count` is a vector's lanes, else its first `count` elements and zeros.
@@ -22,12 +19,7 @@ inline void store_up_to(Real* to, Vector<Real> value, int64_t count) {
 // Added up in halves.
 template <typename Real>
 inline Real sum_of_lanes(Vector<Real> value) {
-    Real lanes[kLanes<Real>];
-    store(lanes, value);
-    for (int64_t width = kLanes<Real> / 2; width; width /= 2) {
-        for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    }
-    return lanes[0];
+    return reduce<Real>(value, [](Real a, Real b) { return a + b; });
 }
 #ifdef __AVX512F__
 template <>

@@ -38,7 +38,7 @@ struct Rows {
     Rows(const icseg_heads& view, const icseg_heads& cosines, const icseg_heads& sines, int64_t batch, int64_t head,
          int64_t width)
         : Rows(view, batch, head, width) {
-        if (cosines.data == nullptr) return;
+        if (cosines.data == nullptr || sines.data == nullptr) return;
         cos = of(cosines, batch, head), sin = of(sines, batch, head);
         cos_row = cosines.stride_row, cos_column = cosines.stride_column;
         sin_row = sines.stride_row, sin_column = sines.stride_column;
@@ -299,9 +299,9 @@ struct Forward {
   private:
     // scores[r * kScoresRow + j] = q[r] . key j
     void multiply_keys(const Real* q, const Real* panels, int64_t rows, int64_t count, Real* scores) const {
-        for_rows(rows, [&](auto row_count) __attribute__((always_inline)) {
+        for_rows(rows, [&](auto row_count) ICSEG_INLINE {
             constexpr int64_t Rows = decltype(row_count)::value;
-            for_columns<Real>(count, [&](int64_t j, auto vectors) __attribute__((always_inline)) {
+            for_columns<Real>(count, [&](int64_t j, auto vectors) ICSEG_INLINE {
                 constexpr int64_t Vectors = decltype(vectors)::value;
                 Vector<Real> sum[Rows][Vectors];
                 ::multiply<1, kTileStride<Real>>(q, panels + j * call.dim, kPanel<Real>, call.dim, sum);
@@ -322,7 +322,7 @@ struct Forward {
         const int64_t whole = (count + lanes - 1) / lanes * lanes;
         for (int64_t j = count; j < whole; ++j) scores[j] = -infinity;
         Vector<Real> top = broadcast(most);
-        for (int64_t j = 0; j < whole; j += lanes) top = maximum(load(scores + j), top);
+        for (int64_t j = 0; j < whole; j += lanes) top = larger(top, load(scores + j));  // NaN shows in the sum
         const Real before = most;
         most = reduce<Real>(top, [](Real a, Real b) { return larger(a, b); });
         const Real origin = most == -infinity ? 0 : most;  // of no use against -inf: -inf - -inf is NaN
@@ -333,16 +333,16 @@ struct Forward {
             sum += e;
         }
         const Real factor = before == most ? 1 : before == -infinity ? 0 : exp_of(before - most);
-        total = total * factor + reduce<Real>(sum, [](Real a, Real b) { return a + b; });
+        total = total * factor + sum_of_lanes<Real>(sum);
         return factor;
     }
 
     // out[r] = (out[r] * factor[r] + sum of p[r][j] * value j) * finish[r]; no factor: out is not read.
     void add_values(const Real* p, const Real* values, int64_t value_stride, int64_t rows, int64_t count,
                     const Real* factor, const Real* finish, Real* to, int64_t stride) const {
-        for_rows(rows, [&](auto row_count) __attribute__((always_inline)) {
+        for_rows(rows, [&](auto row_count) ICSEG_INLINE {
             constexpr int64_t Rows = decltype(row_count)::value;
-            for_columns<Real>(call.value_dim, [&](int64_t c, auto vectors) __attribute__((always_inline)) {
+            for_columns<Real>(call.value_dim, [&](int64_t c, auto vectors) ICSEG_INLINE {
                 constexpr int64_t Vectors = decltype(vectors)::value;
                 Vector<Real> sum[Rows][Vectors];
                 ::multiply<kScoresRow<Real>, 1>(p, values + c, value_stride, count, sum);
@@ -495,7 +495,7 @@ struct Backward {
         const int64_t width = of_values ? call.value_dim : call.dim;
         Real* to = (of_values ? grad.v : grad.k) + n * call.keys * width;
         if (call.index_bytes == 0) {
-            const int64_t keys = plan.units ? plan.unit(n).keys : 0;
+            const int64_t keys = plan.unit(n).keys;
             zero(to + keys * width, (call.keys - keys) * width);
             return;
         }
@@ -571,9 +571,9 @@ struct Backward {
 
     // to[r * kChunk + j] = column r of the tile . column j of the panels
     static void multiply(const Real* tile, const Real* panels, int64_t rows, int64_t count, int64_t depth, Real* to) {
-        for_rows(rows, [&](auto row_count) __attribute__((always_inline)) {
+        for_rows(rows, [&](auto row_count) ICSEG_INLINE {
             constexpr int64_t Rows = decltype(row_count)::value;
-            for_columns<Real>(count, [&](int64_t j, auto vectors) __attribute__((always_inline)) {
+            for_columns<Real>(count, [&](int64_t j, auto vectors) ICSEG_INLINE {
                 constexpr int64_t Vectors = decltype(vectors)::value;
                 Vector<Real> sum[Rows][Vectors];
                 ::multiply<1, kTileStride<Real>>(tile, panels + j * depth, kPanel<Real>, depth, sum);
@@ -587,9 +587,9 @@ struct Backward {
     // to[r] += sum of left[r][k] * row k of `right`, whole vectors of it; both have rows of `width`.
     template <int64_t RowStep, int64_t DepthStep>
     static void add(const Real* left, const Real* right, int64_t width, int64_t rows, int64_t depth, Real* to) {
-        for_rows(rows, [&](auto row_count) __attribute__((always_inline)) {
+        for_rows(rows, [&](auto row_count) ICSEG_INLINE {
             constexpr int64_t Rows = decltype(row_count)::value;
-            for_columns<Real>(width, [&](int64_t c, auto vectors) __attribute__((always_inline)) {
+            for_columns<Real>(width, [&](int64_t c, auto vectors) ICSEG_INLINE {
                 constexpr int64_t Vectors = decltype(vectors)::value;
                 Vector<Real> sum[Rows][Vectors];
                 ::multiply<RowStep, DepthStep>(left, right + c, width, depth, sum);

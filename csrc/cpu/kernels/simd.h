@@ -17,6 +17,9 @@
 #include <immintrin.h>
 #endif
 
+// Of functions and lambdas that take vectors, which would travel through memory.
+#define ICSEG_INLINE __attribute__((always_inline))
+
 #ifndef ICSEG_ISA
 #error "a kernel file is compiled with -DICSEG_ISA=portable, avx2 or avx512"
 #endif
@@ -153,18 +156,6 @@ template <>
 struct Integers<double> {
     typedef Vector<int64_t> type;
 };
-
-// The larger of each two elements; b where either is NaN.
-#if defined(__AVX512F__)
-inline Vector<float> maximum(Vector<float> a, Vector<float> b) { return _mm512_max_ps(a, b); }
-inline Vector<double> maximum(Vector<double> a, Vector<double> b) { return _mm512_max_pd(a, b); }
-#elif defined(__AVX2__)
-inline Vector<float> maximum(Vector<float> a, Vector<float> b) { return _mm256_max_ps(a, b); }
-inline Vector<double> maximum(Vector<double> a, Vector<double> b) { return _mm256_max_pd(a, b); }
-#else
-inline Vector<float> maximum(Vector<float> a, Vector<float> b) { return a > b ? a : b; }
-inline Vector<double> maximum(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
-#endif
 
 // The elements combined in pairs, then the pairs, ...: a fixed order.
 template <typename Element, typename Operation>
