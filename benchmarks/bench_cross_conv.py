@@ -26,6 +26,9 @@ def sums_and_mean_by_hand(zx, zy):
     return pairs, pairs.mean(dim=2)
 
 
+COMPILED = {form: compiled(form, dynamic=False) for form in (pairs_by_hand, mean_by_hand, sums_and_mean_by_hand)}
+
+
 def tail(zx, zy, *, pairs, mean, activation, backend):
     return torch.ops.icseg.cross_conv2d_tail(zx, zy, pairs, mean, activation, 0.01, backend)
 
@@ -48,8 +51,7 @@ def bench_tail(record, batch, supports, side, wanted, threads):
     }[wanted]
     by_hand = {"pairs": pairs_by_hand, "mean": mean_by_hand, "sums and mean": sums_and_mean_by_hand}[wanted]
     kept = {"pairs": slice(0, 1), "mean": slice(1, 2), "sums and mean": slice(0, 2)}[wanted]
-    torch.compiler.reset()
-    fast = compiled(by_hand, dynamic=False)
+    fast = COMPILED[by_hand]
     rivals = {
         "torch": lambda: by_hand(zx, zy),
         "torch compiled": lambda: fast(zx, zy),
@@ -74,6 +76,9 @@ def split(x, y, weight, bias):
     return F.leaky_relu(cross_conv2d(x, y, weight, bias, backend="reference"))
 
 
+compiled_split = compiled(split, dynamic=False)
+
+
 def ours(x, y, weight, bias):
     return cross_conv2d(x, y, weight, bias, activation="leaky_relu", backend="native")
 
@@ -90,8 +95,7 @@ def weights():
 def bench_cross_conv2d(record, batch, supports, side, work, threads):
     backward = work != "forward"
     inputs = [t.requires_grad_(backward) for t in (*convolutions(batch, supports, side), *weights())]
-    torch.compiler.reset()
-    rivals = {"concatenated": by_hand, "split": split, "split compiled": compiled(split, dynamic=False), "native": ours}
+    rivals = {"concatenated": by_hand, "split": split, "split compiled": compiled_split, "native": ours}
     runs = {
         name: with_backward(run, *inputs) if backward else (lambda run=run: run(*inputs))
         for name, run in rivals.items()
@@ -104,9 +108,10 @@ def bench_cross_conv2d(record, batch, supports, side, work, threads):
 
 
 @pytest.mark.parametrize("threads", thread_counts())
+@pytest.mark.parametrize("wanted", ["pairs and mean", "mean"])
 @pytest.mark.parametrize(("batch", "supports", "side"), CASES)
-def bench_cross_conv2d_and_mean(record, batch, supports, side, threads):
-    """As a block of UniverSeg needs it; and the mean alone, as its last one does."""
+def bench_cross_conv2d_mean(record, batch, supports, side, wanted, threads):
+    """Pairs and mean as a block of UniverSeg needs them, and the mean alone, as its last one does."""
     x, y = convolutions(batch, supports, side)
     weight, bias = weights()
 
@@ -114,13 +119,20 @@ def bench_cross_conv2d_and_mean(record, batch, supports, side, threads):
         pairs = cross_conv2d(x, y, weight, bias, backend="reference")
         return pairs, pairs.mean(dim=2)
 
-    rivals = {
-        "sums, then mean": separately,
-        "native": lambda: cross_conv2d_and_mean(x, y, weight, bias, backend="native"),
-        "mean of sums": lambda: separately()[1],
-        "native mean": lambda: cross_conv2d_mean(x, y, weight, bias, backend="native"),
-    }
-    same = {"native": "sums, then mean", "native mean": "mean of sums"}
-    case = f"B{batch} S{supports} {side} px pairs and mean"
-    row = compare("cross_conv2d", case, rivals, threads=threads, tolerance=1e-4, same=same)
+    def mean_of_supports():
+        return cross_conv2d(x, y.mean(dim=1, keepdim=True), weight, bias, backend="reference").squeeze(2)
+
+    if wanted == "mean":
+        rivals = {
+            "sums, then mean": lambda: separately()[1],
+            "sum with the mean": mean_of_supports,
+            "native": lambda: cross_conv2d_mean(x, y, weight, bias, backend="native"),
+        }
+    else:
+        rivals = {
+            "sums, then mean": separately,
+            "native": lambda: cross_conv2d_and_mean(x, y, weight, bias, backend="native"),
+        }
+    case = f"B{batch} S{supports} {side} px {wanted}"
+    row = compare("cross_conv2d, mean", case, rivals, threads=threads, tolerance=1e-4)
     record(row, rivals["native"])

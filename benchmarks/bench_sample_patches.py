@@ -24,12 +24,6 @@ CASES = [  # B, image side, p, stride, blur sigma, k
 BACKWARD_CASES = [CASES[i] for i in (0, 2, 4, 6)]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compilations() -> None:
-    """Each case is compiled for its sizes; of one function, torch.compile refuses too many."""
-    torch.compiler.reset()
-
-
 def random_maps(batch: int, side: int) -> Tensor:
     return torch.rand(batch, 1, side, side, generator=torch.Generator().manual_seed(0))
 

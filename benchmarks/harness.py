@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 Run = Callable[[], Tensor | Sequence[Tensor]]
@@ -145,6 +146,9 @@ def compiled(function: Callable[..., Any], *, dynamic: bool = True) -> Callable[
 
     The threads are those at the time of the call, not of compilation.
     """
+    # Beyond 8 compilations of one function (shapes, gradients, numbers of threads) torch refuses.
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, name, 128)
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"cpp.dynamic_threads": True})
 
 

@@ -1,8 +1,6 @@
 // icseg_cross_tail and its gradient, element by element.
 #include "testing.h"
 
-#include <algorithm>
-
 namespace {
 
 using namespace testing;
