@@ -9,8 +9,8 @@ from icseg_kernels import cross_conv2d, cross_conv2d_mean
 from icseg_kernels.cross_conv import cross_conv2d_and_mean
 
 CHANNELS = 64
-CASES = [(1, 1, 128), (1, 8, 128), (4, 4, 128), (1, 8, 256), (1, 2, 512)]  # B, supports, side
-TAILS = [(1, 8, 32), *CASES, (1, 8, 512)]
+CASES = [(1, 8, 128), (1, 8, 256)]  # B, supports, side
+TAILS = [(1, 8, 32), *CASES, (4, 4, 128), (1, 2, 512)]
 
 
 def pairs_by_hand(zx, zy):
@@ -91,7 +91,7 @@ def weights():
 
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("work", ["forward", "forward + backward"])
-@pytest.mark.parametrize(("batch", "supports", "side"), CASES[:4])
+@pytest.mark.parametrize(("batch", "supports", "side"), CASES)
 def bench_cross_conv2d(record, batch, supports, side, work, threads):
     backward = work != "forward"
     inputs = [t.requires_grad_(backward) for t in (*convolutions(batch, supports, side), *weights())]
@@ -102,7 +102,7 @@ def bench_cross_conv2d(record, batch, supports, side, work, threads):
     }
     case = f"B{batch} S{supports} {side} px leaky_relu"
     tolerance = 1e-5 * (batch * supports * side**2) ** 0.5 if backward else 1e-4
-    rounds = 7 if side > 128 else None
+    rounds = 5 if side > 128 else None
     row = compare("cross_conv2d", case, runs, work=work, threads=threads, tolerance=tolerance, rounds=rounds)
     record(row, runs["native"])
 

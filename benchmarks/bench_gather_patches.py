@@ -16,16 +16,14 @@ from icseg_kernels import flops, gather_patches
 
 CASES = [  # B, C, image side, K, p
     (1, 1, 128, 16, 8),
-    (4, 4, 128, 64, 16),
     (1, 2, 256, 64, 16),
     (4, 4, 512, 64, 8),
     (4, 4, 512, 256, 16),
     (1, 1, 1024, 16, 16),
     (4, 4, 1024, 256, 16),
-    (4, 64, 128, 64, 8),
     (4, 64, 128, 256, 16),
 ]
-RESAMPLED = [CASES[0], CASES[2], CASES[4], CASES[7]]
+RESAMPLED = [CASES[0], CASES[1], CASES[3], CASES[6]]
 
 
 def advanced_indexing(source: torch.Tensor, coords: torch.Tensor, p: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ DENSE = [  # B, h, Nq, Nk, D
     (1, 4, 2560, 1152, 16),  # label propagation
     (1, 4, 320, 320, 32),  # blocks of the sparse model
 ]
-SELECTED = [(1, 4, 60, 60, 64), (4, 4, 60, 60, 64), (1, 4, 256, 256, 32), (4, 4, 256, 256, 64), (1, 4, 1024, 1024, 64)]
+SELECTED = [(1, 4, 60, 60, 64), (1, 4, 256, 256, 32), (4, 4, 256, 256, 64), (1, 4, 1024, 1024, 64)]
 
 
 def tokens(b: int, h: int, nq: int, nk: int, d: int, *, gradients: bool) -> list[Tensor]:

@@ -64,7 +64,7 @@ def compare(
 
     tolerance: largest absolute difference allowed between rivals that compute the same thing.
     threads:   of torch, for this case; None leaves them as they are.
-    rounds:    None: as many as take about a second, from 7 to 300.
+    rounds:    None: as many as take about half a second, from 7 to 300.
     same:      which rival each rival's output must equal; None: all of them the first one's.
     repeats:   calls a timing, for what takes microseconds.
     """
@@ -121,7 +121,7 @@ def _once(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def _rounds(seconds: float) -> int:
-    return max(7, min(300, int(1 / max(seconds, 1e-9))))
+    return max(7, min(300, int(0.5 / max(seconds, 1e-9))))
 
 
 def with_backward(run: Callable[..., Tensor], *inputs: Tensor) -> Run:
