@@ -16,18 +16,11 @@ CASES = [  # B, image side, p, stride, blur sigma, k
     (4, 256, 16, 8, 1.0, 64),
     (1, 512, 16, 1, 0.0, 64),
     (1, 512, 16, 1, 1.0, 64),
-    (1, 512, 16, 8, 0.0, 64),
     (1, 512, 16, 8, 1.0, 64),
     (4, 512, 16, 8, 1.0, 64),
     (1, 1024, 16, 8, 4.0, 256),
 ]
-BACKWARD_CASES = [CASES[i] for i in (0, 2, 4, 6)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compilations() -> None:
-    """Each case is compiled for its sizes; of one function, torch.compile refuses too many."""
-    torch.compiler.reset()
+FEW_CASES = [CASES[i] for i in (0, 2, 4, 5)]
 
 
 def random_maps(batch: int, side: int) -> Tensor:
@@ -108,7 +101,7 @@ def bench_draw(record, case, threads):
     record(row, rivals["native"])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: name(*case))
+@pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: name(*case))
 def bench_plain(record, case):
     """The best k windows: no noise, and everyone's scores are the same."""
     batch, side, p, stride, sigma, k = case
@@ -122,7 +115,7 @@ def bench_plain(record, case):
 
 
 @pytest.mark.parametrize("threads", thread_counts())
-@pytest.mark.parametrize("case", BACKWARD_CASES, ids=lambda case: name(*case))
+@pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: name(*case))
 def bench_gradient(record, case, threads):
     batch, side, p, stride, sigma, k = case
     weights, kernel = random_maps(batch, side).requires_grad_(), taps(sigma)

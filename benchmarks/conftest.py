@@ -17,7 +17,7 @@ def record(benchmark, request) -> Callable[[Row, Callable[[], object]], None]:
 
     def keep(row: Row, ours: Callable[[], object]) -> None:
         benchmark.extra_info.update(seconds=row.seconds, max_abs_difference=row.max_abs_difference, flops=row.flops)
-        benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
+        benchmark.pedantic(ours, rounds=3)
         if path := request.config.getoption("--results"):
             append(path, row)
 

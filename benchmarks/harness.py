@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 Run = Callable[[], Tensor | Sequence[Tensor]]
@@ -63,7 +64,7 @@ def compare(
 
     tolerance: largest absolute difference allowed between rivals that compute the same thing.
     threads:   of torch, for this case; None leaves them as they are.
-    rounds:    None: as many as take about a second, from 7 to 300.
+    rounds:    None: as many as take about half a second, from 7 to 300.
     same:      which rival each rival's output must equal; None: all of them the first one's.
     repeats:   calls a timing, for what takes microseconds.
     """
@@ -120,7 +121,7 @@ def _once(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def _rounds(seconds: float) -> int:
-    return max(7, min(300, int(1 / max(seconds, 1e-9))))
+    return max(7, min(300, int(0.5 / max(seconds, 1e-9))))
 
 
 def with_backward(run: Callable[..., Tensor], *inputs: Tensor) -> Run:
@@ -145,6 +146,9 @@ def compiled(function: Callable[..., Any], *, dynamic: bool = True) -> Callable[
 
     The threads are those at the time of the call, not of compilation.
     """
+    # Beyond 8 compilations of one function (shapes, gradients, numbers of threads) torch refuses.
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, name, 128)
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"cpp.dynamic_threads": True})
 
 

@@ -9,17 +9,20 @@ from typing import Any
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a case: the time (and GFLOPs where counted) of every rival, and the best rival's time over ours.
 
-    Ours is the last of the rivals; there is no ratio where they do not all compute the same.
+    Ours is the last of a row's rivals; those whose names start with "native" are ours too. Models have no ratio: they
+    do not compute the same.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    ours = list(dict.fromkeys(list(row["seconds"])[-1] for row in rows))
+    others = dict.fromkeys(name for row in rows for name in row["seconds"] if name not in ours)
+    names = [*others, *ours]
     columns = ["", "threads", *names]
-    equal = all(len(row["max_abs_difference"]) == len(row["seconds"]) - 1 for row in rows)
+    compared = rows[0]["subject"] != "model"
     copied = any(row["bytes"] for row in rows)
-    columns += ["ratio"] * equal + ["share of a copy"] * copied
+    columns += ["ratio"] * compared + ["share of a copy"] * copied
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [row["case"], str(row["threads"]), *(_cell(row, name) for name in names)]
-        cells += [f"{_ratio(row):.2g}"] * equal + [_share_of_a_copy(row)] * copied
+        cells += [_ratio(row)] * compared + [_share_of_a_copy(row)] * copied
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -33,9 +36,10 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return time if flops is None else f"{time}, {flops / 1e9:.4g} GFLOPs"
 
 
-def _ratio(row: dict[str, Any]) -> float:
-    *others, ours = row["seconds"].values()
-    return min(others) / ours
+def _ratio(row: dict[str, Any]) -> str:
+    *others, ours = row["seconds"]
+    seconds = [row["seconds"][name] for name in others if not name.startswith("native")]
+    return f"{min(seconds) / row['seconds'][ours]:.2g}" if seconds else ""
 
 
 def _share_of_a_copy(row: dict[str, Any]) -> str:

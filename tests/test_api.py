@@ -1,7 +1,9 @@
 """What importing the packages needs, and which names they offer."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,13 +46,11 @@ print(type(icseg.PatchICL()).__name__)
 
 
 def test_native_library_may_be_missing(tmp_path):
-    code = f"""
-import pathlib, shutil, sys
-import icseg_kernels
-source = pathlib.Path(icseg_kernels.__file__).parent
-shutil.copytree(source, {str(tmp_path)!r} + "/icseg_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-"""
-    run(code)
+    shutil.copytree(
+        Path(icseg_kernels.__file__).parent,
+        tmp_path / "icseg_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})

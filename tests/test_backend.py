@@ -130,15 +130,14 @@ def test_argument_before_scope_before_environment(monkeypatch: pytest.MonkeyPatc
     assert select(OP, None, x) == "reference"
 
 
-@pytest.mark.parametrize(("value", "named"), [(None, None), ("", None), ("reference", "reference"), ("fast", "fast")])
-def test_environment_is_read_once_at_import(value: str | None, named: str | None) -> None:
+@pytest.mark.parametrize(("value", "named"), [("", None), ("fast", "fast")])
+def test_environment_is_read_once_at_import(value: str, named: str | None) -> None:
     program = """if True:
         import os
         from icseg_kernels import backend
         os.environ["ICSEG_BACKEND"] = "cuda"
         print(backend.named_by_environment())"""
-    environment = {name: given for name, given in os.environ.items() if name != "ICSEG_BACKEND"}
-    environment |= {} if value is None else {"ICSEG_BACKEND": value}
+    environment = {**os.environ, "ICSEG_BACKEND": value}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(named)

@@ -40,6 +40,7 @@ constexpr unsigned kForkSeconds = 60;
 std::atomic<const char*> current{"no test"};
 std::atomic<uint64_t> current_seed{0};
 std::atomic<bool> current_is_large{false};
+std::atomic<bool> current_is_switching{false};
 
 void set_threads(int count) {
 #ifdef _OPENMP
@@ -89,6 +90,7 @@ void at_once(const Case& test, uint64_t seed) {
     std::atomic<int> running{kThreads};
     const uint64_t alone = test.run(seed);
     for (const bool switching : {false, true}) {
+        current_is_switching = switching;
         running = kThreads;
         for (int n = 0; n < kThreads; ++n)
             threads.emplace_back([&, n] {
@@ -105,6 +107,7 @@ void at_once(const Case& test, uint64_t seed) {
         for (std::thread& thread : threads) thread.join();
         threads.clear();
     }
+    current_is_switching = false;
     icseg_select_isa(nullptr);
 }
 
@@ -144,6 +147,8 @@ void run(const Test& test, uint64_t seed, int64_t iterations, bool only_large) {
 }
 
 }  // namespace
+
+bool switching() { return current_is_switching; }
 
 void fail(const char* format, ...) {
     std::va_list arguments;

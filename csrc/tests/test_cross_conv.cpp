@@ -1,8 +1,6 @@
 // icseg_cross_tail and its gradient, element by element.
 #include "testing.h"
 
-#include <algorithm>
-
 namespace {
 
 using namespace testing;
@@ -98,6 +96,7 @@ public:
         const Array<Real> only = output<Real>(random, zx_.count());
         EXPECT_CODE(ICSEG_OK, tail(zx_.data(), zy_.data(), pairs.data(), mean.data(), s_));
         EXPECT_CODE(ICSEG_OK, tail(zx_.data(), zy_.data(), nullptr, only.data(), s_));
+        if (switching()) return 0;
         Digest digest;
         digest.add(pairs);
         if (s_.ys) digest.add(mean);

@@ -1,8 +1,6 @@
 // icseg_scatter_patches and its adjoint, patch by patch.
 #include "testing.h"
 
-#include <algorithm>
-
 namespace {
 
 using namespace testing;

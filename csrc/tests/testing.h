@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../icseg.h"
@@ -265,6 +266,9 @@ void expect_close(const char* what, const Array<T>& found, const std::vector<dou
         if (given_ != (code)) \
             ::testing::fail("%s:%d: code %d (%s), expected %d", __FILE__, __LINE__, given_, icseg_error(given_), code); \
     } while (false)
+
+// Whether another thread changes the instruction set all the while, so that calls may differ by rounding.
+bool switching();
 
 // Inputs of one call and what must come of it.
 class Case {
