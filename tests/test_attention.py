@@ -982,3 +982,12 @@ def test_cuda_agrees_repeats_and_captures(lists: str) -> None:
         captured = selected_attention(*low, index=index, sink=True)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@needs_library
+def test_the_library_turns_pairs_only() -> None:
+    tokens, angle = torch.zeros(1, 1, 2, 3), torch.zeros(1)
+    with pytest.raises(ValueError, match=r"^a rotation turns pairs of channels, so D must be even, got 3$"):
+        torch.ops.icseg.selected_attention(
+            tokens, tokens, tokens, None, angle, angle, None, None, [], [], False, None, "native"
+        )

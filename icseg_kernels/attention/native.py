@@ -162,6 +162,8 @@ def _call(
         lists = (index.data_ptr(), index.element_size(), *index.stride())
     angles = _NO_ANGLES
     if q_cos is not None or k_cos is not None:
+        if d % 2:
+            raise ValueError(f"a rotation turns pairs of channels, so D must be even, got {d}")
         q_shape, k_shape = (b, h, nq, d // 2), (b, h, nk, d // 2)
         angles = _rotation(q_cos, q_shape, dtype) + _rotation(q_sin, q_shape, dtype)
         angles += _rotation(k_cos, k_shape, dtype) + _rotation(k_sin, k_shape, dtype)

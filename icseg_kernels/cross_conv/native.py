@@ -39,6 +39,8 @@ def tail(
     dtype = zx.dtype
     zx, zy = _dense(zx, accumulation_dtype(dtype)), _dense(zy, accumulation_dtype(dtype))
     image, batch, xs, ys = _sizes(zx, zy)
+    if mean and ys == 0:
+        raise ValueError("zy must hold at least one image to take the mean of, got Sy = 0")
     if not pairs:
         all_pairs = zx.new_empty(0)
     elif overwrite and xs == 1:
