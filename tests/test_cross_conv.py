@@ -552,6 +552,7 @@ def test_impossible_sizes_are_refused_by_every_entry_point(
                     library.check(code)
 
 
+@needs_native
 def test_the_library_takes_no_mean_of_nothing() -> None:
     images, none = torch.zeros(1, 1, 2, 4, 4), torch.zeros(1, 0, 2, 4, 4)
     with pytest.raises(ValueError, match=r"^zy must hold at least one image to take the mean of, got Sy = 0$"):
