@@ -762,10 +762,10 @@ def outputs_and_gradients(call: tuple[list[Tensor], dict[str, Any]], name: str) 
     return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], inputs, grads)]
 
 
-def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, roundings: int = 30) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
-        tolerance = 30 * torch.finfo(dtype).eps
+        tolerance = roundings * torch.finfo(dtype).eps
         torch.testing.assert_close(
             a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().nan_to_num(0, 0, 0).max().item() if b.numel() else 0)
         )
@@ -784,8 +784,10 @@ def test_native_equals_reference(isa: str, dtype: torch.dtype) -> None:
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(seed=strategies.integers(100, 10**9))
 def test_native_equals_reference_on_any_case(seed: int) -> None:
-    case = random_case(seed, torch.float64)
-    agree(outputs_and_gradients(case, "native"), outputs_and_gradients(case, "reference"), torch.float64)
+    tokens, options = case = random_case(seed, torch.float64)
+    # The same key listed again and again gives equal terms, whose roundings all go the same way.
+    terms = options["index"].shape[2] if "index" in options else tokens[1].shape[2]
+    agree(outputs_and_gradients(case, "native"), outputs_and_gradients(case, "reference"), torch.float64, 30 + terms)
 
 
 @needs_library
