@@ -49,7 +49,7 @@ struct Rows {
         if (cos != nullptr) {
             turn(from, column, n, 1, to);
         } else if (column == 1) {
-            std::memcpy(to, from, width * sizeof(Real));
+            if (width > 0) std::memcpy(to, from, width * sizeof(Real));  // else `from` may be null
         } else {
             for (int64_t i = 0; i < width; ++i) to[i] = from[i * column];
         }
@@ -97,7 +97,7 @@ struct Rows {
 
 template <typename Real>
 inline void zero(Real* at, int64_t count) {
-    std::memset(at, 0, count * sizeof(Real));
+    if (count > 0) std::memset(at, 0, count * sizeof(Real));  // else `at` may be null
 }
 
 // The queries of a group in one head, and the rows of the keys that its list names.
@@ -612,6 +612,7 @@ struct Backward {
         Real* to_v = call.index_bytes ? listed_of(u, true) : grad.v + rows * call.value_dim;
         for (int64_t j = 0; j < count; ++j) {
             keys.turn_back(scratch + space.grad_k + j * wide, u.row(first + j), to_k + (first + j) * call.dim);
+            if (call.value_dim == 0) continue;  // `to_v` may be null
             std::memcpy(to_v + (first + j) * call.value_dim, scratch + space.grad_v + j * value_wide,
                         call.value_dim * sizeof(Real));
         }
