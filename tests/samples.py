@@ -1,10 +1,11 @@
-"""One call of every public op, for tests of what holds for all of them."""
+"""What the tests of several ops share: which backends there are, and one call of every public op."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,10 +16,14 @@ from icseg_kernels import (
     gather_patches,
     group_norm_film,
     gumbel_topk,
+    library,
     sample_patches,
     scatter_patches,
     selected_attention,
 )
+
+BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
+needs_native = pytest.mark.skipif(bool(library.missing()), reason="the native library is not built")
 
 Run = Callable[..., list[Tensor]]
 """run(backend, gradients=True): the outputs of one call on inputs made before, and the inputs' gradients."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies
+from samples import BACKENDS, needs_native
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -23,8 +24,6 @@ from icseg_kernels.attention import KeyBounds, native
 B, H, NQ, NK, D, DV = 2, 3, 6, 9, 8, 5
 INT64 = torch.iinfo(torch.int64)
 SCALE = torch.tensor(0.3, dtype=torch.float64)
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
-needs_library = pytest.mark.skipif(bool(library.missing()), reason="needs the native library")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -771,7 +770,7 @@ def agree(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, round
         )
 
 
-@needs_library
+@needs_native
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_native_equals_reference(isa: str, dtype: torch.dtype) -> None:
@@ -780,7 +779,7 @@ def test_native_equals_reference(isa: str, dtype: torch.dtype) -> None:
         agree(outputs_and_gradients(case, "native"), outputs_and_gradients(case, "reference"), dtype)
 
 
-@needs_library
+@needs_native
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(seed=strategies.integers(100, 10**9))
 def test_native_equals_reference_on_any_case(seed: int) -> None:
@@ -790,7 +789,7 @@ def test_native_equals_reference_on_any_case(seed: int) -> None:
     agree(outputs_and_gradients(case, "native"), outputs_and_gradients(case, "reference"), torch.float64, 30 + terms)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("sizes", [(1, 2, 250, 700, 32), (3, 1, 70, 600, 48), (1, 1, 600, 600, 64), (5, 5, 70, 90, 16)])
 def test_native_bits_do_not_depend_on_threads(sizes: tuple[int, ...]) -> None:
     """Units that divide among the threads and that do not, with few keys and many."""
@@ -812,7 +811,7 @@ def test_native_bits_do_not_depend_on_threads(sizes: tuple[int, ...]) -> None:
             assert torch.equal(a, c)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_native_special_values(isa: str, dtype: torch.dtype) -> None:
     """Infinite and NaN scores do as they do in the reference, in their own rows only."""
@@ -831,7 +830,7 @@ def test_native_special_values(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
 
 
-@needs_library
+@needs_native
 def test_native_exponential(isa: str) -> None:
     """softmax of two keys, one of score 0 and value 0: v e^s / (1 + e^s)."""
     s = torch.linspace(-120, 0, 4001)
@@ -841,7 +840,7 @@ def test_native_exponential(isa: str) -> None:
     assert ((out - exact).abs() <= 3 * torch.finfo(torch.float32).eps * exact + 2e-38).all()
 
 
-@needs_library
+@needs_native
 def test_native_reads_beyond_2_to_the_31_elements() -> None:
     """Rows far apart, in memory that is reserved and never touched but for them."""
     q, k, v = tokens(nq=2, nk=3, dv=D, dtype=torch.float32)
@@ -853,13 +852,13 @@ def test_native_reads_beyond_2_to_the_31_elements() -> None:
     assert torch.equal(found, selected_attention(q, k, v, index=index, backend="native"))
 
 
-@needs_library
+@needs_native
 def test_native_output_joins_heads_without_a_copy() -> None:
     out = selected_attention(*tokens(), index=hostile_index(), backend="native")
     assert out.transpose(1, 2).is_contiguous()
 
 
-@needs_library
+@needs_native
 def test_none_takes_native_where_torch_is_not_faster() -> None:
     q, k, v = (torch.empty(1, 4, 256, 64) for _ in range(3))
 
@@ -886,7 +885,7 @@ def expect(message: str | None, code: int) -> None:
         library.check(code)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -908,7 +907,7 @@ def test_native_codes_of_impossible_sizes(changes: dict[str, int], message: str 
     expect(message, native._workspace(*(sizes | changes).values(), backward, byref(c_int64())))
 
 
-@needs_library
+@needs_native
 def test_native_codes_of_impossible_calls() -> None:
     q, k, v = tokens(dtype=torch.float32)
     index, none = hostile_index()[:, None], (None,) * 4
@@ -930,7 +929,7 @@ def test_native_codes_of_impossible_calls() -> None:
     expect("workspace must be larger", code(workspace=100))
 
 
-@needs_library
+@needs_native
 def test_native_op_refuses_what_the_shapes_do_not_promise() -> None:
     q, k, v = tokens(dtype=torch.float32)
     options: tuple[Any, ...] = (None, None, None, None, [], [], False, None)
@@ -947,7 +946,7 @@ def test_native_op_refuses_what_the_shapes_do_not_promise() -> None:
         native.backward(out[:, :, 1:], None, out, lse, q, k, v, None, *options)
 
 
-@needs_library
+@needs_native
 def test_native_op_takes_half_a_rotation_for_none_as_the_reference_does() -> None:
     q, k, v = tokens()
     cos = rotation(NQ).cos
@@ -986,7 +985,7 @@ def test_cuda_agrees_repeats_and_captures(lists: str) -> None:
     assert torch.equal(captured, expected)
 
 
-@needs_library
+@needs_native
 def test_the_library_turns_pairs_only() -> None:
     tokens, angle = torch.zeros(1, 1, 2, 3), torch.zeros(1)
     with pytest.raises(ValueError, match=r"^a rotation turns pairs of channels, so D must be even, got 3$"):

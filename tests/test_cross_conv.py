@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from samples import BACKENDS, needs_native
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,8 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from icseg_kernels import BackendError, cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean, library
 from icseg_kernels.cross_conv import native, reference
 
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
-needs_native = pytest.mark.skipif(bool(library.missing()), reason="the native library is not built")
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import BACKENDS, needs_native
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from icseg_kernels import BackendError, flops, gather_patches, library, use_backend
 from icseg_kernels.patches import NO_PATCH, gather_native
 
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 OPTIONS = [{}, {"out_size": 3}, {"out_size": 6, "alignment": "published"}]
 FORMS = list(itertools.product(BACKENDS, OPTIONS))
 INT64 = torch.iinfo(torch.int64)
@@ -164,7 +164,7 @@ def test_the_backward_op_takes_floats_only(backend, dtype):
             gather_native.gather_backward(grad.to(torch.int8), torch.zeros(1, 2, dtype=torch.int64), 64, 64)
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="the native library was not built")
+@needs_native
 def test_native_ops_never_read_beyond_their_tensors():
     ops, coords = torch.ops.icseg, torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"coords must have shape \[2, 1, 2\], got \[1, 2\]"):

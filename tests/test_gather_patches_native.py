@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import needs_native
 from torch import Tensor
 
 from icseg_kernels import gather_patches, library
 from icseg_kernels.patches import NO_PATCH, gather_native
 
-pytestmark = pytest.mark.skipif(bool(library.missing()), reason="the native library was not built")
+pytestmark = needs_native
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int32, torch.int64, torch.int16]

@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import BACKENDS, needs_native
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from icseg_kernels import BackendError, flops, group_norm_film, library
 from icseg_kernels.group_norm_film import native
-
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
-needs_native = pytest.mark.skipif(bool(library.missing()), reason="the native library is not built")
 
 # N, C, spatial, groups: lengths below, at and past a vector, more than a tile, more than a block, none at all
 SHAPES = [

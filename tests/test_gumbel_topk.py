@@ -8,6 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from samples import BACKENDS, needs_native
 from scipy import stats
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,7 +19,6 @@ from icseg_kernels.philox import gumbel_noise
 
 INF = float("inf")
 NAN = float("nan")
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -538,7 +538,6 @@ def test_functional_transforms() -> None:
             torch.func.jvp(loss, (logits.detach(),), (torch.ones_like(logits),))
 
 
-needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library was not built")
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 

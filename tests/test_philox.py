@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import BACKENDS
 from scipy import stats
 
-from icseg_kernels import gumbel_topk, library
+from icseg_kernels import gumbel_topk
 from icseg_kernels.philox import exponential, gumbel_noise, log, noise_reference, philox4x32, seed_tensor
 
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 FLOAT = np.float32
 COEFFICIENTS = np.array(
     [

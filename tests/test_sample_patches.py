@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from icseg_kernels import gumbel_topk, library, sample_patches, use_backend
+from icseg_kernels import gumbel_topk, sample_patches, use_backend
 from icseg_kernels.patches import NO_PATCH
 from icseg_kernels.patches.windows import candidate_grid
 from icseg_kernels.philox import gumbel_noise
 
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 INF = float("inf")
 NAN = float("nan")
 SETTINGS = [

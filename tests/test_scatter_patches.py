@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from icseg_kernels import BackendError, flops, gather_patches, library, numerics, scatter_patches, use_backend
 from icseg_kernels.patches import NO_PATCH, gaussian_weight, reference, scatter_native
 
-BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 native_only = pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 INT32 = torch.iinfo(torch.int32)
 INT64 = torch.iinfo(torch.int64)
@@ -290,9 +290,8 @@ def test_same_bits_with_any_number_of_threads(threads):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_a_gpu_gives_the_same_and_the_same_bits_twice(backend):
-    if backend == "native":
-        pytest.skip("it runs on the CPU")
     patches, coords = random_patches(2, 64, 3, 16, 16), random_coords(2, 64, low=-8, high=100)
     expected = scatter_patches(patches, coords, (100, 90), weight="gaussian")
     first, second = (scatter_patches(patches.cuda(), coords.cuda(), (100, 90), weight="gaussian") for _ in range(2))

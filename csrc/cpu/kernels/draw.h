@@ -23,6 +23,7 @@
 #pragma once
 
 #include "draw_sizes.h"
+#include "exponential.h"
 #include "philox.h"
 
 namespace {
@@ -446,33 +447,10 @@ inline void draw_row(const Real* logits, int64_t n, int64_t k, const Noise<Real>
 
 // ---- Sums.
 
-// exp(x) for x < 1, 0 below the normal numbers and for NaN; to 1e-7.
-inline Vector<float> exp_below(Vector<float> x) {
-    const Vector<float> whole = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));  // 1.5 * 2^23: to the nearest
-    const Vector<float> n = whole - 12582912.0f;
-    Vector<float> r = fma(n, broadcast(-0.693359375f), x);
-    r = fma(n, broadcast(2.12194440e-4f), r);
-    constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                                5.0000001201e-1f};
-    Vector<float> y = broadcast(1.9875691500e-4f);
-    for (const float term : kTerms) y = fma(y, r, broadcast(term));
-    y = fma(y, r * r, r) + 1.0f;
-    const Vector<float> scaled = (Vector<float>)((Vector<uint32_t>)y + ((Vector<uint32_t>)whole << 23));
-    return x > -86.0f ? scaled : Vector<float>{};
-}
-
-// The same to 1e-15.
-inline Vector<double> exp_below(Vector<double> x) {
-    const double magic = 6755399441055744.0;  // 1.5 * 2^52
-    const Vector<double> whole = fma(x, broadcast(1.4426950408889634), broadcast(magic));
-    const Vector<double> n = whole - magic;
-    Vector<double> r = fma(n, broadcast(-6.93145751953125e-1), x);
-    r = fma(n, broadcast(-1.42860682030941723212e-6), r);
-    constexpr double kFactorials[] = {479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1};
-    Vector<double> y = broadcast(1.0 / 6227020800);
-    for (const double factorial : kFactorials) y = fma(y, r, broadcast(1.0 / factorial));
-    const Vector<double> scaled = (Vector<double>)((Vector<uint64_t>)y + ((Vector<uint64_t>)whole << 52));
-    return x > -700.0 ? scaled : Vector<double>{};
+// exp(x) for x < 1; NaN counts as -inf.
+template <typename Real>
+inline Vector<Real> exp_below(Vector<Real> x) {
+    return x == x ? exponential<Real>(x) : Vector<Real>{};
 }
 
 constexpr int64_t kSumBlock = 2048;
@@ -508,8 +486,8 @@ inline Sum<Real> sum_block(const Real* logits, int64_t count) {
     Real most = -kInfinity;
     for (int64_t i = 0; i < kLanes<Real>; ++i) most = larger(most, mosts[i]);
     if (!(most - most == 0)) return {most, 0};
-    for (int64_t i = 0; i < whole; i += kLanes<Real>) totals += exp_below(load(logits + i) - most);
-    totals += exp_below(tail - most);
+    for (int64_t i = 0; i < whole; i += kLanes<Real>) totals += exp_below<Real>(load(logits + i) - most);
+    totals += exp_below<Real>(tail - most);
     double total = 0;
     for (int64_t i = 0; i < kLanes<Real>; ++i) total += totals[i];
     return {most, total};

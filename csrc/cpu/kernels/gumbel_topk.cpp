@@ -109,9 +109,9 @@ void draw_backward(const DrawGradients<Real>& in, Real* grad, const DrawSizes& s
             const Real* l = in.logits + row * in.stride;
             const Real scale = in.grad_logsumexp[row], lse = in.logsumexp[row];
             int64_t i = 0;
-            for (; i + kLanes<Real> <= s.count; i += kLanes<Real>) store(to + i, exp_below(load(l + i) - lse) * scale);
+            for (; i + kLanes<Real> <= s.count; i += kLanes<Real>) store(to + i, exp_below<Real>(load(l + i) - lse) * scale);
             const int64_t left = s.count - i;
-            store_first(to + i, exp_below(load_first(l + i, left) - lse) * scale, left);
+            store_first(to + i, exp_below<Real>(load_first(l + i, left) - lse) * scale, left);
         }
         const auto add = [&](int64_t index, Real value) {
             if (index >= 0 && index < s.count) to[index] += value;
