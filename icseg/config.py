@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
+    from icseg.baselines.dense import DenseConfig
     from icseg.published.config import PublishedConfig
     from icseg.sparse.config import SparseConfig
 
@@ -64,10 +65,10 @@ def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class PatchICLConfig:
-    """Base of the two PatchICL architectures.
+    """Base of the architectures.
 
     `PatchICLConfig.sparse()` is the default model, `PatchICLConfig.published(image_size)` the model of
-    arXiv 2604.12752.
+    arXiv 2604.12752, `PatchICLConfig.universeg()` the dense baseline.
     """
 
     architecture: ClassVar[str]
@@ -86,6 +87,13 @@ class PatchICLConfig:
 
         return PublishedConfig.for_image_size(image_size, **fields)
 
+    @staticmethod
+    def universeg(**fields: Any) -> DenseConfig:
+        """UniverSeg, the dense baseline (arXiv 2304.06131)."""
+        from icseg.baselines.dense import DenseConfig
+
+        return DenseConfig(**fields)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON) from which `from_dict` makes an equal configuration."""
         return {"architecture": self.architecture, **dataclasses.asdict(self)}
@@ -93,12 +101,14 @@ class PatchICLConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> PatchICLConfig:
         """The configuration that `to_dict` described. Unknown architectures or keys raise ValueError."""
+        from icseg.baselines.dense import DenseConfig
         from icseg.published.config import PublishedConfig
         from icseg.sparse.config import SparseConfig
 
         values = dict(values)
         name = values.pop("architecture", SparseConfig.architecture)
-        architectures: dict[str, type[PatchICLConfig]] = {c.architecture: c for c in (SparseConfig, PublishedConfig)}
+        known: tuple[type[PatchICLConfig], ...] = (SparseConfig, PublishedConfig, DenseConfig)
+        architectures = {c.architecture: c for c in known}
         if name not in architectures:
             raise ValueError(f"architecture must be one of {', '.join(architectures)}, got {name!r}")
         return architectures[name]._from_fields(values)

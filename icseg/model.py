@@ -15,6 +15,7 @@ from icseg.memory import SupportMemory
 from icseg.output import SegmentationOutput
 
 if TYPE_CHECKING:
+    from icseg.baselines.dense import DenseNetwork
     from icseg.published.network import PublishedNetwork
     from icseg.sparse.network import SparseNetwork
 
@@ -100,7 +101,8 @@ class PatchICL(nn.Module):
         save_checkpoint(path, self.config, self.state_dict())
 
 
-def _make_network(config: PatchICLConfig) -> SparseNetwork | PublishedNetwork:
+def _make_network(config: PatchICLConfig) -> SparseNetwork | PublishedNetwork | DenseNetwork:
+    from icseg.baselines.dense import DenseConfig, DenseNetwork
     from icseg.published.config import PublishedConfig
     from icseg.published.network import PublishedNetwork
     from icseg.sparse.config import SparseConfig
@@ -111,8 +113,10 @@ def _make_network(config: PatchICLConfig) -> SparseNetwork | PublishedNetwork:
             return SparseNetwork(config)
         case PublishedConfig():
             return PublishedNetwork(config)
+        case DenseConfig():
+            return DenseNetwork(config)
     raise TypeError(
-        f"config must be PatchICLConfig.sparse() or PatchICLConfig.published(), got {type(config).__name__}"
+        f"config must be PatchICLConfig.sparse(), .published() or .universeg(), got {type(config).__name__}"
     )
 
 

@@ -1,0 +1,321 @@
+"""Dice at equal training: each model of configs/ gets the same tasks and the same wall-clock time on one thread.
+
+```
+python benchmarks/equal_training.py --minutes 25 --out DIR --pool DIR            # trains what is not trained yet
+python benchmarks/equal_training.py --out DIR --evaluate PACK.npz...             # scores what is trained
+```
+
+An interrupted training goes on when the command is repeated. The scores go to DIR/rows.jsonl (one target a line) and
+DIR/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
+from icseg.data.tensors import as_tensors
+from icseg.evaluation import Case, Pack, model_predictor
+from icseg.files import written_whole
+from icseg.metrics import dice
+from icseg.model import PatchICL
+from icseg.training import TrainingConfig, train
+from icseg.training.loop import MODEL_FILE
+from icseg.training.state import STATE_FILE
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+MODELS = ("sparse", "universeg", "published")
+OURS = "sparse"
+SIZE = 256
+SUPPORT = 3
+RESAMPLES = 10_000
+NEVER = 1_000_000_000  # steps: time alone ends a run, and no validation takes of it
+MEAN = "mean of data sets"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Dice of one model on one target.
+
+    target: number of the image or task in its data set; patient: the number that it shares with other images of its
+    patient, the target's own where patients are not known.
+    """
+
+    model: str
+    dataset: str
+    class_name: str
+    target: int
+    patient: int
+    dice: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one trained model; gflops: of one target with its support set, at the size that is scored."""
+
+    model: str
+    parameters: int
+    gflops: float
+    minutes: float
+    steps: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean Dice of `model` minus that of `rival`, with the bounds of its 95 % interval."""
+
+    dataset: str
+    model: str
+    rival: str
+    mean: float
+    low: float
+    high: float
+
+
+# Training
+
+
+def run_config(model: str, minutes: float, pool: Path, seed: int, configs: Path = CONFIGS) -> TrainingConfig:
+    """The configuration of `model` for a run that time alone ends, on the tasks in `pool`."""
+    config = TrainingConfig.from_file(configs / f"{model}_small.toml")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, pool=str(pool.resolve())),
+        schedule=dataclasses.replace(config.schedule, steps=NEVER, max_minutes=minutes),
+        run=dataclasses.replace(config.run, seed=seed, validate_steps=NEVER),
+    )
+
+
+def train_model(config: TrainingConfig, directory: Path) -> bool:
+    """Train, go on, or do nothing if the run is finished; False if it was interrupted.
+
+    Raises ValueError if the folder holds a run of another configuration.
+    """
+    if (directory / MODEL_FILE).exists():
+        found = TrainingConfig.from_dict(training_record(directory)["config"])
+        if dataclasses.replace(found, run=config.run) != config or found.run.seed != config.run.seed:
+            raise ValueError(f"{directory} must hold a run of this configuration, got another; give another --out")
+        return True
+    return train(config, directory, resume=(directory / STATE_FILE).exists()).finished
+
+
+def training_record(directory: Path) -> dict[str, Any]:
+    """How the model in `directory` was trained, by its own file."""
+    with safe_open(directory / MODEL_FILE, framework="pt") as file:
+        return json.loads(file.metadata()["training"])
+
+
+# Evaluation
+
+
+def synthetic_cases(tasks: int) -> Iterator[tuple[str, int, int, Case]]:
+    """(class, target, patient, case) of the tasks of `icseg.evaluation.evaluate_synthetic`."""
+    for i in range(tasks):
+        task = generate_task(pool_task_seed(EVALUATION_SEED, i), SUPPORT + 1, SIZE)
+        images, masks = as_tensors(task.images, task.masks)
+        yield task.family, i, i, Case(images[0], masks[0], images[1:], masks[1:])
+
+
+def pack_cases(pack: Pack, limit: int | None = None, seed: int = 0) -> Iterator[tuple[str, int, int, Case]]:
+    """(class, target, patient, case) of those targets and support sets that `icseg.evaluation.evaluate` takes."""
+    sources = pack.sources()
+    for class_id, class_name in list(enumerate(pack.class_names))[1:]:
+        holders = pack.holders(class_id)
+        others = {int(t): holders[sources[holders] != sources[t]] for t in holders}
+        targets = [int(t) for t in np.random.default_rng((seed, class_id)).permutation(holders) if len(others[int(t)])]
+        for target in targets[:limit]:
+            supports = np.random.default_rng((seed, class_id, target)).permutation(others[target])[:SUPPORT]
+            index = np.concatenate([[target], supports])
+            images, masks = as_tensors(pack.images[index], pack.masks[index] == class_id)
+            if images.shape[-2:] != (SIZE, SIZE):
+                images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
+                masks = F.interpolate(masks, (SIZE, SIZE), mode="nearest-exact")
+            yield class_name, target, int(sources[target]), Case(images[0], masks[0], images[1:], masks[1:])
+
+
+def score(models: dict[str, PatchICL], dataset: str, cases: Iterable[tuple[str, int, int, Case]]) -> Iterator[Row]:
+    """Rows of every model on every case."""
+    predictors = {name: model_predictor(model) for name, model in models.items()}
+    for class_name, target, patient, case in tqdm(cases, dataset, leave=False):
+        for name, predict in predictors.items():
+            mask = predict(case.target[None], case.support_images[None], case.support_masks[None])
+            yield Row(name, dataset, class_name, target, patient, dice(mask, case.mask[None] > 0.5).item())
+
+
+def cost_of(name: str, model: PatchICL, directory: Path) -> Cost:
+    target, images = torch.zeros(1, 1, SIZE, SIZE), torch.zeros(1, SUPPORT, 1, SIZE, SIZE)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(target, images, images)
+    record = training_record(directory)
+    data = record["config"]["data"]
+    return Cost(
+        name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        gflops=counter.get_total_flops() / 1e9,
+        minutes=record["elapsed"] / 60,
+        steps=record["step"],
+        targets=record["step"] * data["tasks_per_step"] * data["targets"],
+    )
+
+
+# Statistics
+
+
+def dataset_means(rows: Sequence[Row], model: str) -> dict[str, float]:
+    """Mean Dice over the rows of each data set, and, where there are several, their unweighted mean."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.model == model:
+            found.setdefault(row.dataset, []).append(row.dice)
+    means = {dataset: float(np.mean(values)) for dataset, values in found.items()}
+    return means if len(means) < 2 else {**means, MEAN: float(np.mean(list(means.values())))}
+
+
+def paired_bootstrap(
+    rows: Sequence[Row], model: str, rival: str, *, unit: str = "target", resamples: int = RESAMPLES, seed: int = 0
+) -> list[Difference]:
+    """Mean Dice of `model` minus `rival` a data set, and over data sets that count equally, with 95 % intervals.
+
+    Within each data set whole targets (or, by `unit`, patients) are drawn with replacement, with all of their classes.
+    Raises ValueError unless both were scored on the same targets.
+    """
+    rng = np.random.default_rng(seed)
+    differences, drawn = [], []
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        sums, counts = _differences([row for row in rows if row.dataset == dataset], model, rival, unit)
+        indices = (rng.integers(0, len(sums), len(sums)) for _ in range(resamples))
+        drawn.append(np.array([sums[index].sum() / counts[index].sum() for index in indices]))
+        differences.append(_difference(dataset, model, rival, sums.sum() / counts.sum(), drawn[-1]))
+    if len(drawn) > 1:
+        mean = float(np.mean([d.mean for d in differences]))
+        differences.append(_difference(MEAN, model, rival, mean, np.mean(drawn, axis=0)))
+    return differences
+
+
+def _differences(
+    rows: Sequence[Row], model: str, rival: str, unit: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For each unit the sum of its Dice differences, and their number."""
+    ours, theirs = ({(row.class_name, row.target): row for row in rows if row.model == name} for name in (model, rival))
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"{model} and {rival} must be scored on the same targets, got others on {rows[0].dataset}")
+    by_unit: dict[int, list[float]] = {}
+    for key, row in ours.items():
+        by_unit.setdefault(getattr(row, unit), []).append(row.dice - theirs[key].dice)
+    return np.array([sum(d) for d in by_unit.values()]), np.array([float(len(d)) for d in by_unit.values()])
+
+
+def _difference(dataset: str, model: str, rival: str, mean: float, drawn: NDArray[np.float64]) -> Difference:
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Difference(dataset, model, rival, float(mean), float(low), float(high))
+
+
+# Tables
+
+
+def report(rows: Sequence[Row], costs: Sequence[Cost], unit: str = "target") -> str:
+    """Markdown: what each model costs, its mean Dice a data set, and ours minus each rival."""
+    names = list(dict.fromkeys(row.model for row in rows))
+    parts = [
+        _table(
+            ["model", "parameters", f"GFLOPs a target, {SIZE} px S{SUPPORT}", "minutes", "steps", "targets seen"],
+            [
+                [c.model, f"{c.parameters:,}", f"{c.gflops:.3g}", f"{c.minutes:.1f}", f"{c.steps:,}", f"{c.targets:,}"]
+                for c in costs
+            ],
+        )
+    ]
+    means = {name: dataset_means(rows, name) for name in names}
+    scored = [
+        [dataset, str(_targets(rows, dataset)), *(f"{means[name][dataset]:.3f}" for name in names)]
+        for dataset in means[names[0]]
+    ]
+    parts.append("Mean Dice.\n\n" + _table(["data set", "targets", *names], scored))
+    rivals = [name for name in names if name != OURS]
+    if OURS in names and rivals:
+        compared = [paired_bootstrap(rows, OURS, rival, unit=unit) for rival in rivals]
+        lines = [
+            [same[0].dataset, *(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in same)]
+            for same in zip(*compared, strict=True)
+        ]
+        title = (
+            f"Difference in mean Dice, with the 95 % interval of a paired bootstrap over {unit}s ({RESAMPLES:,} draws)."
+        )
+        parts.append(f"{title}\n\n" + _table(["data set", *(f"{OURS} minus {rival}" for rival in rivals)], lines))
+    return "\n".join(parts)
+
+
+def _targets(rows: Sequence[Row], dataset: str) -> int:
+    """How many Dice values the mean of a data set, or of all, is over."""
+    return len({(r.dataset, r.class_name, r.target) for r in rows if dataset in (r.dataset, MEAN)})
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *lines])
+
+
+def evaluate_models(
+    names: Sequence[str], out: Path, packs: Sequence[Path], tasks: int, limit: int | None, unit: str
+) -> str:
+    """Score the models trained in `out`, write rows.jsonl and table.md there; the table."""
+    opened = [Pack.load(path) for path in packs]  # all are checked before the first is scored
+    models = {name: PatchICL.from_pretrained(out / name / MODEL_FILE) for name in names}
+    rows = list(score(models, "synthetic", synthetic_cases(tasks)))
+    for pack in opened:
+        rows += score(models, pack.name, pack_cases(pack, limit))
+    with written_whole(out / "rows.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    table = report(rows, [cost_of(name, model, out / name) for name, model in models.items()], unit)
+    with written_whole(out / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, one folder a model")
+    parser.add_argument("--pool", type=Path, help="folder of the task pool; missing tasks are made there")
+    parser.add_argument("--minutes", type=float, default=25.0, help="training time of each model")
+    parser.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
+    parser.add_argument("--seed", type=int, default=0, help="of the training runs")
+    parser.add_argument("--evaluate", type=Path, nargs="*", metavar="PACK", help="score, also on these packs")
+    parser.add_argument("--tasks", type=int, default=200, help="held-out synthetic tasks that are scored")
+    parser.add_argument("--limit", type=int, help="targets a class of a pack; all if left out")
+    parser.add_argument("--unit", choices=("target", "patient"), default="target", help="what the bootstrap draws")
+    given = parser.parse_args(arguments)
+    names = given.only.split(",")
+    if unknown := [name for name in names if name not in MODELS]:
+        parser.error(f"--only must name models of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    if given.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {given.minutes}")
+    torch.set_num_threads(1)
+    if given.evaluate is not None:
+        print(evaluate_models(names, given.out, given.evaluate, given.tasks, given.limit, given.unit))
+        return 0
+    if given.pool is None:
+        parser.error("--pool must be given to train")
+    for name in names:
+        if not train_model(run_config(name, given.minutes, given.pool, given.seed), given.out / name):
+            print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""UniverSeg as an architecture of its own: trained, saved and called as the two PatchICLs are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icseg.baselines.universeg import UniverSeg
+from icseg.config import PatchICLConfig, check_int
+from icseg.memory import SupportMemory
+from icseg.output import LevelOutput, SegmentationOutput
+
+
+@dataclass(frozen=True)
+class DenseConfig(PatchICLConfig):
+    """UniverSeg (arXiv 2304.06131), which compares every pixel of the target with those of every support image.
+
+    channels:   of each scale; the published model has four of 64.
+    image_size: side of the square that images are resized to, a multiple of 8 and of 2^(scales - 1).
+    """
+
+    architecture: ClassVar[str] = "universeg"
+
+    channels: tuple[int, ...] = (32, 32, 32, 32)
+    image_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.channels, tuple) or len(self.channels) < 2:
+            raise ValueError(f"channels must be a tuple of at least two ints, one a scale, got {self.channels!r}")
+        for value in self.channels:
+            check_int("channels", value, 1)
+        check_int("image_size", self.image_size, 8)
+        multiple = max(8, 2 ** (len(self.channels) - 1))
+        if self.image_size % multiple:
+            raise ValueError(f"image_size must be a multiple of {multiple}, got {self.image_size}")
+
+
+class DenseNetwork(nn.Module):
+    """See `icseg.PatchICL`, which holds it. Images of any size are seen as squares; nothing is drawn or picked."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fingerprint = config.fingerprint()
+        self.universeg = UniverSeg(config.channels)
+
+    def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
+        """images, masks [B, S, 1, H, W] in [0, 1]: the memory holds them at the model's size, encoded anew a target."""
+        if masks.shape[2] != 1:
+            raise ValueError(f"support_masks must hold one class for the universeg architecture, got {masks.shape[2]}")
+        tensors = {name: self._squares(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for name, x in
+                   (("images", images), ("masks", masks))}  # fmt: skip
+        return SupportMemory(self.fingerprint, images.shape[0], tensors)
+
+    def forward(
+        self,
+        target: Tensor,
+        memory: SupportMemory,
+        *,
+        target_mask: Tensor | None = None,
+        seed: int | None = None,
+        noise: Sequence[Tensor] | None = None,
+    ) -> SegmentationOutput:
+        """As `icseg.PatchICL.forward`, with one level whose only patch is the whole image."""
+        batch, side = target.shape[0], self.config.image_size
+        support = [memory.tensors[name].expand(batch, -1, -1, -1, -1) for name in ("images", "masks")]
+        logits = self.universeg(self._squares(target), *support)
+        level = LevelOutput(
+            resolution=(side, side),
+            logits=logits,
+            prediction=logits,
+            patch_logits=logits[:, None],
+            coords=torch.zeros(batch, 1, 2, dtype=torch.int64, device=target.device),
+            coverage=torch.ones_like(logits, dtype=torch.bool),
+        )
+        size = (target.shape[-2], target.shape[-1])
+        return SegmentationOutput(F.interpolate(logits, size, mode="bilinear", align_corners=False), [level])
+
+    def _squares(self, images: Tensor) -> Tensor:
+        """[N, 1, H, W] at the model's size, averaged going down."""
+        size = (self.config.image_size,) * 2
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
