@@ -21,7 +21,7 @@ from icseg.training.config import DataConfig
 
 
 class Task(Protocol):
-    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] in {0, 1}."""
+    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids, 0 is background."""
 
     @property
     def images(self) -> NDArray[np.uint8]: ...
@@ -85,7 +85,7 @@ def batches_ahead(pool: Tasks, config: DataConfig, seed: int, step: int) -> Gene
 
 
 def validation_batch(task: Task, support: int) -> Batch:
-    """The first `support` subjects of a task as supports, all others as targets, as they are."""
+    """Class 1 of a task: its first `support` subjects as supports, all others as targets, as they are."""
     images, masks = as_tensors(task.images, task.masks)
     return _split(images[None], masks[None], support, seed=0)
 
