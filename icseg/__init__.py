@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from icseg.memory import SupportMemory
     from icseg.model import PatchICL
     from icseg.published.convert import load_published
+    from icseg.sparse.budget import Budget
 
 try:
     __version__ = version("icseg")
@@ -19,6 +20,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "Budget": "icseg.sparse.budget",
     "PatchICL": "icseg.model",
     "PatchICLConfig": "icseg.config",
     "SupportMemory": "icseg.memory",
@@ -26,7 +28,7 @@ _HOMES = {
     "segment": "icseg.inference",
 }
 
-__all__ = ["PatchICL", "PatchICLConfig", "SupportMemory", "__version__", "load_published", "segment"]
+__all__ = ["Budget", "PatchICL", "PatchICLConfig", "SupportMemory", "__version__", "load_published", "segment"]
 
 
 def __getattr__(name: str) -> Any:

@@ -178,7 +178,7 @@ def evaluate(
 def evaluate_synthetic(
     predict: Predictor, tasks: int = 100, *, support: int = 3, size: int = 256, progress: bool = False
 ) -> list[EvaluationRow]:
-    """Score `predict` on synthetic tasks that no training pool holds: one target a task, one row a family."""
+    """Score `predict` on class 1 of synthetic tasks that no pool holds: one target a task, one row a family."""
     _check_range(1, tasks=tasks, support=support)
     by_family: dict[str, list[Case]] = {}
     for i in tqdm(range(tasks), "synthetic tasks", leave=False, disable=not progress):
@@ -259,7 +259,7 @@ def _draws(pack: Pack, class_id: int, support: int, seed: int) -> list[tuple[int
 
 def _case(pack: Pack, class_id: int, target: int, supports: NDArray[np.int64], size: int | None) -> Case:
     index = np.concatenate([[target], supports])
-    images, masks = as_tensors(pack.images[index], pack.masks[index] == class_id)
+    images, masks = as_tensors(pack.images[index], pack.masks[index], (class_id,))
     if size is not None and images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
         masks = F.interpolate(masks, (size, size), mode="nearest-exact")

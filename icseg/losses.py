@@ -25,6 +25,7 @@ TERMS = (
     "support_patch",
     "support_aggregated",
     "covered_bce",
+    "error",
 )
 
 
@@ -38,7 +39,8 @@ class LossConfig:
     support_patch:      weight of the loss on each support patch's logits, for models that decode them.
     support_aggregated: the same for the support patches written back.
     covered_bce:        weight of the cross-entropy of a level's combined map where its target patches lie.
-    dice, focal:        the parts of each of the first five: soft Dice and focal loss.
+    error:              weight of the cross-entropy of a level's estimate of its own error, for models that make one.
+    dice, focal:        the parts of each of the first five: soft Dice and focal loss, class by class.
     level_weights:      "uniform", "progressive" (0.3 at the coarsest level to 1 at the finest), or one number
                         a level.
     mask_reduction:     how the mask is brought to a level's resolution: "area" (mean) or "hybrid" (any
@@ -52,6 +54,7 @@ class LossConfig:
     support_patch: float = 0.0
     support_aggregated: float = 0.0
     covered_bce: float = 0.0
+    error: float = 0.0
     dice: float = 1.0
     focal: float = 1.0
     level_weights: str | tuple[float, ...] = "uniform"
@@ -138,13 +141,15 @@ def segmentation_loss(
 ) -> dict[str, Tensor]:
     """The loss of a model's output, with its terms.
 
-    target_mask:   [B, 1, H, W] in [0, 1]; support_masks: [B, S, 1, h, w], read only by the support terms.
+    target_mask:   [B, C, H, W] in [0, 1]; support_masks: [B, S, C, h, w], read only by the support terms.
     Returns {"total": the weighted sum, "<term>/<level>": each term before its weights}. Every level with a weight is
-    compared at its own resolution, in float32, inside autocast too. Raises ValueError if a support term has no
-    support prediction, or a list of level weights another length than the output.
+    compared at its own resolution, in float32, inside autocast too; each class of a sample counts like a sample. Raises
+    ValueError if a support or error term has no such prediction, or a list of level weights another length than the
+    output.
     """
-    if target_mask.ndim != 4 or target_mask.shape[1] != 1:
-        raise ValueError(f"target_mask must have shape [B, 1, H, W], got {list(target_mask.shape)}")
+    batch, classes = output.logits.shape[:2]
+    if target_mask.ndim != 4 or target_mask.shape[:2] != (batch, classes):
+        raise ValueError(f"target_mask must have shape [{batch}, {classes}, H, W], got {list(target_mask.shape)}")
     terms: dict[str, Tensor] = {}
     total = output.logits.new_zeros((), dtype=torch.float32)
     weights = config.weights_of(len(output.levels))
@@ -170,14 +175,37 @@ def level_losses(
     if config.covered_bce:
         logits = _clamped(level.logits, config)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-        losses["covered_bce"] = _mean_per_sample(cross_entropy, coverage)
+        losses["covered_bce"] = _mean_per_sample(*_samples(cross_entropy, coverage))
     if config.target_aggregated:
         losses["target_aggregated"] = _dice_and_focal(level.prediction, mask, config, coverage)
     if config.target_patch:
         losses["target_patch"] = _patch_loss(level.patch_logits, mask, level.coords, config)
     if config.support_patch or config.support_aggregated:
         losses |= _support_losses(level, support_masks, config)
+    if config.error:
+        losses["error"] = _error_loss(level, target_mask, config)
     return losses
+
+
+def _error_loss(level: LevelOutput, target_mask: Tensor, config: LossConfig) -> Tensor:
+    """Cross-entropy of `error_logits` with the expected error of the combined map, over the patches in the image.
+
+    The error is taken at twice the level's resolution where the mask is that fine: what the level cannot show counts.
+    """
+    if "error_logits" not in level.extras:
+        raise ValueError(f"error must be 0 where a level has no error_logits, got {config.error}")
+    logits = level.extras["error_logits"].float()  # [B, K, C, p, p]
+    height, width = level.resolution
+    doubled = target_mask.shape[-2] >= 2 * height and target_mask.shape[-1] >= 2 * width
+    fine = (2 * height, 2 * width) if doubled else level.resolution
+    probability = F.interpolate(level.logits.detach().float(), fine, mode="bilinear").sigmoid()
+    mask = level_mask(target_mask, fine, 0.0)
+    error = level_mask(probability * (1 - mask) + (1 - probability) * mask, level.resolution, 0.0)
+    patch_size = logits.shape[-1]
+    inside = gather_patches(torch.ones_like(error), level.coords, patch_size)
+    target = gather_patches(error, level.coords, patch_size)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (cross_entropy * inside).sum() / inside.sum().clamp_min(1.0)
 
 
 def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: LossConfig) -> dict[str, Tensor]:
@@ -187,7 +215,7 @@ def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: Lo
             f"got {config.support_patch} and {config.support_aggregated}"
         )
     losses: dict[str, Tensor] = {}
-    patches = level.support_patch_logits.flatten(0, 1).float()  # [B * S, K, 1, p, p]
+    patches = level.support_patch_logits.flatten(0, 1).float()  # [B * S, K, C, p, p]
     coords = level.support_coords.flatten(0, 1)
     mask = level_mask(support_masks.flatten(0, 1).float(), level.resolution, MASK_REDUCTIONS[config.mask_reduction])
     if config.support_patch:
@@ -199,17 +227,21 @@ def _support_losses(level: LevelOutput, support_masks: Tensor | None, config: Lo
 
 
 def _patch_loss(patch_logits: Tensor, mask: Tensor, coords: Tensor, config: LossConfig) -> Tensor:
-    """patch_logits [B, K, 1, p, p] at `coords` [B, K, 2] against the same patches of `mask` [B, 1, h, w].
+    """patch_logits [B, K, C, p, p] at `coords` [B, K, 2] against the same patches of `mask` [B, C, h, w].
 
-    Dice is taken over all patches of a sample together: a patch without foreground has none of its own.
+    Dice is taken over all patches of a sample's class together: a patch without foreground has none of its own.
     """
     patch_size = patch_logits.shape[-1]
     inside = gather_patches(torch.ones_like(mask), coords, patch_size)
-    return _dice_and_focal(patch_logits, gather_patches(mask, coords, patch_size), config, inside)
+    patches = patch_logits, gather_patches(mask, coords, patch_size), inside
+    logits, mask, inside = (t.transpose(1, 2) for t in patches)
+    return _dice_and_focal(logits, mask, config, inside)
 
 
 def _dice_and_focal(logits: Tensor, mask: Tensor, config: LossConfig, weight: Tensor | None = None) -> Tensor:
-    logits = _clamped(logits, config)
+    """logits, mask: [B, C, ...]; weight: broadcasts to them."""
+    logits, weight = _samples(_clamped(logits, config), weight)
+    mask = mask.flatten(0, 1)
     loss = logits.new_zeros(())
     if config.dice:
         loss = loss + config.dice * soft_dice_loss(logits, mask, weight=weight, smooth=config.dice_smooth)
@@ -217,6 +249,11 @@ def _dice_and_focal(logits: Tensor, mask: Tensor, config: LossConfig, weight: Te
         alpha, gamma = config.focal_alpha, config.focal_gamma
         loss = loss + config.focal * focal_loss(logits, mask, weight=weight, alpha=alpha, gamma=gamma)
     return loss
+
+
+def _samples(values: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each class of a sample as a sample: [B, C, ...] to [B * C, ...], and the weight, which broadcasts, too."""
+    return values.flatten(0, 1), None if weight is None else weight.expand_as(values).flatten(0, 1)
 
 
 def _clamped(logits: Tensor, config: LossConfig) -> Tensor:

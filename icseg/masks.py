@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def level_mask(mask: Tensor, size: tuple[int, int], touched_value: float) -> Tensor:
-    """A mask [N, 1, H, W] in [0, 1] at `size`: the mean over each area, at least `touched_value` times its maximum.
+    """Masks [N, C, H, W] in [0, 1] at `size`: the mean over each area, at least `touched_value` times its maximum.
 
     At 0 it is the mean. At 1, as published (arXiv 2604.12752), any touched pixel counts in full: nothing vanishes,
     and thin structures get wider.

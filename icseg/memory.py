@@ -2,31 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from icseg.files import written_whole
+
+MEMORY_KEY = "icseg_memory"
 
 
 @dataclass
 class SupportMemory:
     """What a model keeps of a support set; made by `PatchICL.encode_support`, opaque to the caller.
 
-    It belongs to the weights that made it: two models of one configuration are not told apart.
+    ```
+    memory.save("liver.safetensors")
+    memory = icseg.SupportMemory.load("liver.safetensors")
+    ```
 
     fingerprint: of the configuration that encoded it; another configuration refuses it.
     batch:       B, the number of support sets; 1 serves target batches of any size.
     tensors:     the architecture's own encoding, by name; dimension 0 of each is B.
+    classes:     C, of its masks.
+    weights:     what tells the weights that made it from others of the same configuration; "" if that is not known
+                 (of a model that was not loaded from a file).
+    notes:       the caller's own, kept in the file.
     """
 
     fingerprint: str
     batch: int
     tensors: dict[str, Tensor]
+    classes: int = 1
+    weights: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
 
-    def check(self, fingerprint: str, target_batch: int) -> None:
+    def check(self, fingerprint: str, target_batch: int, weights: str = "") -> None:
         """Raise ValueError unless this memory fits a model with `fingerprint` and `target_batch` targets."""
         if self.fingerprint != fingerprint:
             raise ValueError(
                 f"memory must come from a model with configuration {fingerprint}, got one made with {self.fingerprint}"
             )
+        if self.weights and weights and self.weights != weights:
+            raise ValueError(f"memory must come from the weights {weights}, got one made with {self.weights}")
         if self.batch not in (1, target_batch):
             raise ValueError(f"support sets must number 1 or {target_batch}, one a target, got {self.batch}")
+
+    def to(self, device: str | torch.device) -> SupportMemory:
+        """The same memory on `device`."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return SupportMemory(self.fingerprint, self.batch, tensors, self.classes, self.weights, dict(self.notes))
+
+    def save(self, path: str | Path) -> None:
+        """Write a .safetensors file; it appears whole or not at all."""
+        about = {name: value for name, value in vars(self).items() if name != "tensors"}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, {MEMORY_KEY: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> SupportMemory:
+        """What `save` wrote. Raises FileNotFoundError, or ValueError for a file that is no support memory."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"memory must be an existing .safetensors file, got {path}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = json.loads((file.metadata() or {})[MEMORY_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+            return cls(tensors=tensors, **about)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must be a support memory, got another or a corrupt file") from error

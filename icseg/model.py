@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from icseg.checkpoint import bundled_weights, load_checkpoint, save_checkpoint
-from icseg.config import PatchICLConfig
+from icseg.config import PatchICLConfig, check_int
 from icseg.memory import SupportMemory
 from icseg.output import SegmentationOutput
+from icseg.sparse.budget import Budget
 
 if TYPE_CHECKING:
     from icseg.baselines.dense import DenseNetwork
     from icseg.published.network import PublishedNetwork
     from icseg.sparse.network import SparseNetwork
+    from icseg.sparse.support import SupportEncoder
 
 
 class PatchICL(nn.Module):
@@ -36,13 +39,47 @@ class PatchICL(nn.Module):
         self.config = config or PatchICLConfig.sparse()
         self.network = _make_network(self.config)
 
-    def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
+    @property
+    def multi_class(self) -> bool:
+        """Whether support masks may have more than one class, all of which one pass segments."""
+        return self.network.multi_class
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images may have any size and aspect ratio, a budget bounds the cost, and support sets may be streamed."""
+        return self.network.any_size
+
+    def encode_support(
+        self, images: Tensor, masks: Tensor, *, valid: Tensor | None = None, seed: int | None = None
+    ) -> SupportMemory:
         """Encode a support set once, for any number of targets.
 
-        images, masks: [B, S, 1, H, W] float in [0, 1]. B = 1 serves target batches of any size.
-        seed:          in training, varies which of several equally good support patches are picked.
+        images: [B, S, 1, H, W] float in [0, 1]. B = 1 serves target batches of any size.
+        masks:  [B, S, C, H, W] in [0, 1], one channel a class.
+        valid:  [B, S] bool, False for images that only fill up support sets of different S; None: all are valid.
+        seed:   in training, varies which of several equally good support patches are picked.
+
+        The order of the images does not matter (but for rounding). Many images cost bounded memory beyond the images
+        themselves; `support_encoder` takes those one by one too.
         """
-        return self.network.encode_support(*_checked_support(images, masks), seed=seed)
+        images, masks = _checked_support(images, masks, self.multi_class)
+        if valid is None:
+            return self.network.encode_support(images, masks, seed=seed)
+        _check_valid(valid, images)
+        return self._sparse("valid").encode_support(images, masks, valid=valid, seed=seed)
+
+    def support_encoder(self, count: int, *, seed: int | None = None) -> SupportEncoder:
+        """An encoder for a support set of `count` images that come one by one, or in chunks of one size each.
+
+        ```
+        encoder = model.support_encoder(count=len(pairs))
+        for image, mask in pairs:                                # [1, 1, 1, H, W], [1, 1, C, H, W] in [0, 1]
+            encoder.add(image, mask)
+        memory = encoder.finish()
+        ```
+        """
+        check_int("count", count, 1)
+        return self._sparse("support_encoder").support_encoder(count, seed=seed)
 
     def forward(
         self,
@@ -51,6 +88,8 @@ class PatchICL(nn.Module):
         support_masks: Tensor | None = None,
         *,
         memory: SupportMemory | None = None,
+        budget: Budget | int | None = None,
+        seeds: Sequence[int] | None = None,
         target_mask: Tensor | None = None,
         seed: int | None = None,
         noise: Sequence[Tensor] | None = None,
@@ -58,12 +97,15 @@ class PatchICL(nn.Module):
         """Segment target images.
 
         target:         [B, 1, H, W] float in [0, 1].
-        support_images: [B, S, 1, h, w] float in [0, 1]; support_masks: the same shape, in [0, 1]. Or `memory`.
-        target_mask:    [B, 1, H, W], read only where training picks patches by the true error.
+        support_images: [B, S, 1, h, w] float in [0, 1]; support_masks: [B, S, C, h, w] in [0, 1]. Or `memory`.
+        budget:         what a target may cost: a number of patches, or a `Budget`; None takes as many patches as the
+                        expected error asks for (`SparseConfig.tolerance`).
+        seeds:          a draw of patches with each of these seeds: `hypotheses`, and the logits of their mean.
+        target_mask:    [B, C, H, W], read only where training picks patches by the true error.
         seed:           draws the patches with this seed; None in evaluation mode takes the best ones, without noise.
         noise:          uniforms in (0, 1), one tensor [rows, candidates] a sampler call, in the model's order.
         """
-        if target.ndim != 4 or target.shape[1] != 1:
+        if target.ndim != 4 or target.shape[1] != 1 or 0 in target.shape[2:]:
             raise ValueError(f"target must have shape [B, 1, H, W], got {list(target.shape)}")
         if not target.is_floating_point():
             raise TypeError(f"target must be floating-point, in [0, 1], got {target.dtype}")
@@ -73,8 +115,23 @@ class PatchICL(nn.Module):
             memory = self.encode_support(support_images, support_masks, seed=seed if self.training else None)
         elif support_images is not None or support_masks is not None:
             raise ValueError("memory must not be given together with support_images or support_masks")
-        memory.check(self.network.fingerprint, target.shape[0])
-        return self.network(target, memory, target_mask=target_mask, seed=seed, noise=noise)
+        memory.check(self.network.fingerprint, target.shape[0], self.network.weights_identity)
+        options: dict[str, Any] = {"target_mask": target_mask, "noise": noise}
+        if budget is not None:
+            self._sparse("budget")
+            options["budget"] = Budget(patches=budget) if isinstance(budget, int) else budget
+        if seeds is None:
+            return self.network(target, memory, seed=seed, **options)
+        if seed is not None or len(seeds) == 0:
+            raise ValueError(f"seeds must hold at least one seed, and seed be None, got {list(seeds)} and {seed}")
+        return _mean_of([self.network(target, memory, seed=one, **options) for one in seeds])
+
+    def _sparse(self, argument: str) -> SparseNetwork:
+        from icseg.sparse.network import SparseNetwork
+
+        if not isinstance(self.network, SparseNetwork):
+            raise ValueError(f"{argument} needs the sparse architecture, got {self.config.architecture}")
+        return self.network
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str | torch.device = "cpu") -> Self:
@@ -94,6 +151,7 @@ class PatchICL(nn.Module):
                 f"got {path} where {len(wrong)} differ ({wrong[0]}, for one)"
             )
         model.load_state_dict(state)
+        model.network.weights_identity = _identity(state)
         return model.to(device).eval()
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -120,15 +178,42 @@ def _make_network(config: PatchICLConfig) -> SparseNetwork | PublishedNetwork | 
     )
 
 
-def _checked_support(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def _identity(state: dict[str, Tensor]) -> str:
+    """16 hexadecimal digits that tell these weights from others."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _mean_of(draws: list[SegmentationOutput]) -> SegmentationOutput:
+    probabilities = torch.stack([draw.logits.float().sigmoid() for draw in draws], 1)
+    logits = probabilities.mean(1).logit(eps=1e-6).to(draws[0].logits.dtype)
+    uncovered = [draw.uncovered_error for draw in draws if draw.uncovered_error is not None]
+    mean = torch.stack(uncovered).mean(0) if uncovered else None
+    return SegmentationOutput(logits, draws[-1].levels, probabilities, mean)
+
+
+def _checked_support(images: Tensor, masks: Tensor, multi_class: bool) -> tuple[Tensor, Tensor]:
     if images.ndim != 5 or images.shape[2] != 1:
         raise ValueError(f"support_images must have shape [B, S, 1, H, W], got {list(images.shape)}")
     if images.shape[1] == 0:
         raise ValueError("support_images must hold at least one image, got S = 0")
-    if masks.shape != images.shape:
+    if masks.ndim != 5 or masks.shape[2] == 0 or masks.select(2, 0).shape != images.select(2, 0).shape:
+        shape = [*images.shape[:2], "C", *images.shape[3:]]
         raise ValueError(
-            f"support_masks must have the shape of support_images {list(images.shape)}, got {list(masks.shape)}"
+            f"support_masks must have the shape of support_images with C classes, [{', '.join(map(str, shape))}], "
+            f"got {list(masks.shape)}"
         )
+    if masks.shape[2] > 1 and not multi_class:
+        raise ValueError(f"support_masks must have one class for this architecture, got C = {masks.shape[2]}")
     if not images.is_floating_point():
         raise TypeError(f"support_images must be floating-point, in [0, 1], got {images.dtype}")
     return images, masks.to(images.dtype)
+
+
+def _check_valid(valid: Tensor, images: Tensor) -> None:
+    if valid.shape != images.shape[:2] or valid.dtype != torch.bool:
+        raise ValueError(
+            f"valid must be bool of shape [B, S] = {list(images.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
+        )

@@ -2,41 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from icseg_kernels import Scatter, scatter_patches
 
 
 @dataclass
 class LevelOutput:
     """What one level of the cascade, at `resolution` (height, width), predicted.
 
-    logits:       [B, 1, h, w] the prediction after this level: the coarser one, upsampled, changed where patches lie.
-    prediction:   [B, 1, h, w] this level's own patches written back; the fill value where no patch lies.
-    patch_logits: [B, K, 1, p, p] per target patch.
-    coords:       [B, K, 2] int, (y, x) of each target patch's top-left corner in the level's pixels.
-    coverage:     [B, 1, h, w] bool, True where a target patch lies.
+    logits:       [B, C, h, w] the prediction after this level: the coarser one, upsampled, changed where patches lie.
+    patch_logits: [B, K, C, p, p] per target patch.
+    coords:       [B, K, 2] int, (y, x) of each target patch's top-left corner in the level's pixels; an entry wholly
+                  outside the image is no patch.
+    written:      the level's own patches written back, where that is not their plain mean.
     """
 
     resolution: tuple[int, int]
     logits: Tensor
-    prediction: Tensor
     patch_logits: Tensor
     coords: Tensor
-    coverage: Tensor
+    written: Scatter | None = None
     support_coords: Tensor | None = None
     support_patch_logits: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def _written(self) -> Scatter:
+        return self.written or scatter_patches(self.patch_logits, self.coords, self.resolution)
+
+    @property
+    def prediction(self) -> Tensor:
+        """[B, C, h, w] this level's own patches written back; the fill value where no patch lies."""
+        return self._written.mean
+
+    @property
+    def coverage(self) -> Tensor:
+        """[B, 1, h, w] bool, True where a target patch lies."""
+        return self._written.coverage
+
 
 @dataclass
 class SegmentationOutput:
-    """logits: [B, 1, H, W] at the target's own size; levels: coarse to fine."""
+    """The masks of a batch of targets, and how sure they are.
+
+    logits:          [B, C, H, W] at the target's own size; of several draws, of their mean probability.
+    levels:          coarse to fine (of the last draw).
+    hypotheses:      [B, N, C, H, W] probabilities of each of N draws, if draws were asked for.
+    uncovered_error: [B] error that the model expects where the finest level has no patch, as a share of twice the
+                     expected foreground (about what Dice may lose there); None for models that do not say.
+    """
 
     logits: Tensor
     levels: list[LevelOutput]
+    hypotheses: Tensor | None = None
+    uncovered_error: Tensor | None = None
 
     @property
     def probability(self) -> Tensor:
-        """[B, 1, H, W] foreground probability in [0, 1]."""
+        """[B, C, H, W] foreground probability of each class in [0, 1]."""
         return self.logits.sigmoid()
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """[B, 1, H, W] float32 in [0, 1]: entropy of background and the C exclusive classes, over its maximum."""
+        logits = F.pad(self.logits.float(), (0, 0, 0, 0, 1, 0))
+        log_p = logits.log_softmax(1)
+        return -(log_p.exp() * log_p).sum(1, keepdim=True) / math.log(logits.shape[1])
+
+    @property
+    def coverage(self) -> Tensor:
+        """[B, 1, H, W] bool, True where a patch of the finest level lies."""
+        finest = self.levels[-1].coverage
+        size = self.logits.shape[-2:]
+        return finest if finest.shape[-2:] == size else F.interpolate(finest.to(torch.uint8), size=size).bool()

@@ -22,7 +22,7 @@ TERMS = (
     "support_aggregated",
     "covered_bce",
 )
-ALONE = dict.fromkeys(TERMS, 0.0)
+ALONE = dict.fromkeys((*TERMS, "error"), 0.0)
 
 
 class ToyCascade(nn.Module):
@@ -167,6 +167,107 @@ def test_covered_cross_entropy_ignores_what_no_patch_covers(masks: tuple[Tensor,
     assert segmentation_loss(output, masks[0], config)["total"].item() == before.item()
 
 
+def of_classes(outputs: list[SegmentationOutput]) -> SegmentationOutput:
+    """One output whose classes are those of several outputs of one class."""
+    levels = []
+    for parts in zip(*(output.levels for output in outputs), strict=True):
+        first = parts[0]
+        made = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("logits", "prediction")}
+        patches = torch.cat([p.patch_logits for p in parts], 2)
+        support = torch.cat([p.support_patch_logits for p in parts], 3)
+        levels.append(
+            LevelOutput(
+                first.resolution, **made, patch_logits=patches, coords=first.coords, coverage=first.coverage,
+                support_coords=first.support_coords, support_patch_logits=support,
+            )
+        )  # fmt: skip
+    return SegmentationOutput(levels[-1].logits, levels)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_each_class_of_a_sample_counts_like_a_sample(term: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    targets = (torch.rand(2, 3, 32, 32, generator=generator) > 0.6).float()
+    supports = (torch.rand(2, 3, 3, 32, 32, generator=generator) > 0.6).float()
+    outputs = []
+    for _ in range(3):
+        model = ToyCascade(SIZES)
+        with torch.no_grad():
+            for p in (*model.patches, *model.support):
+                p.normal_(generator=generator)
+        outputs.append(model())
+    config = LossConfig(**{**ALONE, term: 1.0})
+    together = segmentation_loss(of_classes(outputs), targets, config, supports)
+    alone = [
+        segmentation_loss(output, targets[:, c : c + 1], config, supports[:, :, c : c + 1])
+        for c, output in enumerate(outputs)
+    ]
+    for name, value in together.items():
+        assert value.item() == pytest.approx(sum(losses[name].item() for losses in alone) / 3, rel=1e-5)
+
+
+def error_level(logits: Tensor, error_logits: Tensor, coords: Tensor) -> SegmentationOutput:
+    """One level whose combined map and error estimate are free, at [B, C, h, w]."""
+    coverage = torch.zeros(len(logits), 1, *logits.shape[-2:], dtype=torch.bool)
+    level = LevelOutput(
+        (logits.shape[-2], logits.shape[-1]), logits, logits, error_logits, coords, coverage,
+        extras={"error_logits": error_logits},
+    )  # fmt: skip
+    return SegmentationOutput(logits, [level])
+
+
+def test_the_error_of_a_known_case() -> None:
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[:, 1] = math.log(3.0)  # probability 3/4 of the second class, whatever the upsampling
+    mask = torch.zeros(1, 2, 4, 4)
+    mask[:, 1, 0, 0] = 1  # a quarter of the first pixel
+    coords = torch.tensor([[[0, 0], [1, 1], [2, 0]]])  # the last lies outside
+    estimate = torch.zeros(1, 3, 2, 1, 1)
+    estimate[:, 0, 1], estimate[:, 2] = 1.0, 50.0
+    config = LossConfig(**{**ALONE, "error": 1.0})
+    error = (3 * 0.75 + 0.25) / 4
+    of_first = math.log1p(math.exp(1.0)) - error
+    expected = (3 * math.log(2) + of_first) / 4  # an estimate of one half costs log 2
+    losses = segmentation_loss(error_level(logits, estimate, coords), mask, config)
+    assert losses["error/0"].item() == pytest.approx(expected, rel=1e-6)
+    assert losses["total"].item() == losses["error/0"].item()
+
+
+def test_the_error_is_taken_at_the_levels_own_resolution_where_the_mask_is_no_finer() -> None:
+    mask = torch.zeros(1, 1, 3, 3)
+    mask[..., 1, 1] = 1
+    confident = torch.where(mask > 0, 40.0, -40.0)
+    config = LossConfig(**{**ALONE, "error": 1.0})
+    coords = torch.zeros(1, 1, 2, dtype=torch.int32)
+    estimate = torch.full((1, 1, 1, 3, 3), -30.0)
+    loss = segmentation_loss(error_level(confident, estimate, coords), mask, config)["total"]
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_error_teaches_its_estimate_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 2, 8, 8, generator=generator).requires_grad_()
+    estimate = torch.randn(2, 3, 2, 4, 4, generator=generator).requires_grad_()
+    mask = (torch.rand(2, 2, 16, 16, generator=generator) > 0.5).float()
+    coords = torch.tensor([[0, 0], [6, 6], [8, 8]]).expand(2, 3, 2)
+    config = LossConfig(**{**ALONE, "error": 2.0})
+    losses = segmentation_loss(error_level(logits, estimate, coords), mask, config)
+    assert losses["total"].item() == pytest.approx(2 * losses["error/0"].item())
+    losses["total"].backward()
+    assert logits.grad is None
+    assert estimate.grad is not None
+    counted = estimate.grad != 0
+    assert bool(counted[:, 0].all())
+    assert torch.equal(counted[0, 1, 0].nonzero(), torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]))
+    assert not bool(counted[:, 2].any())
+
+
+def test_patches_that_all_lie_outside_make_no_error() -> None:
+    estimate = torch.ones(1, 1, 1, 2, 2)
+    output = error_level(torch.zeros(1, 1, 4, 4), estimate, torch.full((1, 1, 2), 4))
+    assert segmentation_loss(output, torch.zeros(1, 1, 8, 8), LossConfig(**{**ALONE, "error": 1.0}))["total"] == 0
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_empty_and_full_masks_and_huge_logits_are_finite(value: float, dtype: torch.dtype) -> None:
@@ -232,8 +333,12 @@ def test_bad_calls(masks: tuple[Tensor, Tensor]) -> None:
     output = ToyCascade(SIZES)()
     with pytest.raises(ValueError, match=r"level_weights must hold 3 numbers, one a level, got 2"):
         segmentation_loss(output, masks[0], LossConfig(level_weights=(1.0, 1.0)))
-    with pytest.raises(ValueError, match=r"target_mask must have shape \[B, 1, H, W\], got \[2, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"target_mask must have shape \[2, 1, H, W\], got \[2, 32, 32\]"):
         segmentation_loss(output, masks[0][:, 0], LossConfig())
+    with pytest.raises(ValueError, match=r"target_mask must have shape \[2, 1, H, W\], got \[2, 3, 32, 32\]"):
+        segmentation_loss(output, masks[0].expand(-1, 3, -1, -1), LossConfig())
     output.levels[0].support_patch_logits = None
     with pytest.raises(ValueError, match="must be 0 where support patches are not decoded"):
         segmentation_loss(output, masks[0], LossConfig(support_patch=1.0), masks[1])
+    with pytest.raises(ValueError, match=r"error must be 0 where a level has no error_logits, got 0\.5"):
+        segmentation_loss(output, masks[0], LossConfig(error=0.5))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,8 +25,20 @@ from icseg.config import PatchICLConfig
 from icseg.data.synthetic import EVALUATION_SEED, TRAINING_SEEDS, validation_seed
 from icseg.memory import SupportMemory
 from icseg.model import PatchICL
-from icseg.training import DataConfig, OptimiserConfig, RunConfig, ScheduleConfig, TrainingConfig, batches, train
+from icseg.output import LevelOutput, SegmentationOutput
+from icseg.sparse.network import SparseNetwork
+from icseg.training import (
+    DataConfig,
+    OptimiserConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    batches,
+    calibration,
+    train,
+)
 from icseg.training.batches import Batch, Tasks, augment, batches_ahead, repeat_memory, training_batch, validation_batch
+from icseg.training.calibration import fit_temperature
 from icseg.training.log import LOG_FILE, read_rows
 from icseg.training.optimisation import autocast, make_optimiser, update_average
 from icseg.training.state import STATE_FILE, STATE_KEY
@@ -44,7 +57,15 @@ MODEL = {
     "propagation_key_dim": 4,
     "propagation_value_dim": 4,
 }
-DATA = {"tasks": 5, "size": SIZE, "subjects": 4, "tasks_per_step": 2, "targets": 2, "max_support": 2}
+DATA = {
+    "tasks": 5,
+    "size": SIZE,
+    "subjects": 4,
+    "tasks_per_step": 2,
+    "targets": 2,
+    "max_support": 2,
+    "multi_class": 0.0,
+}
 
 
 @dataclass
@@ -178,8 +199,6 @@ def test_the_trained_model_opens_and_says_how_it_was_made(tmp_path: Path) -> Non
     model = PatchICL.from_pretrained(result.model)
     out = model(torch.rand(1, 1, SIZE, SIZE), torch.rand(1, 2, 1, SIZE, SIZE), torch.ones(1, 2, 1, SIZE, SIZE))
     assert bool(torch.isfinite(out.logits).all())
-    from safetensors import safe_open
-
     with safe_open(result.model, framework="pt") as file:
         made = json.loads(file.metadata()["training"])
     assert made["step"] == 2
@@ -313,6 +332,108 @@ def test_a_wall_clock_budget_ends_the_run(tmp_path: Path) -> None:
     assert result.minutes >= 0.5 / 60
 
 
+class Tempered:
+    """Gives SparseNetwork a temperature that does nothing but be remembered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values: list[float] = []
+        record = self.values
+        monkeypatch.setattr(SparseNetwork, "set_temperature", lambda self, value: record.append(value), raising=False)
+
+
+def test_a_trained_network_gets_its_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Tempered(monkeypatch).values
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        train(tiny(3), tmp_path, pools=POOLS, show_progress=False)
+    assert values == []
+    path = train(tiny(3), tmp_path, resume=True, pools=POOLS, show_progress=False).model
+    assert path is not None
+    fitted = fit_temperature(PatchICL.from_pretrained(path), POOLS[1], 2, torch.device("cpu"))
+    assert values == [1.0, fitted]
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["training"])["temperature"] == fitted
+    rows = read_rows(tmp_path)
+    assert [(row["step"], row["temperature"]) for row in rows if "temperature" in row] == [(3, fitted)]
+    values.clear()
+    train(tiny(3), tmp_path, resume=True, pools=POOLS, show_progress=False)
+    assert values == [fitted]
+    assert read_rows(tmp_path) == rows
+
+
+def test_no_temperature_without_validation_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Tempered(monkeypatch).values
+    train(tiny(1), tmp_path, pools=(POOLS[0], []), show_progress=False)
+    assert values == []
+
+
+def test_a_run_starts_at_the_temperature_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PatchICL(tiny().model).save_pretrained(tmp_path / "initial.safetensors")
+    values = Tempered(monkeypatch).values
+    start = {"initial": str(tmp_path / "initial.safetensors")}
+    train(tiny(1, run=start), tmp_path / "run", pools=(POOLS[0], []), show_progress=False)
+    assert values == [1.0, 1.0]
+
+
+class Overconfident(nn.Module):
+    """Logits three times those that the masks were drawn with."""
+
+    def encode_support(self, images: Tensor, masks: Tensor) -> None:
+        assert images.shape == masks.shape
+
+    def forward(self, target: Tensor, memory: None) -> SegmentationOutput:
+        return SegmentationOutput(3 * (8 * target - 4), [])
+
+
+@pytest.mark.parametrize("most", [2_000_000, 40_000])
+def test_the_temperature_undoes_overconfidence(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(calibration, "MOST_PIXELS", most)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 4, 200, 200)).astype(np.uint8)
+    masks = (rng.random(images.shape) < 1 / (1 + np.exp(4 - images / 255 * 8))).astype(np.uint8)
+    pool = [Task(*task) for task in zip(images, masks, strict=True)]
+    fitted = [fit_temperature(Overconfident(), pool, 1, torch.device("cpu")) for _ in range(2)]
+    assert fitted[0] == fitted[1] == pytest.approx(3.0, rel=0.05)
+
+
+def test_the_losses_are_tried_at_every_size_and_number_of_classes(tmp_path: Path) -> None:
+    shapes: list[tuple[tuple[int, ...], int]] = []
+
+    def fake(image: Tensor, images: Tensor, masks: Tensor, target_mask: Tensor) -> SegmentationOutput:
+        shapes.append((tuple(images.shape), masks.shape[2]))
+        return SegmentationOutput(torch.zeros_like(target_mask), [])
+
+    config = tiny(data={"sizes": [64, 48, 64], "multi_class": 0.1, "classes": 3})
+    run = loop._Run(config, tmp_path, torch.device("cpu"))
+    run.average = fake  # type: ignore[assignment]
+    run.check_loss((32, 16))
+    wanted = [((1, 1, 1, side, side // 2), classes) for side in (48, 64) for classes in (1, 3)]
+    assert shapes == wanted
+
+
+def test_the_loss_of_a_step_has_the_class_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(data={"multi_class": 1.0})
+    run = loop._Run(config, tmp_path, torch.device("cpu"))
+    batch = training_batch([make_classes(i, 3) for i in range(2)], config.data, 0, 0)
+
+    class Fake(nn.Module):
+        def encode_support(self, images: Tensor, masks: Tensor, seed: int) -> SupportMemory:
+            assert masks.shape == (2, images.shape[1], 3, SIZE, SIZE)
+            return SupportMemory("f", 2, {"masks": masks})
+
+        def forward(self, target: Tensor, memory: SupportMemory, target_mask: Tensor, seed: int) -> SegmentationOutput:
+            assert memory.batch == len(target) == 4
+            assert torch.equal(memory.tensors["masks"][0], memory.tensors["masks"][1])
+            logits = target_mask * 20 - 10
+            everywhere = torch.ones(4, 1, SIZE, SIZE, dtype=torch.bool)
+            coords = torch.zeros(4, 1, 2, dtype=torch.int32)
+            level = LevelOutput((SIZE, SIZE), logits, logits, logits[:, None], coords, everywhere)
+            return SegmentationOutput(logits, [level])
+
+    run.model = Fake()  # type: ignore[assignment]
+    assert run._loss(batch)["total"].item() == pytest.approx(0.0, abs=1e-3)
+
+
 # Schedule
 
 
@@ -431,6 +552,111 @@ def test_no_augmentation_is_the_identity() -> None:
     assert torch.equal(y[:, 0], torch.from_numpy(task.masks).float())
 
 
+def make_classes(seed: int, classes: int, size: tuple[int, int] = (SIZE, SIZE)) -> Task:
+    """Class c fills the rows 4 (c - 1) to 4 c - 1 of every subject, in brightness 40 c."""
+    masks = np.zeros((4, *size), np.uint8)
+    for c in range(1, classes + 1):
+        masks[:, 4 * c - 4 : 4 * c] = c
+    return Task(masks * np.uint8(40) + np.uint8(seed), masks)
+
+
+PLAIN = {"flip_rotate": False, "crop": 1.0, "invert": 0.0, "gamma": 0.0, "contrast": 0.0}
+
+
+def classes_of(batch: Batch, config: DataConfig) -> list[list[int]]:
+    """Of each task, the class that each channel asks for, by its place, in supports and targets alike."""
+    asked = []
+    for i, support in enumerate(batch.support_masks):
+        masks = [*support, *batch.target_masks[i * config.targets : (i + 1) * config.targets]]
+        ids = [[int(mask.any(1).nonzero()[0]) // 4 + 1 for mask in masks_of] for masks_of in masks]
+        assert all(other == ids[0] for other in ids)
+        assert all(int(mask.sum()) == 4 * SIZE for mask in masks[0])
+        asked.append(ids[0])
+    return asked
+
+
+def test_a_step_asks_for_as_many_classes_as_every_task_has() -> None:
+    pool = [make_classes(0, 4), make_classes(1, 3)]
+    config = DataConfig(**{**DATA, "multi_class": 1.0}, **PLAIN)  # type: ignore[arg-type]
+    seen = set()
+    for step in range(20):
+        asked = classes_of(training_batch(pool, config, 0, step), config)
+        assert all(len(ids) == len(set(ids)) == 3 for ids in asked)
+        seen |= {tuple(ids) for ids in asked}
+    assert {c for ids in seen for c in ids} == {1, 2, 3, 4}
+    assert len(seen) > 8
+    two = dataclasses.replace(config, classes=2)
+    assert training_batch(pool, two, 0, 0).support_masks.shape[2] == 2
+    with_one = training_batch([*pool, make_task(2)], dataclasses.replace(config, tasks_per_step=3), 0, 0)
+    assert with_one.target_masks.shape == (6, 1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(("other", "expected"), [(0.0, {1}), (0.5, {1, 2, 3}), (1.0, {2, 3})])
+def test_a_step_of_one_class_may_ask_for_another(other: float, expected: set[int]) -> None:
+    config = DataConfig(**{**DATA, "other_class": other}, **PLAIN)  # type: ignore[arg-type]
+    batches_ = [training_batch([make_classes(0, 3)] * 2, config, 0, step) for step in range(20)]
+    asked = [ids for batch in batches_ for ids in classes_of(batch, config)]
+    assert {len(ids) for ids in asked} == {1}
+    assert {ids[0] for ids in asked} == expected
+    alone = training_batch(POOLS[0], config, 0, 0)
+    assert bool(alone.target_masks.flatten(1).any(1).all())
+
+
+def test_the_share_of_steps_of_several_classes() -> None:
+    config = DataConfig(**{**DATA, "multi_class": 0.25})  # type: ignore[arg-type]
+    pool = [make_classes(0, 3)] * 2
+    counts = [training_batch(pool, config, 0, step).support_masks.shape[2] for step in range(200)]
+    assert set(counts) == {1, 3}
+    assert 0.15 < counts.count(3) / 200 < 0.35
+
+
+def test_sizes_are_drawn_for_each_step() -> None:
+    config = DataConfig(**{**DATA, "sizes": (48, 64, 64)}, **PLAIN)  # type: ignore[arg-type]
+    made = [training_batch(POOLS[0], config, 0, step) for step in range(60)]
+    sides = [batch.targets.shape[-1] for batch in made]
+    assert set(sides) == {48, 64}
+    assert 0.5 < sides.count(64) / 60 < 0.85
+    for step, batch in enumerate(made[:8]):
+        assert batch.support_images.shape[-2:] == batch.support_masks.shape[-2:] == batch.targets.shape[-2:]
+        assert set(batch.target_masks.unique().tolist()) == {0.0, 1.0}
+        assert bool((batch.targets[batch.target_masks > 0] > 0.5).float().mean() > 0.9)
+        again = training_batch(POOLS[0], config, 0, step)
+        assert torch.equal(batch.targets, again.targets)
+
+
+def test_resizing_keeps_the_shape_of_the_image_and_the_area_of_each_class() -> None:
+    config = DataConfig(**{**DATA, "multi_class": 1.0, "sizes": (32,)}, **PLAIN)  # type: ignore[arg-type]
+    task = make_classes(0, 2, (32, 64))
+    task.images[:] = np.indices((32, 64)).sum(0) % 2 * 255  # a chequerboard: grey when it is averaged
+    batch = training_batch([task] * 2, config, 0, 0)
+    assert batch.targets.shape[-2:] == (16, 32)
+    assert bool((batch.targets[..., 2:-2, 2:-2] - 0.5).abs().max() < 0.02)
+    assert batch.target_masks.flatten(2).sum(2).unique().tolist() == [2 * 32]
+
+
+def test_a_crop_keeps_every_class_that_is_asked_for() -> None:
+    masks = np.zeros((3, 32, 32), np.uint8)
+    masks[:, 10:22, 10:22] = 1
+    masks[:, 0, 0] = 2
+    config = DataConfig(**{**PLAIN, "crop": 0.5})  # type: ignore[arg-type]
+    kept = {1: 0, 2: 0}
+    for seed in range(20):
+        for asked in ((1,), (1, 2)):
+            x, y = augment(masks * np.uint8(90), masks, config, np.random.default_rng(seed), asked)
+            assert y.shape == (3, len(asked), 32, 32)
+            assert bool(y.flatten(2).any(2).all())
+            kept[len(asked)] += int(x[0, 0, 0, 0] > 0)
+    assert kept[1] < 10
+    assert kept[2] == 20
+
+
+def test_validation_is_of_class_1() -> None:
+    batch = validation_batch(make_classes(0, 3), 3)
+    assert batch.target_masks.shape == (1, 1, SIZE, SIZE)
+    assert batch.target_masks.sum() == 4 * SIZE
+    assert batch.support_masks.shape == (1, 3, 1, SIZE, SIZE)
+
+
 def test_memory_is_repeated_target_by_target() -> None:
     memory = SupportMemory("f", 2, {"a": torch.tensor([[1.0], [2.0]])})
     assert repeat_memory(memory, 3).tensors["a"].flatten().tolist() == [1, 1, 1, 2, 2, 2]
@@ -496,8 +722,6 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 
 
 def test_a_network_with_an_oracle_schedule_is_told_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from icseg.sparse.network import SparseNetwork
-
     told: list[int] = []
     monkeypatch.setattr(SparseNetwork, "set_oracle_step", lambda self, step: told.append(step), raising=False)
     config = tiny(6, data={"tasks": 1000})  # what counts is the pool that is given
@@ -516,7 +740,11 @@ def test_the_shipped_configurations_are_valid(path: Path) -> None:
 
 def test_defaults_and_tables() -> None:
     assert TrainingConfig.from_dict({}) == TrainingConfig()
-    config = TrainingConfig.from_dict({"loss": {"level_weights": [1, 2], "focal": 0}, "data": {"crop": 1}})
+    config = TrainingConfig.from_dict(
+        {"loss": {"level_weights": [1, 2], "focal": 0}, "data": {"crop": 1, "sizes": [64, 128, 128]}}
+    )
+    assert config.data.sizes == (64, 128, 128)
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.loss.level_weights == (1, 2)
     assert isinstance(config.data.crop, float)
     assert config.model == PatchICLConfig.sparse()
@@ -552,6 +780,12 @@ def test_a_published_model_by_its_image_size() -> None:
             {"data": {"targets": 4}},
             r"\[data\] max_support \+ targets must be at most subjects = 6, got 3 \+ 4",
         ),
+        ({"data": {"classes": 0}}, r"\[data\] classes must be an int of at least 1, got 0"),
+        ({"data": {"multi_class": 1.5}}, r"\[data\] multi_class must be a finite number in \[0, 1\], got 1.5"),
+        ({"data": {"other_class": -1}}, r"\[data\] other_class must be a finite number in \[0, 1\], got -1"),
+        ({"data": {"sizes": [64, 31]}}, r"\[data\] sizes must be an int of at least 32, got 31"),
+        ({"data": {"sizes": [64.0]}}, r"\[data\] sizes must be an int of at least 32, got 64.0"),
+        ({"data": {"sizes": 64}}, r"\[data\] sizes must be a list of ints, got 64"),
         ({"optimiser": {"ema": 1.0}}, r"\[optimiser\] ema must lie in \[0, 1\), got 1.0"),
         ({"optimiser": {"learning_rate": 0}}, r"\[optimiser\] learning_rate and clip must be above 0"),
         ({"schedule": {"steps": 0}}, r"\[schedule\] steps must be an int of at least 1, got 0"),

@@ -19,7 +19,7 @@ from icseg.published.features import FeatureExtractor, read_patches
 from icseg.published.level import Aggregation, ConfidenceMap, Level
 from icseg.published.sampling import MODEL_SCORES, ORACLE_SCORES, SUPPORT_SCORES, Draws
 from icseg.published.transformer import PatchTransformer
-from icseg_kernels import PatchSample, gather_patches
+from icseg_kernels import PatchSample, Scatter, gather_patches
 
 
 @dataclass
@@ -65,6 +65,9 @@ class Coarser:
 class PublishedNetwork(nn.Module):
     """See `icseg.PatchICL`, which holds it. Parameters are shared by all levels."""
 
+    multi_class = False
+    any_size = False
+    weights_identity = ""
     oracle_share: Tensor
 
     def __init__(self, config: PublishedConfig) -> None:
@@ -229,7 +232,7 @@ class PublishedNetwork(nn.Module):
             combined = _resized(coarser.logits, (r, r)) + prediction.masked_fill(~covered, 0.0)
             if confidence is not None and coarser.confidence is not None:
                 confidence = torch.where(covered, confidence, _resized(coarser.confidence, (r, r)))
-        output = LevelOutput((r, r), combined, prediction, patches, picked.coords, covered, support.coords)
+        output = LevelOutput((r, r), combined, patches, picked.coords, Scatter(prediction, covered), support.coords)
         output.extras["registers"] = registers
         if confidence is not None:
             output.extras["confidence"] = confidence

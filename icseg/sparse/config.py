@@ -12,32 +12,49 @@ from icseg.config import PatchICLConfig, check_int, check_ints, check_numbers
 class SparseConfig(PatchICLConfig):
     """The default model: patches gathered raw at each level, encoded alone, the support set encoded once.
 
-    levels:            longer side of the image at each level, in pixels, coarse to fine; multiples of 8. Those
-                       after the first that reaches the image's own size are left out.
-    target_patches:    target patches a level (clamped to what exists; the first level is meant to be tiled completely).
-    support_patches:   patches a level and support image.
+    levels:            longer side of the image at each level, in pixels, each twice the one before. An image's finest
+                       level is the one nearest to its own size; those after it are left out.
+    distinct_levels:   levels with an embedding, gain and bound of their own; finer ones share the last.
+    target_patches:    target patches a level in training and where shapes are static, each round (clamped to what
+                       exists). The first level is always tiled completely.
+    support_patches:   patches a level and support image; fewer where S of them exceed `most_support_patches`.
+    most_support_patches: of a whole support set, a level.
+    most_patches:      most target patches a level and round that an adaptive budget takes.
+    rounds:            rounds of picking a level (but the first); a later one looks again, beside what changed.
+    tolerance:         adaptive budget: expected error that may stay uncovered at each level, as a share of twice the
+                       expected foreground (so that of Dice).
     foreground_share:  share of a support image's patches that is spent on its foreground and boundary.
-    dim, depth, heads: width, blocks and attention heads of the transformer.
+    dim, depth, heads, mlp_ratio: width, blocks, attention heads and hidden layer of the transformer.
+    registers:         tokens without a patch, as many on the support's side as on the target's.
     stem_channels:     channels of the full-resolution patch features.
     propagation_heads, propagation_key_dim, propagation_value_dim: label propagation, per head.
+    decoder_channels:  of the part that all classes share, and of a class's own.
     residual_bound:    largest change, in logits, that one level can make to the coarser prediction.
     oracle_share:      in training, the share of targets whose patches are picked by the true error.
-    selection_power:   exponent on the pooled entropy in the picking weights of a draw.
+    selection_power:   exponent on the expected error in the picking weights of a draw.
     """
 
     architecture: ClassVar[str] = "sparse"
 
-    levels: tuple[int, ...] = (32, 64, 128, 256)
-    target_patches: tuple[int, ...] = (16, 48, 96, 160)
-    support_patches: tuple[int, ...] = (16, 16, 24, 24)
+    levels: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    distinct_levels: int = 4
+    target_patches: tuple[int, ...] = (16, 24, 32, 48, 48, 48)
+    support_patches: tuple[int, ...] = (16, 16, 24, 24, 24, 24)
+    most_support_patches: int = 512
+    most_patches: int = 1024
+    rounds: int = 2
+    tolerance: float = 0.02
     foreground_share: float = 0.6
     dim: int = 128
     depth: int = 4
     heads: int = 4
-    stem_channels: int = 32
-    propagation_heads: int = 4
+    mlp_ratio: int = 2
+    registers: int = 4
+    stem_channels: int = 24
+    propagation_heads: int = 2
     propagation_key_dim: int = 16
     propagation_value_dim: int = 12
+    decoder_channels: tuple[int, int] = (32, 20)
     residual_bound: float = 8.0
     oracle_share: float = 0.2
     selection_power: float = 1.5
@@ -51,11 +68,23 @@ class SparseConfig(PatchICLConfig):
                 check_int(name, value, 1)
             if len(values) != len(self.levels):
                 raise ValueError(f"{name} must have one entry a level ({len(self.levels)}), got {values}")
-        if any(side % 8 for side in self.levels) or list(self.levels) != sorted(set(self.levels)):
-            raise ValueError(f"levels must be increasing multiples of 8, got {self.levels}")
-        check_ints(self, 1, "dim", "depth", "heads", "stem_channels", "propagation_heads")
-        check_ints(self, 1, "propagation_key_dim", "propagation_value_dim")
+        doubled = all(finer == 2 * coarser for coarser, finer in zip(self.levels, self.levels[1:], strict=False))
+        if self.levels[0] % 8 or not doubled:
+            raise ValueError(
+                f"levels must start with a multiple of 8 and double from one to the next, got {self.levels}"
+            )
+        check_ints(
+            self, 1, "distinct_levels", "most_support_patches", "most_patches", "rounds", "dim", "depth", "heads"
+        )
+        check_ints(self, 1, "mlp_ratio", "stem_channels", "propagation_heads", "propagation_key_dim")
+        check_ints(self, 1, "propagation_value_dim")
+        check_ints(self, 0, "registers")
+        if not isinstance(self.decoder_channels, tuple) or len(self.decoder_channels) != 2:
+            raise ValueError(f"decoder_channels must be two ints, got {self.decoder_channels!r}")
+        for value in self.decoder_channels:
+            check_int("decoder_channels", value, 1)
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
         check_numbers(self, "foreground_share", "oracle_share", least=0, most=1)
+        check_numbers(self, "tolerance", least=0)
         check_numbers(self, "residual_bound", "selection_power", above=0)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from icseg.sparse.grid import LevelImage
+from icseg.sparse.patches import PatchInputs
 from icseg_kernels import selected_attention
 
 FREQUENCIES = 12
@@ -20,25 +20,25 @@ def activation() -> nn.Module:
 class PatchEncoder(nn.Module):
     """Features [B*K, C, 8, 8] and tokens [B, K, D] of picked patches.
 
-    The stem sees the image patch as it is and normalised by its own mean and deviation.
+    The stem sees the image patch as it is and normalised by its own mean and deviation, and the detail.
     """
 
     def __init__(self, dim: int, channels: int, levels: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(2, 16, 3), activation(),
-            nn.Conv2d(16, 16, 3), activation(),
+            nn.Conv2d(3, 12, 3), activation(),
+            nn.Conv2d(12, 16, 3), activation(),
             nn.Conv2d(16, 24, 3), activation(),
             nn.Conv2d(24, channels, 3), activation(),
         )  # fmt: skip
-        self.label_stem = nn.Sequential(nn.Conv2d(1, 12, 4, 2, 1), activation())
+        self.label_stem = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), activation())
         self.token = nn.Sequential(
-            nn.Conv2d(channels + 12, 64, 4, 2, 1), activation(), nn.Flatten(1), nn.Linear(64 * 16, dim)
+            nn.Conv2d(channels + 8, 48, 4, 2, 1), activation(), nn.Flatten(1), nn.Linear(48 * 16, dim)
         )
         self.context = nn.Sequential(
-            nn.Conv2d(3, 24, 4, 2, 1), activation(),
-            nn.Conv2d(24, 48, 4, 2, 1), activation(),
-            nn.Flatten(1), nn.Linear(48 * 16, dim),
+            nn.Conv2d(3, 16, 4, 2, 1), activation(),
+            nn.Conv2d(16, 32, 4, 2, 1), activation(),
+            nn.Flatten(1), nn.Linear(32 * 16, dim),
         )  # fmt: skip
         self.position = nn.Linear(4 * FREQUENCIES, dim)
         self.level_embedding = nn.Parameter(torch.randn(levels, dim) * 0.1)
@@ -48,47 +48,61 @@ class PatchEncoder(nn.Module):
         self.frequency: Tensor
         self.register_buffer("frequency", frequency, persistent=False)
 
-    def forward(self, source: LevelImage, coords: Tensor, level: int, *, is_target: bool) -> tuple[Tensor, Tensor]:
-        batch, count = coords.shape[:2]
-        image, label = source.patches(coords).flatten(0, 1).split(1, 1)
+    def forward(self, inputs: PatchInputs, level: int, *, is_target: bool) -> tuple[Tensor, Tensor]:
+        batch, count = inputs.place.shape[:2]
+        pixels = inputs.pixels.flatten(0, 1)
+        image = pixels[:, :1]
         deviation, mean = torch.std_mean(image, (1, 2, 3), keepdim=True, correction=0)
-        features = self.stem(torch.cat([image, (image - mean) / (deviation + 0.05)], 1))
-        token = self.token(torch.cat([features, self.label_stem(label)], 1))
-        token = token + self.context(source.context(coords).flatten(0, 1))
-        token = token.view(batch, count, -1) + self.position(self._waves(source.position(coords)))
-        token = token + self.level_embedding[level] + self.role_embedding[int(is_target)]
+        features = self.stem(torch.cat([pixels, (image - mean) / (deviation + 0.05)], 1))
+        token = self.token(torch.cat([features, self.label_stem(inputs.label.flatten(0, 1))], 1))
+        token = token + self.context(inputs.context.flatten(0, 1))
+        token = token.view(batch, count, -1) + self.position(self._waves(inputs.place))
+        level = min(level, len(self.level_embedding) - 1)
+        token = token + (self.level_embedding[level] + self.role_embedding[int(is_target)])
         return features, self.norm(token)
 
-    def _waves(self, position: Tensor) -> Tensor:
-        angle = position.unsqueeze(-1) * self.frequency
+    def _waves(self, place: Tensor) -> Tensor:
+        angle = place.unsqueeze(-1) * self.frequency
         return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block whose keys and values may be extended by a memory of other tokens."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.query, self.key_value, self.out = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
-        mlp_out = nn.Linear(3 * dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), mlp_out)
+        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        mlp_out = nn.Linear(mlp_ratio * dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), mlp_out)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(mlp_out.weight)
 
-    def forward(self, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """tokens [B, N, D], memory [B, M, 2D] tensors -> (tokens, their own keys and values [B, N, 2D])."""
+    def forward(self, tokens: Tensor, memory: list[Tensor], index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """tokens [B, N, D], memory [B, M, 2D] tensors -> (tokens, their own keys and values [B, N, 2D]).
+
+        index [B, N + all M]: rows of the keys (the memory's, then the tokens' own), -1 for one that is not to be seen.
+        """
         x = self.norm_attention(tokens)
         own = self.key_value(x)
-        keys, values = torch.cat([own, *memory], 1).chunk(2, -1)
-        attended = selected_attention(self._split(self.query(x)), self._split(keys), self._split(values))
+        keys, values = torch.cat([*memory, own], 1).chunk(2, -1)
+        query = self._split(self.query(x))
+        attended = selected_attention(query, self._split(keys), self._split(values), index=index)
         tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm_mlp(tokens)), own
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def visible(valid: list[Tensor | None], lengths: list[int], batch: int, device: torch.device) -> Tensor | None:
+    """The `index` of keys that come in runs of `lengths` tokens, each with its mask [B, n] or None for all."""
+    if all(mask is None for mask in valid):
+        return None
+    whole = [
+        torch.ones(batch, n, dtype=torch.bool, device=device) if mask is None else mask.expand(batch, n)
+        for mask, n in zip(valid, lengths, strict=True)
+    ]
+    mask = torch.cat(whole, 1)
+    return torch.where(mask, torch.arange(mask.shape[1], device=device), -1)

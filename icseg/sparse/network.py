@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +14,104 @@ from icseg.draws import derived_seed, uniform
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg.sparse import selection
+from icseg.sparse.budget import Budget, LevelPlan, shared_out
 from icseg.sparse.config import SparseConfig
 from icseg.sparse.decoder import PatchDecoder
-from icseg.sparse.encoder import Block, PatchEncoder
-from icseg.sparse.grid import PATCH, LevelImage, level_size, resize
+from icseg.sparse.encoder import Block, PatchEncoder, visible
+from icseg.sparse.patches import (
+    CONTEXT,
+    CROP,
+    HALO,
+    PATCH,
+    context_corner,
+    coords_of,
+    cut,
+    grid_size,
+    patch_inputs,
+)
 from icseg.sparse.propagation import LabelPropagation
-from icseg_kernels import gather_patches, scatter_patches
+from icseg.sparse.pyramid import Pyramid, double, finest_size, level_count, resize
+from icseg.sparse.support import (
+    BUDGET_DRAW,
+    ORACLE_DRAW,
+    TARGET_DRAW,
+    LevelMemory,
+    SupportEncoder,
+    memory_levels,
+)
+from icseg_kernels import scatter_patches
 
-SUPPORT_DRAW, TARGET_DRAW, ORACLE_DRAW = range(3)
+CHUNK = 16  # support images that go through the patch encoder together
+NEIGHBOUR_ERROR = 0.5  # error that a change of probability suggests in the cells beside it
+LEAST_FOREGROUND = 0.002  # share of the image that an expected foreground counts at least
 
 
 @dataclass
-class LevelMemory:
-    """A support set at one level: a key-value memory a block, and the keys and values of label propagation."""
+class _Cascade:
+    """What the levels and rounds so far leave to the next.
 
-    blocks: list[Tensor]
-    keys: Tensor
-    values: Tensor
+    logits:  [B, C, h, w] the combined map; None before the first level.
+    error:   [B, C, rows, columns] mean error that is expected in each cell of the coming level.
+    uncovered: [B] expected error where the last level has no patch, as a share of twice the expected foreground.
+    blocks:  for each block the keys and values [B, n, 2D] of all target tokens so far.
+    valid:   for each of those the tokens that are patches [B, n], None for all; lengths: their n.
+    """
+
+    blocks: list[list[Tensor]]
+    valid: list[Tensor | None] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    logits: Tensor | None = None
+    error: Tensor | None = None
+    uncovered: Tensor | None = None
+
+
+@dataclass
+class _LevelTask:
+    """What a level works on."""
+
+    level: int
+    pyramid: Pyramid
+    support: LevelMemory
+    classes: int
+    plan: LevelPlan
+    seed: int | None
+    target_mask: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.pyramid.image(self.level).shape[-2:]
+        return height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return grid_size(*self.size)
+
+
+@dataclass
+class _Round:
+    """Of K patches: coords [B, K, 2], logits and error [B, K, C, 8, 8], change [B, K] of the probability."""
+
+    coords: Tensor
+    logits: Tensor
+    error: Tensor
+    change: Tensor
 
 
 class SparseNetwork(nn.Module):
     """Nothing here convolves a whole image, and nothing on the support side sees the target."""
 
+    multi_class = True
+    any_size = True
+    temperature: Tensor
+
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
         self.config = config
         self.fingerprint = config.fingerprint()
-        levels = len(config.levels)
+        self.weights_identity = ""
+        levels = config.distinct_levels
         self.encoder = PatchEncoder(config.dim, config.stem_channels, levels)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
         self.propagation = LabelPropagation(
             config.dim,
@@ -52,35 +121,34 @@ class SparseNetwork(nn.Module):
             config.propagation_value_dim,
         )
         self.decoder = PatchDecoder(
-            config.dim, config.stem_channels, config.propagation_heads, levels, config.residual_bound
+            config.dim,
+            config.stem_channels,
+            config.decoder_channels,
+            config.propagation_heads,
+            levels,
+            config.residual_bound,
         )
+        self.support_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
+        self.target_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
+        self.register_buffer("temperature", torch.ones(()))
 
-    def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
-        """images, masks [B, S, 1, H, W] in [0, 1]; `seed` varies which patches stand for equals (in training)."""
-        tensors: dict[str, Tensor] = {}
-        for level, side in enumerate(self.config.levels):
-            draw = None if seed is None else derived_seed(seed, SUPPORT_DRAW, level)
-            encoded = self._encode_support_level(images, masks, level, side, draw)
-            tensors |= {f"level{level}.block{i}": t for i, t in enumerate(encoded.blocks)}
-            tensors |= {f"level{level}.keys": encoded.keys, f"level{level}.values": encoded.values}
-        return SupportMemory(self.fingerprint, images.shape[0], tensors)
+    def set_temperature(self, value: float) -> None:
+        """Divide all final logits by `value`: a calibration on held-out tasks."""
+        self.temperature.fill_(value)
 
-    def _encode_support_level(
-        self, images: Tensor, masks: Tensor, level: int, side: int, seed: int | None
-    ) -> LevelMemory:
-        size = level_size(images.shape[-2], images.shape[-1], side)
-        image, mask = (resize(t.flatten(0, 1), size) for t in (images, masks))
-        source = LevelImage(image * 2 - 1, mask * 2 - 1)
-        index = selection.support_patches(mask, self.config.support_patches[level], self.config.foreground_share, seed)
-        coords = source.coords(index)
-        features, tokens = self.encoder(source, coords, level, is_target=False)
-        labels = gather_patches(source.label, coords, PATCH).flatten(0, 1)
-        tokens = tokens.reshape(images.shape[0], -1, self.config.dim)  # the set as one sequence
-        memory = []
-        for block in self.blocks:
-            tokens, own = block(tokens, [])
-            memory.append(own)
-        return LevelMemory(memory, *self.propagation.support(features, self.norm(tokens), labels))
+    def support_encoder(self, count: int, *, seed: int | None = None) -> SupportEncoder:
+        """For a support set of `count` images that come in chunks."""
+        return SupportEncoder(self, count, seed)
+
+    def encode_support(
+        self, images: Tensor, masks: Tensor, *, valid: Tensor | None = None, seed: int | None = None
+    ) -> SupportMemory:
+        """images [B, S, 1, H, W], masks [B, S, C, H, W] in [0, 1]; `seed` varies which patches stand for equals."""
+        encoder = self.support_encoder(images.shape[1], seed=seed)
+        for start in range(0, images.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            encoder.add(images[:, part], masks[:, part], None if valid is None else valid[:, part])
+        return encoder.finish()
 
     def forward(
         self,
@@ -90,90 +158,181 @@ class SparseNetwork(nn.Module):
         target_mask: Tensor | None = None,
         seed: int | None = None,
         noise: Sequence[Tensor] | None = None,
+        budget: Budget | None = None,
     ) -> SegmentationOutput:
         if noise is not None:
             raise NotImplementedError("noise must be None for the sparse architecture, which draws by seed")
-        rng = random.Random(seed)
-        combined: Tensor | None = None
-        outputs: list[LevelOutput] = []
-        cascade: list[list[Tensor]] = [[] for _ in self.blocks]  # target keys and values of the coarser levels
-        for level in range(self._levels_of(target)):
-            budget = self.config.target_patches[level]
-            if self.training and level and seed is not None:
-                budget = rng.randint((budget + 1) // 2, budget)
+        config = self.config
+        height, width = target.shape[-2:]
+        levels = min(level_count(height, width, config.levels), memory_levels(memory))
+        image = resize(target, finest_size(height, width, config.levels[levels - 1]))
+        pyramid = Pyramid.of(image * 2 - 1, levels)
+        plans = self._plans(budget, [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)], seed)
+        state = _Cascade([[] for _ in self.blocks])
+        outputs = []
+        for level, plan in enumerate(plans):
+            support = LevelMemory.of(memory, level, config.depth, target.shape[0])
             draw = None if seed is None else derived_seed(seed, TARGET_DRAW, level)
-            output, own = self._forward_level(
-                target,
-                combined,
-                self._level_memory(memory, level, target.shape[0]),
-                cascade,
-                level,
-                budget,
-                draw,
-                target_mask,
-            )
-            outputs.append(output)
-            combined = output.logits.detach()
-            for block_memory, keys_values in zip(cascade, own, strict=True):
-                block_memory.append(keys_values.detach())
-        final = resize(outputs[-1].logits, (target.shape[-2], target.shape[-1]))
-        return SegmentationOutput(final, outputs)
+            task = _LevelTask(level, pyramid, support, memory.classes, plan, draw, target_mask)
+            outputs.append(self._level(task, state))
+        logits = resize(outputs[-1].logits, (height, width)) / self.temperature.to(target.dtype)
+        return SegmentationOutput(logits, outputs, uncovered_error=state.uncovered)
 
-    def _forward_level(
-        self,
-        target: Tensor,
-        coarser: Tensor | None,
-        memory: LevelMemory,
-        cascade: list[list[Tensor]],
-        level: int,
-        budget: int,
-        seed: int | None,
-        target_mask: Tensor | None,
-    ) -> tuple[LevelOutput, list[Tensor]]:
-        size = level_size(target.shape[-2], target.shape[-1], self.config.levels[level])
-        image = resize(target, size) * 2 - 1
-        prior = torch.zeros_like(image) if coarser is None else F.interpolate(coarser, size, mode="bilinear")
-        source = LevelImage(image, prior.sigmoid() * 2 - 1)
-        coords = source.coords(self._pick(prior, budget, seed, target_mask))
-        features, tokens = self.encoder(source, coords, level, is_target=True)
-        own = []
-        for block, support, coarser_target in zip(self.blocks, memory.blocks, cascade, strict=True):
-            tokens, keys_values = block(tokens, [support, *coarser_target])
-            own.append(keys_values)
-        tokens = self.norm(tokens)
-        masks, context = self.propagation(features, tokens, memory.keys, memory.values)
-        prior_patches = gather_patches(prior, coords, PATCH).flatten(0, 1)
-        change = self.decoder(features, tokens, masks, context, prior_patches, level)
-        patch_logits = (prior_patches + change).unflatten(0, coords.shape[:2])
-        written = scatter_patches(patch_logits, coords, size)
-        output = LevelOutput(
-            resolution=size,
-            logits=torch.where(written.coverage, written.mean, prior),
-            prediction=written.mean,
-            patch_logits=patch_logits,
-            coords=coords,
-            coverage=written.coverage,
-        )
-        return output, own
+    def _plans(self, budget: Budget | None, grids: list[tuple[int, int]], seed: int | None) -> list[LevelPlan]:
+        config, cells = self.config, [rows * columns for rows, columns in grids]
+        if self.training and seed is not None:
+            rng = random.Random(derived_seed(seed, BUDGET_DRAW))
+            return [LevelPlan(rng.randint((most + 1) // 2, most)) for most in config.target_patches[: len(cells)]]
+        if self.training:
+            return [LevelPlan(most) for most in config.target_patches[: len(cells)]]
+        if budget is None:
+            budget = Budget(tolerance=config.tolerance)
+        if budget.tolerance == 0:
+            return [LevelPlan(count) for count in cells]
+        if budget.tolerance is not None:
+            slots = config.target_patches if _static() else [config.most_patches] * len(cells)
+            return [LevelPlan(most, config.rounds, budget.tolerance) for most in slots[: len(cells)]]
+        assert budget.patches is not None
+        return [LevelPlan(most) for most in shared_out(budget.patches, cells, config.target_patches)]
+
+    def _level(self, task: _LevelTask, state: _Cascade) -> LevelOutput:
+        rows, columns = task.grid
+        batch = task.pyramid.images[0].shape[0]
+        if state.logits is None or state.error is None:
+            index = torch.arange(rows * columns, device=task.pyramid.images[0].device).expand(batch, -1)
+            rounds = [self._round(task, state, index, None)]
+        else:
+            rounds = self._picked_rounds(task, state, state.error, _expected_foreground(state.logits))
+        coords = torch.cat([r.coords for r in rounds], 1)
+        patch_logits = torch.cat([r.logits for r in rounds], 1)
+        errors = torch.cat([r.error for r in rounds], 1)
+        logits = _refined(state.logits, patch_logits, coords, task.size)
+        state.logits = logits.detach()
+        if task.level < len(task.pyramid.details):
+            state.error = _next_error(state.error, errors.detach(), coords, task.pyramid.image(task.level + 1))
+        return LevelOutput(task.size, logits, patch_logits, coords, extras={"error_logits": errors})
+
+    def _picked_rounds(self, task: _LevelTask, state: _Cascade, error: Tensor, foreground: Tensor) -> list[_Round]:
+        """The rounds of a level but the first; empty rounds are left out where shapes may depend on values."""
+        plan, config = task.plan, self.config
+        rounds: list[_Round] = []
+        share = error / (2 * foreground * error[0, 0].numel())  # of twice the expected foreground
+        score = share.amax(1).flatten(1)
+        pick_by = self._training_score(task, state, score) if self.training else score
+        for number in range(plan.rounds):
+            draw = None if task.seed is None else derived_seed(task.seed, number)
+            index = selection.target_patches(pick_by, plan.patches, config.selection_power, draw)
+            valid: Tensor | None = None
+            if plan.tolerance is not None:
+                valid = selection.needed(score, index, plan.tolerance)
+                if not _static():
+                    index = index[:, : int(valid.sum(1).max())]
+                    valid = valid[:, : index.shape[1]]
+                index = torch.where(valid, index, -1)
+                valid = None if not _static() and bool(valid.all()) else valid
+            picked = self._round(task, state, index, valid) if index.shape[1] else _no_patches(task, index)
+            rounds.append(picked)
+            covered = _on_grid(torch.ones_like(index, dtype=score.dtype), index, score.shape[1]) > 0
+            state.uncovered = score.masked_fill(covered | (score < 0), 0).sum(1)
+            if index.shape[1] == 0:
+                break
+            if number + 1 < plan.rounds:
+                change = _on_grid(picked.change, index, score.shape[1]).view(-1, 1, *task.grid)
+                beside = F.max_pool2d(change, 3, 1, 1).flatten(1) / (
+                    2 * foreground.amin(1).view(-1, 1) * score.shape[1]
+                )
+                score = torch.maximum(score, NEIGHBOUR_ERROR * beside).masked_fill(covered | (score < 0), -1.0)
+                pick_by = score
+        return rounds
+
+    def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
+        """Encode and decode the grid cells `index` [B, K]; valid [B, K]: those that are patches, None for all."""
+        config, coarser = self.config, state.logits
+        coords = coords_of(index, task.grid[1])
+        batch, count = index.shape
+        if coarser is None:
+            crops = task.pyramid.images[0].new_zeros(batch, count, task.classes, CROP, CROP)
+            around = torch.zeros_like(crops)
+        else:
+            crops = cut(coarser, coords // 2 - HALO // 2, CROP // 2, CROP)
+            around = cut(coarser, 2 * context_corner(coords), 2 * CONTEXT, CONTEXT)
+        label, label_context = (x.amax(2, keepdim=True).sigmoid() * 2 - 1 for x in (crops, around))
+        inputs = patch_inputs(task.pyramid, task.level, coords, label, label_context)
+        features, tokens = self.encoder(inputs, task.level, is_target=True)
+        tokens = self._attend(tokens, task.support, state, valid)
+        cells = task.support.visible_cells(config.registers)
+        masks, context = self.propagation(features, tokens, task.support.keys, task.support.values, cells)
+        prior = crops[..., HALO : HALO + PATCH, HALO : HALO + PATCH].flatten(0, 1)
+        decoded = self.decoder(features, tokens, masks, context, prior, task.level)
+        logits = prior + decoded.change
+        change = (logits.detach().sigmoid() - prior.sigmoid()).abs().mean((2, 3)).amax(1)
+        shape = (batch, count)
+        return _Round(coords, logits.unflatten(0, shape), decoded.error.unflatten(0, shape), change.view(shape))
+
+    def _attend(self, tokens: Tensor, support: LevelMemory, state: _Cascade, valid: Tensor | None) -> Tensor:
+        """Let a round's tokens see the support set, the target's tokens before them, and each other."""
+        registers = self.target_registers.expand(tokens.shape[0], -1, -1)
+        count, tokens = tokens.shape[1], torch.cat([registers, tokens], 1)
+        if valid is not None:
+            valid = F.pad(valid, (registers.shape[1], 0), value=True)
+        lengths = [support.blocks[0].shape[1], *state.lengths, tokens.shape[1]]
+        index = visible([support.valid, *state.valid, valid], lengths, tokens.shape[0], tokens.device)
+        for block, of_support, earlier in zip(self.blocks, support.blocks, state.blocks, strict=True):
+            tokens, own = block(tokens, [of_support, *earlier], index)
+            earlier.append(own.detach())
+        state.valid.append(valid)
+        state.lengths.append(tokens.shape[1])
+        return self.norm(tokens[:, -count:])
 
     @torch.no_grad()
-    def _pick(self, prior: Tensor, budget: int, seed: int | None, target_mask: Tensor | None) -> Tensor:
-        score = selection.entropy_score(prior)
-        if self.training and target_mask is not None and seed is not None:
-            error = (prior.sigmoid() - resize(target_mask.to(prior.dtype), (prior.shape[-2], prior.shape[-1]))).abs()
-            oracle = F.avg_pool2d(error, PATCH).flatten(1)
-            chance = uniform(derived_seed(seed, ORACLE_DRAW), 1, prior.shape[0], prior.device)
-            score = torch.where(chance.view(-1, 1) < self.config.oracle_share, oracle, score)
-        return selection.target_patches(score, budget, self.config.selection_power, seed)
+    def _training_score(self, task: _LevelTask, state: _Cascade, score: Tensor) -> Tensor:
+        """For a share of the targets, the true error of each cell in place of the expected one."""
+        if task.target_mask is None or task.seed is None or state.logits is None:
+            return score
+        prior = double(state.logits, task.size).sigmoid()
+        error = (prior - resize(task.target_mask.to(prior.dtype), task.size)).abs().mean(1, keepdim=True)
+        oracle = F.avg_pool2d(error, PATCH, ceil_mode=True).flatten(1)
+        chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device)
+        return torch.where(chance.view(-1, 1) < self.config.oracle_share, oracle, score)
 
-    def _levels_of(self, target: Tensor) -> int:
-        """Levels up to the first that reaches the target's own longer side."""
-        longer = max(target.shape[-2:])
-        return 1 + sum(side < longer for side in self.config.levels[:-1])
 
-    def _level_memory(self, memory: SupportMemory, level: int, batch: int) -> LevelMemory:
-        def get(name: str) -> Tensor:
-            tensor = memory.tensors[f"level{level}.{name}"]
-            return tensor.expand(batch, *tensor.shape[1:])
+@torch.no_grad()
+def _expected_foreground(logits: Tensor) -> Tensor:
+    """[B, C, 1, 1]: share of the image, at least LEAST_FOREGROUND."""
+    return logits.float().sigmoid().mean((2, 3), keepdim=True).clamp_min(LEAST_FOREGROUND)
 
-        return LevelMemory([get(f"block{i}") for i in range(self.config.depth)], get("keys"), get("values"))
+
+def _refined(coarser: Tensor | None, patches: Tensor, coords: Tensor, size: tuple[int, int]) -> Tensor:
+    """The coarser map [B, C, h, w] at `size`, with the patches [B, K, C, 8, 8] in place of it where they lie."""
+    written = scatter_patches(patches, coords, size, fill=0.0)
+    return written.mean if coarser is None else torch.where(written.coverage, written.mean, double(coarser, size))
+
+
+def _next_error(error: Tensor | None, patches: Tensor, coords: Tensor, finer: Tensor) -> Tensor:
+    """The error [B, C, rows, columns] expected in the cells of the next level, whose image is `finer`.
+
+    error: of this level's cells, whose four parts inherit it where no patch lies. patches: [B, K, C, 8, 8] logits.
+    """
+    rows, columns = grid_size(*finer.shape[-2:])
+    quarters = F.avg_pool2d(patches.sigmoid().flatten(0, 1), PATCH // 2).unflatten(0, patches.shape[:2])
+    written = scatter_patches(quarters, coords // (PATCH // 2), (rows, columns), fill=0.0)
+    if error is None:
+        return written.mean
+    inherited = error.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :rows, :columns]
+    return torch.where(written.coverage, written.mean, inherited)
+
+
+def _on_grid(values: Tensor, index: Tensor, cells: int) -> Tensor:
+    """[B, cells]: values [B, K] at the cells `index` [B, K], 0 elsewhere; -1 is no cell."""
+    grid = values.new_zeros(values.shape[0], cells + 1)
+    return grid.scatter(1, torch.where(index < 0, cells, index), values)[:, :cells]
+
+
+def _no_patches(task: _LevelTask, index: Tensor) -> _Round:
+    patches = task.pyramid.images[0].new_zeros(*index.shape, task.classes, PATCH, PATCH)
+    return _Round(coords_of(index, task.grid[1]), patches, patches, patches.flatten(2).sum(2))
+
+
+def _static() -> bool:
+    """Whether shapes must not depend on values: under torch.compile and export, and while a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -12,19 +12,21 @@ from icseg_kernels import selected_attention
 
 CELL = 2  # side of a cell, in pixels: 16 cells a patch
 CELL_PIXELS = CELL * CELL
-HIDDEN = 96
+CELLS = 16
+HIDDEN = 64
 CONTEXT_CHANNELS = 16
 
 
 class LabelPropagation(nn.Module):
-    """Attention from 2 x 2 px target cells to support cells, with the support masks among the values.
+    """Attention from 2 x 2 px target cells to support cells, with the support masks of all classes among the values.
 
     Keys and queries are L2-normalised functions of a cell's features and its patch's token, the temperature is learned.
+    They know nothing of the classes: one look-up serves all.
     """
 
     def __init__(self, dim: int, channels: int, heads: int, key_dim: int, value_dim: int) -> None:
         super().__init__()
-        self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
+        self.heads = heads
         self.match_cell, self.match_token = (
             nn.Linear(CELL_PIXELS * channels, HIDDEN),
             nn.Linear(dim, HIDDEN, bias=False),
@@ -33,27 +35,30 @@ class LabelPropagation(nn.Module):
         self.value_cell = nn.Linear(CELL_PIXELS * channels, heads * value_dim)
         self.value_token = nn.Linear(dim, heads * value_dim, bias=False)
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(12.0)))
-        self.out = nn.Linear(heads * (CELL_PIXELS + value_dim), CONTEXT_CHANNELS * CELL_PIXELS)
+        self.out = nn.Linear(heads * value_dim, CONTEXT_CHANNELS * CELL_PIXELS)
 
     def support(self, features: Tensor, tokens: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of support cells, [B, h, K*16, D].
+        """Keys [B, h, K*16, D] and values [B, h, K*16, 4 classes + value_dim] of support cells.
 
-        features [B*K, C, 8, 8], tokens [B, K, D], masks [B*K, 1, 8, 8] in [-1, 1].
+        features [B*K, C, 8, 8], tokens [B, K, D], masks [B*K, classes, 8, 8] in [-1, 1].
         """
-        labels = cells(masks).reshape(tokens.shape[0], 1, -1, CELL_PIXELS).expand(-1, self.heads, -1, -1)
+        labels = cells(masks)
+        labels = labels.reshape(tokens.shape[0], 1, -1, labels.shape[-1]).expand(-1, self.heads, -1, -1)
         per_patch = self.value_token(tokens).flatten(0, 1).unsqueeze(1)
         learned = self._heads(self.value_cell(cells(features)) + per_patch, tokens.shape[0])
         return self._match(features, tokens), torch.cat([labels, learned], -1)
 
-    def forward(self, features: Tensor, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(masks [B*K, h, 8, 8] in [-1, 1], context [B*K, 16, 8, 8]) that the target's patches looked up."""
+    def forward(
+        self, features: Tensor, tokens: Tensor, keys: Tensor, values: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the target's patches looked up: (masks [B*K, h, classes, 8, 8] in [-1, 1], context [B*K, 16, 8, 8])."""
         query = self._match(features, tokens) * self.log_scale.exp()
-        found = selected_attention(query, keys, values, scale=1.0)  # [B, h, K*16, 4 + value_dim]
-        found = (
-            found.unflatten(2, (tokens.shape[1], -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-        )  # [B*K, 16, h, 4 + value_dim]
-        masks = found[..., :CELL_PIXELS].flatten(2)
-        return pixels(masks), pixels(self.out(found.flatten(2)))
+        found = selected_attention(query, keys, values, scale=1.0, index=index)
+        found = found.unflatten(2, (tokens.shape[1], CELLS)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B*K, 16, h, Dv]
+        value_dim = self.value_cell.out_features // self.heads
+        labels, learned = found.split([found.shape[-1] - value_dim, value_dim], -1)
+        masks = pixels(labels.flatten(2)).unflatten(1, (self.heads, -1))
+        return masks, pixels(self.out(learned.flatten(2)))
 
     def _match(self, features: Tensor, tokens: Tensor) -> Tensor:
         per_patch = self.match_token(tokens).flatten(0, 1).unsqueeze(1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icseg.data.tensors import as_tensors
+from icseg.masks import level_mask
 from icseg.memory import SupportMemory
 from icseg.training.config import DataConfig
 
 
 class Task(Protocol):
-    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] in {0, 1}."""
+    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids from 1 up, 0 is background."""
 
     @property
     def images(self) -> NDArray[np.uint8]: ...
@@ -38,10 +40,11 @@ class Tasks(Protocol):
 
 @dataclass
 class Batch:
-    """T tasks with S supports and Q targets each; float32, images and masks in [0, 1].
+    """T tasks with S supports and Q targets each, C classes asked for; float32, images and masks in [0, 1].
 
-    support_images, support_masks: [T, S, 1, H, W]; targets, target_masks: [T * Q, 1, H, W], task by task.
-    seed: for the model's draws in this step.
+    support_images: [T, S, 1, H, W]; support_masks: [T, S, C, H, W].
+    targets:        [T * Q, 1, H, W]; target_masks: [T * Q, C, H, W], task by task.
+    seed:           for the model's draws in this step.
     """
 
     support_images: Tensor
@@ -64,14 +67,27 @@ def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int) -> Bat
     """The batch of one step. Each pass through the pool takes the tasks in a new order."""
     rng = np.random.default_rng((seed, step))
     support = int(rng.integers(config.min_support, config.max_support + 1))
+    size = int(rng.choice(config.sizes)) if config.sizes else None
+    numbers = range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step)
+    tasks = [pool[int(_order(len(pool), seed, i // len(pool))[i % len(pool)])] for i in numbers]
     images, masks = [], []
-    for i in range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step):
-        task = pool[int(_order(len(pool), seed, i // len(pool))[i % len(pool)])]
+    for task, classes in zip(tasks, _classes_asked_for(tasks, config, rng), strict=True):
         chosen = rng.permutation(len(task.images))[: support + config.targets]
-        augmented = augment(task.images[chosen], task.masks[chosen], config, rng)
-        images.append(augmented[0])
-        masks.append(augmented[1])
+        x, y = augment(task.images[chosen], task.masks[chosen], config, rng, classes)
+        x, y = (x, y) if size is None else _resized(x, y, size)
+        images.append(x)
+        masks.append(y)
     return _split(torch.stack(images), torch.stack(masks), support, int(rng.integers(2**62)))
+
+
+def _classes_asked_for(tasks: Sequence[Task], config: DataConfig, rng: np.random.Generator) -> list[list[int]]:
+    """The class ids that each task of a step asks for, as many for each."""
+    present = [max(1, int(task.masks.max())) for task in tasks]
+    count = min(config.classes, *present) if rng.random() < config.multi_class else 1
+    if count > 1:
+        return [(1 + rng.permutation(classes)[:count]).tolist() for classes in present]
+    further = [rng.random() < config.other_class for _ in present]
+    return [[int(rng.integers(2, n + 1)) if other and n > 1 else 1] for n, other in zip(present, further, strict=True)]
 
 
 def batches_ahead(pool: Tasks, config: DataConfig, seed: int, step: int) -> Generator[Batch, None, None]:
@@ -85,7 +101,7 @@ def batches_ahead(pool: Tasks, config: DataConfig, seed: int, step: int) -> Gene
 
 
 def validation_batch(task: Task, support: int) -> Batch:
-    """The first `support` subjects of a task as supports, all others as targets, as they are."""
+    """Class 1 of a task: its first `support` subjects as supports, all others as targets, as they are."""
     images, masks = as_tensors(task.images, task.masks)
     return _split(images[None], masks[None], support, seed=0)
 
@@ -95,14 +111,21 @@ def repeat_memory(memory: SupportMemory, times: int) -> SupportMemory:
     if times == 1 or memory.batch == 1:
         return memory
     tensors = {name: tensor.repeat_interleave(times, 0) for name, tensor in memory.tensors.items()}
-    return SupportMemory(memory.fingerprint, memory.batch * times, tensors)
+    return dataclasses.replace(memory, batch=memory.batch * times, tensors=tensors)
 
 
 def augment(
-    images: NDArray[np.uint8], masks: NDArray[np.uint8], config: DataConfig, rng: np.random.Generator
+    images: NDArray[np.uint8],
+    masks: NDArray[np.uint8],
+    config: DataConfig,
+    rng: np.random.Generator,
+    classes: Sequence[int] = (1,),
 ) -> tuple[Tensor, Tensor]:
-    """Images and masks [N, 1, H, W] in [0, 1]: one geometric change a task, intensities partly per image."""
-    x, y = as_tensors(images, masks)
+    """Images [N, 1, H, W] and the masks of `classes` [N, C, H, W] in [0, 1].
+
+    One geometric change a task, intensities partly per image.
+    """
+    x, y = as_tensors(images, masks, classes)
     x, y = _crop(x, y, config.crop, rng)
     if config.flip_rotate:
         x, y = _flip_rotate(x, y, rng)
@@ -110,18 +133,33 @@ def augment(
 
 
 def _crop(x: Tensor, y: Tensor, smallest: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A random box, brought back to the full size; left out where some image would lose its foreground."""
+    """A random box, brought back to the full size; left out where some image would lose a class."""
     height, width = x.shape[-2:]
     scale = rng.uniform(smallest, 1.0)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     inside = y[..., top : top + h, left : left + w]
-    lost = (y.flatten(1).sum(1) > 0) & (inside.flatten(1).sum(1) == 0)
+    lost = (y.flatten(2).sum(2) > 0) & (inside.flatten(2).sum(2) == 0)
     if (h, w) == (height, width) or bool(lost.any()):
         return x, y
     x = F.interpolate(x[..., top : top + h, left : left + w], (height, width), mode="bilinear", align_corners=False)
     y = F.interpolate(inside, (height, width), mode="bilinear", align_corners=False)
     return x, (y >= 0.5).float()
+
+
+def scaled_size(size: Sequence[int], longer_side: int) -> tuple[int, int]:
+    """(height, width) of images of `size` with another longer side."""
+    height, width = (max(1, round(side * longer_side / max(size))) for side in size)
+    return height, width
+
+
+def _resized(x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Images and masks with `size` as their longer side; a mask holds a pixel that it fills by half."""
+    shape = scaled_size(x.shape[-2:], size)
+    if shape == x.shape[-2:]:
+        return x, y
+    image = F.interpolate(x, shape, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    return image, (level_mask(y, shape, 0.0) >= 0.5).float()
 
 
 def _flip_rotate(x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -145,7 +183,7 @@ def _intensity(x: Tensor, config: DataConfig, rng: np.random.Generator) -> Tenso
 
 
 def _split(images: Tensor, masks: Tensor, support: int, seed: int) -> Batch:
-    """images, masks: [T, S + Q, 1, H, W]."""
+    """images: [T, S + Q, 1, H, W]; masks: [T, S + Q, C, H, W]."""
     return Batch(
         images[:, :support],
         masks[:, :support],

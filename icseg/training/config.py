@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from icseg.config import PatchICLConfig, check_ints, check_keys, check_numbers
+from icseg.config import PatchICLConfig, check_int, check_ints, check_keys, check_numbers
 from icseg.data.synthetic import TRAINING_SEEDS
+from icseg.data.synthetic.task import MIN_SIZE
 from icseg.losses import LossConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -24,9 +25,14 @@ class DataConfig:
                         generated.
     tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
                         generator, below 10,000 (the seeds of held-out tasks lie above).
-    validation_tasks:   held-out tasks that the log's Dice is taken on.
+    validation_tasks:   held-out tasks that the log's Dice is taken on, class 1 alone.
     tasks_per_step:     T, tasks a step; targets: Q, targets that share one support set.
     min_support, max_support: the support size of a step is drawn from this range, both ends included.
+    classes:            most classes that a step asks for at once.
+    multi_class:        share of the steps that ask for several: `classes`, or as many as each of its tasks has. The
+                        published architecture takes one: 0.
+    other_class:        probability that a task asks for one of its further classes in a step of one class.
+    sizes:              the longer side of a step's images, one drawn for each step, in pixels; none keeps theirs.
     flip_rotate:        flips and 90-degree rotations, one for the whole task.
     crop:               smallest side of a random crop, as a share of the image, one for the whole task; 1 is
                         none.
@@ -45,6 +51,10 @@ class DataConfig:
     targets: int = 3
     min_support: int = 1
     max_support: int = 3
+    classes: int = 4
+    multi_class: float = 0.25
+    other_class: float = 0.3
+    sizes: tuple[int, ...] = ()
     flip_rotate: bool = True
     crop: float = 0.6
     invert: float = 0.5
@@ -52,9 +62,14 @@ class DataConfig:
     contrast: float = 0.1
 
     def __post_init__(self) -> None:
-        check_ints(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size")
+        check_ints(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size", "classes")
         check_ints(self, 0, "validation_tasks")
         check_numbers(self, "gamma", "contrast", least=0)
+        check_numbers(self, "multi_class", "other_class", least=0, most=1)
+        if not isinstance(self.sizes, tuple):
+            raise ValueError(f"sizes must be a list of ints, got {self.sizes!r}")
+        for size in self.sizes:
+            check_int("sizes", size, MIN_SIZE)
         if self.seed not in TRAINING_SEEDS:
             raise ValueError(
                 f"seed must lie in [0, {TRAINING_SEEDS.stop}), apart from the seeds of held-out tasks, got {self.seed}"

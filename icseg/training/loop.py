@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,8 @@ from icseg.data.synthetic import TaskPool, validation_seed
 from icseg.losses import segmentation_loss
 from icseg.metrics import dice
 from icseg.model import PatchICL
-from icseg.training.batches import Batch, Tasks, batches_ahead, repeat_memory, validation_batch
+from icseg.training.batches import Batch, Tasks, batches_ahead, repeat_memory, scaled_size, validation_batch
+from icseg.training.calibration import fit_temperature
 from icseg.training.config import TrainingConfig
 from icseg.training.log import append_row, read_rows, rewind_log
 from icseg.training.optimisation import autocast, make_optimiser, update_average
@@ -38,6 +40,14 @@ class ScheduledNetwork(Protocol):
 
     def set_oracle_step(self, step: int) -> None:
         """Called before every optimiser step with the number of finished passes through the task pool."""
+
+
+@runtime_checkable
+class TemperedNetwork(Protocol):
+    """A network whose final logits are divided by a temperature, which is 1 throughout the training."""
+
+    def set_temperature(self, value: float) -> None:
+        """Called at the end of a run with the temperature that fits the validation tasks best."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ class _Run:
         self.optimiser = make_optimiser(self.model, config.optimiser)
         self.progress = Progress()
         self.dice: float | None = None
+        self.temperature: float | None = None
         self.validated_at = -1
         self.skipped_in_a_row = 0
 
@@ -138,6 +149,8 @@ class _Run:
         for row in read_rows(self.directory):
             if "dice" in row and row["step"] <= self.progress.step:
                 self.dice, self.validated_at = row["dice"], row["step"]
+            if "temperature" in row and row["step"] == self.progress.step:
+                self.temperature = row["temperature"]
 
     def start_from(self, checkpoint: str | Path) -> None:
         """Take the weights of `checkpoint`, which must be of the same configuration."""
@@ -146,13 +159,24 @@ class _Run:
             raise ValueError(f"initial must be a checkpoint of the configured model, got {checkpoint} of another")
         self.model.load_state_dict(initial.state_dict())
         self.average.load_state_dict(initial.state_dict())
+        for model in (self.model, self.average):
+            if isinstance(model.network, TemperedNetwork):
+                model.network.set_temperature(1.0)
 
     @torch.no_grad()
-    def check_loss(self, size: Sequence[int]) -> None:
-        """Raise ValueError if the configured losses do not fit what the model returns at this image size."""
-        image = torch.zeros(1, 1, *size, device=self.device)
-        output = self.average(image, image[None], image[None], target_mask=image)
-        segmentation_loss(output, image, self.config.loss, image[None])
+    def check_loss(self, size: tuple[int, ...]) -> None:
+        """Raise ValueError if the configured losses do not fit what the model returns, at images of this size.
+
+        Every size and number of classes of the configuration is tried.
+        """
+        data = self.config.data
+        sizes = {scaled_size(size, side) for side in data.sizes or (max(size),)}
+        counts = {1, data.classes} if data.multi_class else {1}
+        for shape, classes in itertools.product(sorted(sizes), sorted(counts)):
+            image = torch.zeros(1, 1, *shape, device=self.device)
+            masks = image.expand(-1, classes, -1, -1)
+            output = self.average(image, image[None], masks[None], target_mask=masks)
+            segmentation_loss(output, masks, self.config.loss, masks[None])
 
     def go(self, training: Tasks, validation: Tasks, stop: threading.Event, show: bool) -> TrainingResult:
         run, progress = self.config.run, self.progress
@@ -243,6 +267,17 @@ class _Run:
             self.dice, self.validated_at = scores["dice"], self.progress.step
             self._log(scores)
 
+    def _set_temperature(self, tasks: Tasks) -> None:
+        """Give the trained model the temperature that fits the validation tasks."""
+        network = self.average.network
+        if not isinstance(network, TemperedNetwork) or not len(tasks):
+            return
+        if self.temperature is None:
+            network.set_temperature(1.0)
+            self.temperature = fit_temperature(self.average, tasks, self.config.data.max_support, self.device)
+            self._log({"temperature": self.temperature})
+        network.set_temperature(self.temperature)
+
     def _log(self, values: dict[str, Any]) -> None:
         where = {
             "step": self.progress.step,
@@ -262,12 +297,14 @@ class _Run:
         if finished:
             if self.validated_at != progress.step:
                 self._validate(validation)
+            self._set_temperature(validation)
             model = self.directory / MODEL_FILE
             trained = {
                 **vars(progress),
                 "device": self.device.type,
                 "torch": torch.__version__,
                 "dice": self.dice,
+                "temperature": self.temperature,
             }
             metadata = {"training": json.dumps({"config": self.config.to_dict(), **trained})}
             save_checkpoint(model, self.config.model, self.average.state_dict(), metadata)
@@ -276,7 +313,7 @@ class _Run:
 
 @torch.no_grad()
 def validate(model: nn.Module, pool: Tasks, support: int, device: torch.device) -> dict[str, Any]:
-    """Mean Dice of `model` (in evaluation mode) over the targets of the tasks in `pool`.
+    """Mean Dice of `model` (in evaluation mode) over the targets of the tasks in `pool`, class 1 alone.
 
     Returns {"dice": at the full size, "level_dice": [each level's combined map brought to the full size]}.
     """

@@ -17,21 +17,25 @@ from icseg.data.synthetic.shapes import DESIGN_SIZE, TURN, Canvas, walk
 class _Picture:
     """What the effects work on.
 
-    image: [N, H, H], mask: [N, H, H] in {0, 1}, labels: [N, H, H].
+    image: [N, H, H], mask: [N, H, H] in {0, 1}, labels: [N, H, H], visible: [N, H, H], False outside a field of view.
     scale: pixels per design pixel. grain: factor on all variation within a label, below 1 for low contrast.
     """
 
     image: Array
     mask: Array
     labels: Labels
+    visible: NDArray[np.bool_]
     scale: float
     grain: float
 
 
 def render(
     rng: np.random.Generator, scene: Scene, foreground: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images [N, H, H], 0 to 255, and masks [N, H, H], 0 or 1, of `scene` with `foreground` asked for."""
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
+    """Images [N, H, H], 0 to 255, and masks [N, H, H], 0 or 1, of `scene` with `foreground` asked for.
+
+    The third array, [N, H, H], is False where an image shows nothing of the scene; no mask reaches there.
+    """
     labels = scene.labels
     mask = np.isin(np.arange(LABELS), foreground)
     decoys = _decoys(rng, labels, foreground)
@@ -43,6 +47,7 @@ def render(
         image=means.ravel()[labels + offset] + np.float32(grain) * scene.shade,
         mask=mask.astype(np.float32)[labels],
         labels=labels,
+        visible=np.ones(labels.shape, np.bool_),
         scale=labels.shape[-1] / DESIGN_SIZE,
         grain=grain,
     )
@@ -52,7 +57,7 @@ def render(
     for probability, effect in EFFECTS:
         if rng.random() < probability:
             effect(rng, picture)
-    return _quantised(rng, picture.image), picture.mask.astype(np.uint8)
+    return _quantised(rng, picture.image), (picture.mask * picture.visible).astype(np.uint8), picture.visible
 
 
 def _decoys(rng: np.random.Generator, labels: Labels, foreground: tuple[int, ...]) -> list[int]:
@@ -193,11 +198,11 @@ def _aperture(rng: np.random.Generator, picture: _Picture) -> None:
     size = picture.image.shape[-1]
     radius = rng.uniform(100, 150) * picture.scale
     axis = np.arange(size) - size / 2
-    for image, mask in zip(picture.image, picture.mask, strict=True):
+    for image, visible in zip(picture.image, picture.visible, strict=True):
         y, x = rng.normal(0, 3 * picture.scale, 2)
         outside = (axis[:, None] - y) ** 2 + (axis[None] - x) ** 2 > radius**2
         image[outside] = image.min() if rng.random() < 0.95 else 0.5
-        mask[outside] = 0
+        visible[outside] = False
 
 
 def _reversal(rng: np.random.Generator, picture: _Picture) -> None:
