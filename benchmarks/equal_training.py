@@ -91,9 +91,9 @@ class Difference:
 # Training
 
 
-def run_config(model: str, minutes: float, pool: Path, seed: int, configs: Path = CONFIGS) -> TrainingConfig:
+def run_config(model: str, minutes: float, pool: Path, seed: int) -> TrainingConfig:
     """The configuration of `model` for a run that time alone ends, on the tasks in `pool`."""
-    config = TrainingConfig.from_file(configs / f"{model}_small.toml")
+    config = TrainingConfig.from_file(CONFIGS / f"{model}_small.toml")
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, pool=str(pool.resolve())),
@@ -142,7 +142,7 @@ def pack_cases(pack: Pack, limit: int | None = None, seed: int = 0) -> Iterator[
         for target in targets[:limit]:
             supports = np.random.default_rng((seed, class_id, target)).permutation(others[target])[:SUPPORT]
             index = np.concatenate([[target], supports])
-            images, masks = as_tensors(pack.images[index], pack.masks[index] == class_id)
+            images, masks = as_tensors(pack.images[index], pack.masks[index], (class_id,))
             if images.shape[-2:] != (SIZE, SIZE):
                 images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
                 masks = F.interpolate(masks, (SIZE, SIZE), mode="nearest-exact")

@@ -71,8 +71,8 @@ def test_a_memory_gives_the_same_logits() -> None:
 
 def test_more_than_one_class_is_refused() -> None:
     model, (_, images, masks) = tiny(), inputs()
-    with pytest.raises(ValueError, match="support_masks must hold one class for the universeg architecture, got 2"):
-        model.network.encode_support(images, masks.repeat(1, 1, 2, 1, 1))
+    with pytest.raises(ValueError, match="support_masks must have one class for this architecture, got C = 2"):
+        model.encode_support(images, masks.repeat(1, 1, 2, 1, 1))
 
 
 def test_configuration_round_trip() -> None:
@@ -102,7 +102,15 @@ def test_training_and_the_file_that_it_writes(tmp_path: Path) -> None:
     config = TrainingConfig.from_dict(
         {
             "model": TINY,
-            "data": {"tasks": 2, "size": 32, "subjects": 4, "targets": 2, "max_support": 2, "validation_tasks": 1},
+            "data": {
+                "tasks": 2,
+                "size": 32,
+                "subjects": 4,
+                "targets": 2,
+                "max_support": 2,
+                "validation_tasks": 1,
+                "multi_class": 0,
+            },
             "schedule": {"steps": 3, "warmup": 1},
             "loss": {"covered_bce": 1.0},
             "run": {"precision": "float32"},

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from icseg.config import PatchICLConfig
 from icseg.evaluation import Pack, evaluate, evaluate_synthetic, model_predictor
 from icseg.model import PatchICL
 from icseg.training import TrainingConfig
@@ -41,7 +42,7 @@ def configs(tmp_path: Path) -> Path:
     for name, channels in (("sparse", 4), ("universeg", 3), ("published", 2)):
         (folder / f"{name}_small.toml").write_text(
             f'[model]\narchitecture = "universeg"\nchannels = [{channels}, {channels}]\nimage_size = 16\n'
-            "[data]\ntasks = 2\nsize = 32\nsubjects = 4\nmax_support = 1\nvalidation_tasks = 0\n"
+            "[data]\ntasks = 2\nsize = 32\nsubjects = 4\nmax_support = 1\nmulti_class = 0\nvalidation_tasks = 0\n"
         )
     return folder
 
@@ -139,7 +140,7 @@ def write_pack(path: Path) -> Path:
 def test_the_targets_are_those_of_evaluate(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "SIZE", 24)
     torch.manual_seed(0)
-    model = PatchICL.from_pretrained()
+    model = PatchICL(PatchICLConfig.universeg(channels=(4, 4), image_size=16)).eval()
     pack = Pack.load(write_pack(tmp_path / "squares.npz"))
     rows = list(script.score({"sparse": model}, "squares", script.pack_cases(pack, limit=3)))
     expected = evaluate(model_predictor(model), pack, size=24, limit=3)

@@ -14,6 +14,7 @@ from icseg.baselines.universeg import UniverSeg
 from icseg.config import PatchICLConfig, check_int
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
+from icseg_kernels import Scatter
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class DenseConfig(PatchICLConfig):
 class DenseNetwork(nn.Module):
     """See `icseg.PatchICL`, which holds it. Images of any size are seen as squares; nothing is drawn or picked."""
 
+    multi_class = False
+    any_size = False
+    weights_identity = ""
+
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()
         self.config = config
@@ -50,11 +55,9 @@ class DenseNetwork(nn.Module):
         self.universeg = UniverSeg(config.channels)
 
     def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
-        """images, masks [B, S, 1, H, W] in [0, 1]: the memory holds them at the model's size, encoded anew a target."""
-        if masks.shape[2] != 1:
-            raise ValueError(f"support_masks must hold one class for the universeg architecture, got {masks.shape[2]}")
-        tensors = {name: self._squares(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for name, x in
-                   (("images", images), ("masks", masks))}  # fmt: skip
+        """images, masks [B, S, 1, H, W] in [0, 1]: the memory holds them at the model's size."""
+        tensors = {"images": images, "masks": masks}
+        tensors = {name: self._squares(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for name, x in tensors.items()}
         return SupportMemory(self.fingerprint, images.shape[0], tensors)
 
     def forward(
@@ -73,10 +76,9 @@ class DenseNetwork(nn.Module):
         level = LevelOutput(
             resolution=(side, side),
             logits=logits,
-            prediction=logits,
             patch_logits=logits[:, None],
             coords=torch.zeros(batch, 1, 2, dtype=torch.int64, device=target.device),
-            coverage=torch.ones_like(logits, dtype=torch.bool),
+            written=Scatter(logits, torch.ones_like(logits, dtype=torch.bool)),
         )
         size = (target.shape[-2], target.shape[-1])
         return SegmentationOutput(F.interpolate(logits, size, mode="bilinear", align_corners=False), [level])
