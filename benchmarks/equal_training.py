@@ -32,7 +32,7 @@ from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
 from icseg.data.tensors import as_tensors
 from icseg.evaluation import Case, Pack, model_predictor
 from icseg.files import written_whole
-from icseg.metrics import dice
+from icseg.metrics import dice as dice_of
 from icseg.model import PatchICL
 from icseg.training import TrainingConfig, train
 from icseg.training.loop import MODEL_FILE
@@ -44,6 +44,7 @@ OURS = "sparse"
 SIZE = 256
 SUPPORT = 3
 RESAMPLES = 10_000
+COUNTED = 20  # tasks that GFLOPs are the mean of: a model may spend more on one target than on another
 NEVER = 1_000_000_000  # steps: time alone ends a run, and no validation takes of it
 MEAN = "mean of data sets"
 
@@ -66,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one trained model; gflops: of one target with its support set, at the size that is scored."""
+    """Of one trained model; gflops: of one target with its support set, at the size that is scored, on average."""
 
     model: str
     parameters: int
@@ -112,7 +113,10 @@ def train_model(config: TrainingConfig, directory: Path) -> bool:
         if dataclasses.replace(found, run=config.run) != config or found.run.seed != config.run.seed:
             raise ValueError(f"{directory} must hold a run of this configuration, got another; give another --out")
         return True
-    return train(config, directory, resume=(directory / STATE_FILE).exists()).finished
+    result = train(config, directory, resume=(directory / STATE_FILE).exists(), show_progress=False)
+    dice = "" if result.dice is None else f", validation Dice {result.dice:.3f}"
+    print(f"{directory}: {result.steps:,} steps in {result.minutes:.1f} minutes{dice}", flush=True)
+    return result.finished
 
 
 def training_record(directory: Path) -> dict[str, Any]:
@@ -155,19 +159,21 @@ def score(models: dict[str, PatchICL], dataset: str, cases: Iterable[tuple[str, 
     for class_name, target, patient, case in tqdm(cases, dataset, leave=False):
         for name, predict in predictors.items():
             mask = predict(case.target[None], case.support_images[None], case.support_masks[None])
-            yield Row(name, dataset, class_name, target, patient, dice(mask, case.mask[None] > 0.5).item())
+            yield Row(name, dataset, class_name, target, patient, dice_of(mask, case.mask[None] > 0.5).item())
 
 
-def cost_of(name: str, model: PatchICL, directory: Path) -> Cost:
-    target, images = torch.zeros(1, 1, SIZE, SIZE), torch.zeros(1, SUPPORT, 1, SIZE, SIZE)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(target, images, images)
+def cost_of(name: str, model: PatchICL, directory: Path, cases: Sequence[Case]) -> Cost:
+    """What `model` costs a target, on average over `cases`, and cost in training."""
+    predict = model_predictor(model)
+    with FlopCounterMode(display=False) as counter:
+        for case in cases:
+            predict(case.target[None], case.support_images[None], case.support_masks[None])
     record = training_record(directory)
     data = record["config"]["data"]
     return Cost(
         name,
         parameters=sum(p.numel() for p in model.parameters()),
-        gflops=counter.get_total_flops() / 1e9,
+        gflops=counter.get_total_flops() / len(cases) / 1e9,
         minutes=record["elapsed"] / 60,
         steps=record["step"],
         targets=record["step"] * data["tasks_per_step"] * data["targets"],
@@ -281,7 +287,8 @@ def evaluate_models(
         rows += score(models, pack.name, pack_cases(pack, limit))
     with written_whole(out / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows), encoding="utf-8")
-    table = report(rows, [cost_of(name, model, out / name) for name, model in models.items()], unit)
+    cases = [case for _, _, _, case in synthetic_cases(COUNTED)]
+    table = report(rows, [cost_of(name, model, out / name, cases) for name, model in models.items()], unit)
     with written_whole(out / "table.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
     return table

@@ -25,6 +25,14 @@ def test_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_weights_without_a_dimension(tmp_path):
+    """Batch normalisation keeps a count."""
+    features = icseg.PatchICLConfig.published(32).to_dict()["features"] | {"extractor": "convolutional", "channels": 4}
+    config = icseg.PatchICLConfig.from_dict({**icseg.PatchICLConfig.published(32).to_dict(), "features": features})
+    icseg.PatchICL(config).save_pretrained(tmp_path / "model.safetensors")
+    assert icseg.PatchICL.from_pretrained(tmp_path / "model.safetensors").config == config
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoint must be an existing"):
         load_checkpoint(tmp_path / "none.safetensors")

@@ -17,7 +17,7 @@ import torch
 from icseg.config import PatchICLConfig
 from icseg.evaluation import Pack, evaluate, evaluate_synthetic, model_predictor
 from icseg.model import PatchICL
-from icseg.training import TrainingConfig
+from icseg.training import TrainingConfig, TrainingResult
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "equal_training.py"
 
@@ -62,6 +62,7 @@ def test_training_and_scoring(
 ) -> None:
     monkeypatch.setattr(script, "CONFIGS", configs)
     monkeypatch.setattr(script, "SIZE", 32)
+    monkeypatch.setattr(script, "COUNTED", 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     out = tmp_path / "runs"
     train = ["--minutes", "0.01", "--out", str(out), "--pool", str(tmp_path / "pool"), "--only", "sparse,universeg"]
@@ -92,11 +93,11 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     asked = []
 
-    def train(config: TrainingConfig, directory: Path, *, resume: bool) -> object:
+    def train(config: TrainingConfig, directory: Path, *, resume: bool, show_progress: bool) -> object:
         asked.append(resume)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / script.STATE_FILE).touch()
-        return type("Result", (), {"finished": False})
+        return TrainingResult(3, 0.5, False, None, None)
 
     monkeypatch.setattr(script, "CONFIGS", configs)
     monkeypatch.setattr(script, "train", train)
