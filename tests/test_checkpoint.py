@@ -76,7 +76,7 @@ def test_truncated_file(tmp_path):
 def test_unknown_key_in_a_configuration():
     with pytest.raises(ValueError, match="SparseConfig has no field depht"):
         PatchICLConfig.from_dict({"architecture": "sparse", "depht": 3})
-    with pytest.raises(ValueError, match="architecture must be one of sparse, published, got 'dense'"):
+    with pytest.raises(ValueError, match="architecture must be one of sparse, published, universeg, got 'dense'"):
         PatchICLConfig.from_dict({"architecture": "dense"})
 
 
