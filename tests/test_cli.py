@@ -459,6 +459,17 @@ def test_encoded_supports_do_what_their_folders_do(here, run, encode):
     assert (code, err.partition("got another ")[2]) == (2, "support, window\n")
 
 
+def test_what_a_budget_leaves_uncovered_is_said(here, run):
+    own = (*FOLDERS, "--size", "own")
+    code, out, err = run("--uncertainty", "--budget", "5", supports=own)
+    assert (code, out) == (0, "2 targets segmented into out; classes: 255 (in 2 examples)\n")
+    assert err == "icseg: 2 of 2 slices: the budget left patches out where about 0.02 of Dice or more may be lost\n"
+    assert run("--budget", "5", supports=own)[2] == ""
+    assert run("--uncertainty", "--budget", "all", supports=own)[2] == ""
+    assert run("--uncertainty", supports=own)[2] == ""
+    assert run("--uncertainty", "--budget", "5", "--resume", supports=own)[2].endswith("got another budget\n")
+
+
 def save_memory(**fields):
     fields = {"fingerprint": "f", "batch": 1, "tensors": {"x": torch.zeros(1)}} | fields
     icseg.SupportMemory(**fields).save("task.safetensors")

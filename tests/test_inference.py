@@ -14,6 +14,7 @@ from torch import nn
 
 import icseg
 from icseg.data.frame import ScaledFrame, SquareFrame
+from icseg.data.normalise import intensity_window, normalise
 from icseg.inference import Segmenter, resolve_device, segment
 from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
 from icseg.overlay import PALETTE, draw_overlay, montage, overlay
@@ -646,7 +647,7 @@ def tiny():
         stem_channels=8,
     )
     torch.manual_seed(0)
-    model = icseg.PatchICL(config)
+    model = icseg.PatchICL(config).eval()
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.3)
@@ -664,6 +665,45 @@ def test_patchicl_segments_any_shape(tiny, shape):
         assert np.isfinite(first.uncertainty).all()
         assert len(np.unique(first.uncertainty)) > 1
         np.testing.assert_array_equal(first.uncertainty, again.uncertainty)
+
+
+@pytest.mark.parametrize("size", [None, 200])
+@pytest.mark.parametrize("options", [{}, {"budget": 9}, {"budget": Budget(tolerance=0.0)}, {"seeds": [1, 2]}])
+def test_patchicl_from_supports_and_from_their_file(tiny, tmp_path, size, options):
+    rng = np.random.default_rng(0)
+    image, *support_images = (
+        rng.integers(0, 256, shape).astype(np.uint8) for shape in [(70, 170), (90, 60), (40, 130)]
+    )
+    support_masks = [np.zeros(support.shape, np.uint8) for support in support_images]
+    support_masks[0][:30], support_masks[0][60:] = 3, 9
+    support_masks[1][:, 20:50], support_masks[1][5:20, 80:] = 3, 200
+    options = {"model": tiny, "uncertainty": True, "threshold": 0.1} | options
+    direct = segment(image, support_images, support_masks, size=size, **options)
+    assert direct.classes == (3, 9, 200)
+    assert direct.mask.shape == image.shape
+    assert len(np.unique(direct.mask)) > 1
+    settings, path = SegmentOptions(size=size), tmp_path / "m.safetensors"
+    Segmenter(tiny, SupportSet(support_images, support_masks, settings), settings).memory.save(path)
+    result = segment(image, memory=path, **options)
+    np.testing.assert_array_equal(result.mask, direct.mask)
+    np.testing.assert_array_equal(result.uncertainty, direct.uncertainty)
+    assert result.uncovered_error == direct.uncovered_error
+
+
+def test_patchicl_sees_images_as_they_are_at_their_own_size(tiny):
+    image, ids = three_levels()
+    values = torch.from_numpy(normalise(image, intensity_window(image, "")))[None, None]
+    masks = torch.stack([torch.from_numpy(ids == i).float() for i in (7, 255)])[None, None]
+    with torch.inference_mode():
+        out = tiny(values, values[None], masks, budget=12)
+    result = segment(image, [image], [ids], model=tiny, size=None, budget=12, uncertainty=True)
+    np.testing.assert_allclose(out.uncertainty[0, 0], result.uncertainty, atol=1e-5)
+
+
+def test_a_small_budget_leaves_an_error_uncovered(tiny):
+    image = np.random.default_rng(0).integers(0, 256, (100, 120)).astype(np.uint8)
+    errors = [segment(image, *supports(), model=tiny, size=128, budget=b).uncovered_error for b in (10, 10**6)]
+    assert errors[0] > errors[1] == 0
 
 
 def test_batch_size_does_not_change_a_result_with_seeds(tiny):
