@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from icseg.data.frame import ScaledFrame, SquareFrame
 from icseg.data.images import Image, as_image, write_like
 from icseg.data.normalise import normalise
 from icseg.inputs import (
-    SQUARE_SIZES,
+    SQUARE_SIDES,
     EncodedSupport,
     OrientationWarning,
     SegmentOptions,
@@ -30,11 +30,9 @@ from icseg.inputs import (
 )
 from icseg.memory import SupportMemory
 from icseg.posterior import Entropy, Winner
+from icseg.sparse.budget import Budget
 
-if TYPE_CHECKING:
-    from icseg.sparse.budget import Budget
-
-MOST_LOGITS = 2**27  # of a model call: slices of many classes go in smaller batches
+MOST_LOGITS = 2**25  # of a model call: large slices, and those of many classes, go in smaller batches
 
 
 class InContextModel(Protocol):
@@ -116,9 +114,9 @@ class Segmenter:
         self.options = support.settle(options)
         self.device = torch.device(device)
         self.classes = tuple(support.classes)
-        check_model(model, self.options)
+        _check_model(model, self.options)
         if isinstance(support, EncodedSupport):
-            check_memory(model, support.memory)
+            _check_memory(model, support.memory)
             self._memories, self._channels = [support.memory.to(self.device)], list(support.classes.values())
             self._width = support.memory.classes
         else:
@@ -285,7 +283,8 @@ def segment(
     support_images: paths or arrays likewise. A volume, with `axis`, gives its annotated slices.
     support_masks:  for each support image a mask of its size with integer class ids, 0 for background.
     memory:         in place of both, the support set that a model has encoded, or the file that it was saved to
-                    (`icseg encode`, or `Segmenter.memory`); for that model only.
+                    (`icseg encode`, or `Segmenter.memory`); for that model only. It brings its classes, size and
+                    window, so that others are refused.
     model:          None takes the bundled weights. A given model is moved to `device`, if that is given.
     device:         None takes CUDA where there is one, or the given model as it is.
     Further arguments: see `SegmentOptions`.
@@ -336,29 +335,6 @@ def check_targets(
     return slices
 
 
-def check_model(model: InContextModel, options: SegmentOptions) -> None:
-    """Raise ValueError if the model cannot do what the options ask for."""
-    if _is(model, "any_size"):
-        return
-    least, most = SQUARE_SIZES
-    size = options.settled_size
-    if size is None or not least <= size <= most:
-        given = "the images' own" if size is None else size
-        raise ValueError(f"size must be an integer from {least} to {most} for a model of squares, got {given}")
-    if options.budget is not None:
-        raise ValueError(f"budget must be None for a model of a fixed cost, got {options.budget}")
-
-
-def check_memory(model: InContextModel, memory: SupportMemory) -> None:
-    """Raise ValueError if `memory` is not of this model."""
-    from icseg.model import PatchICL
-
-    if isinstance(model, PatchICL):
-        memory.check(model.network.fingerprint, 1, model.network.weights_identity)
-    if memory.classes > 1 and not _is(model, "multi_class"):
-        raise ValueError(f"memory must hold one class for this model, got {memory.classes}")
-
-
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
     """The device of that name; None takes CUDA where there is one, else the CPU.
 
@@ -393,7 +369,34 @@ def _support(
         return SupportSet(images, masks, options)
     if images is not None or masks is not None:
         raise ValueError("memory must not be given together with support_images or support_masks")
-    return EncodedSupport(SupportMemory.load(memory) if isinstance(memory, str | Path) else memory, options)
+    if isinstance(memory, str | Path):
+        memory = SupportMemory.load(memory)
+    if not isinstance(memory, SupportMemory):
+        raise TypeError(f"memory must be an icseg.SupportMemory or its file, got a {type(memory).__name__}")
+    return EncodedSupport(memory, options)
+
+
+def _check_model(model: InContextModel, options: SegmentOptions) -> None:
+    """Raise ValueError if the model cannot do what the options ask for."""
+    if _is(model, "any_size"):
+        return
+    least, most = SQUARE_SIDES
+    size = options.settled_size
+    if size is None or not least <= size <= most:
+        given = "the images' own" if size is None else size
+        raise ValueError(f"size must be an integer from {least} to {most} for a model of squares, got {given}")
+    if options.budget is not None:
+        raise ValueError(f"budget must be None for a model of a fixed cost, got {options.budget}")
+
+
+def _check_memory(model: InContextModel, memory: SupportMemory) -> None:
+    """Raise ValueError if `memory` is not of this model."""
+    from icseg.model import PatchICL
+
+    if isinstance(model, PatchICL):
+        memory.check(model.network.fingerprint, 1, model.network.weights_identity)
+    if memory.classes > 1 and not _is(model, "multi_class"):
+        raise ValueError(f"memory must hold one class for this model, got {memory.classes}")
 
 
 def _devices() -> str:

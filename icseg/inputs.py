@@ -8,22 +8,20 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icseg.data.frame import OWN_SIZES
+from icseg.data.frame import SIDES
 from icseg.data.images import Image, as_image, as_mask
 from icseg.data.normalise import check_intensities, check_window, intensity_window, normalise
 from icseg.memory import SupportMemory
+from icseg.sparse.budget import Budget
 
-if TYPE_CHECKING:
-    from icseg.sparse.budget import Budget
-
-SIZES = OWN_SIZES
-SQUARE_SIZES = (128, 1024)  # for models that take squares only
+SQUARE_SIDES = (128, 1024)  # for models that take squares only
 DEFAULT_SIZE = 256
+NOTES = ("classes", "size", "window", "anatomical")  # of a memory, each as JSON
 MOST_CLASSES = 64  # more distinct values than this are a grey image, not a mask of class ids
 
 
@@ -41,7 +39,8 @@ class SegmentOptions:
     classes:     ids to segment, of at least 1; None takes all that the support masks hold.
     axis:        0, 1 or 2: go through volumes slice by slice along it (NIfTI: sagittal, coronal, axial).
     window:      (low, high) intensities to map to [0, 1]; None takes percentiles of each image or volume.
-    batch_size:  slices of a volume that go through the model together, without seeds; it changes time and memory.
+    batch_size:  slices of a volume that go through the model together, without seeds, fewer if they are large or of
+                 many classes; it changes time and memory.
     threshold:   least probability of a pixel's class; below it, the pixel is background.
     seeds:       average over draws of patches with these seeds, 0 to 2^63 - 1, the same draws for every slice;
                  none takes the best patches, without noise.
@@ -63,14 +62,13 @@ class SegmentOptions:
     budget: int | Budget | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, EllipsisType) or self.size is None:
-            pass
-        elif not SIZES[0] <= _integer("size", self.size) <= SIZES[1]:
-            raise ValueError(
-                f"size must be an integer from {SIZES[0]} to {SIZES[1]}, or None for the images' own, got {self.size}"
-            )
-        else:
+        if self.size is not None and not isinstance(self.size, EllipsisType):
             self._set("size", _integer("size", self.size))
+            least, most = SIDES
+            if not least <= self.size <= most:
+                raise ValueError(
+                    f"size must be an integer from {least} to {most}, or None for the images' own, got {self.size}"
+                )
         if self.axis is not None:
             self._set("axis", _integer("axis", self.axis))
         if self.axis not in (None, 0, 1, 2):
@@ -106,8 +104,6 @@ class SegmentOptions:
         return self.budget is not None and (isinstance(self.budget, int) or self.budget.tolerance is None)
 
     def _check_budget(self) -> None:
-        from icseg.sparse.budget import Budget
-
         if self.budget is None or isinstance(self.budget, Budget):
             return
         if isinstance(self.budget, bool) or not isinstance(self.budget, Integral):
@@ -191,13 +187,8 @@ class SupportSet:
 
     def notes(self, options: SegmentOptions) -> dict[str, str]:
         """What a memory of this set says of itself, for `EncodedSupport`."""
-        values = {
-            "classes": self.holders(),
-            "size": options.settled_size,
-            "window": options.window,
-            "anatomical": sorted(self.anatomical),
-        }
-        return {name: json.dumps(value) for name, value in values.items()}
+        values = (self.holders(), options.settled_size, options.window, sorted(self.anatomical))
+        return {name: json.dumps(value) for name, value in zip(NOTES, values, strict=True)}
 
 
 class EncodedSupport:
@@ -216,7 +207,7 @@ class EncodedSupport:
             raise ValueError(f"memory must hold one support set, got {memory.batch}")
         self.memory = memory
         try:
-            notes = {name: json.loads(text) for name, text in memory.notes.items()}
+            notes = {name: json.loads(memory.notes[name]) for name in NOTES if name in memory.notes}
             self._holders = _noted_classes(notes.get("classes"), memory.classes)
             self._noted = SegmentOptions(size=notes.get("size", ...), window=notes.get("window"))
             self._window_is_noted = "window" in notes

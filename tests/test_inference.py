@@ -571,6 +571,8 @@ def test_a_memory_serves_as_its_supports(tmp_path, size):
         np.testing.assert_array_equal(result.uncertainty, direct.uncertainty)
     one = segment(image, memory=memory, model=AnySize(), classes=[255], size=size)
     assert set(np.unique(one.mask)) == {0, 255}
+    memory.notes["author"] = "someone"
+    assert segment(image, memory=memory, model=AnySize()).classes == (7, 255)
     loaded = EncodedSupport(icseg.SupportMemory.load(tmp_path / "m.safetensors"))
     assert loaded.holders() == {7: 2, 255: 1}
     assert loaded.anatomical == {False}
@@ -770,6 +772,11 @@ WRONG_TYPES = {
     "seeds": [3, "12", [1.0], [True]],
     "uncertainty": [1, "yes", None],
 }
+
+
+def test_a_memory_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"memory must be an icseg\.SupportMemory or its file, got a dict"):
+        segment(GOOD, memory={}, model=AnySize())
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])

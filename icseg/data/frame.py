@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icseg.data.formats.content import Array
 
-OWN_SIZES = (32, 4096)  # longer sides of images that are left at their own size; others are brought to the nearer one
+SIDES = (32, 4096)  # longer sides that models of any size see; images of other own sizes are brought to the nearer one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ScaledFrame:
     @property
     def scaled(self) -> tuple[int, int]:
         """(height, width) of the scaled image."""
-        least, most = OWN_SIZES
+        least, most = SIDES
         longer = max(self.height, self.width)
         scale = (min(max(longer, least), most) if self.size is None else self.size) / longer
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
