@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icseg.baselines.floors import copy_support
 from icseg.config import PatchICLConfig
+from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
 from icseg.evaluation import (
     EvaluationRow,
     Pack,
@@ -119,6 +120,20 @@ def test_synthetic_tasks_by_family() -> None:
     assert sum(row.targets for row in rows) == len(recorder.calls) == 3
     assert all(row.dataset == "synthetic" and row.dice == row.copy for row in rows)
     assert len({row.class_name for row in rows}) == len(rows)
+
+
+def test_synthetic_tasks_are_scored_on_class_1() -> None:
+    tasks = [generate_task(pool_task_seed(EVALUATION_SEED, i), 3, 64) for i in range(6)]
+    assert any(task.masks.max() > 1 for task in tasks)
+    by_family = iter(sorted(tasks, key=lambda task: task.family))
+
+    def perfect(target: Tensor, support_images: Tensor, support_masks: Tensor) -> Tensor:
+        foreground = torch.from_numpy(next(by_family).masks == 1)
+        assert torch.equal(support_masks[0, :, 0] > 0, foreground[1:])
+        return foreground[None, :1]
+
+    rows = evaluate_synthetic(perfect, 6, support=2, size=64)
+    assert all(row.dice == 1.0 for row in rows)
 
 
 def test_the_scores_are_those_of_the_checkpoints_weights(tmp_path: Path) -> None:

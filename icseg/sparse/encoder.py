@@ -17,6 +17,14 @@ def activation() -> nn.Module:
     return nn.LeakyReLU(0.05, inplace=True)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, *, index: Tensor | None, scale: float | None = None) -> Tensor:
+    """`selected_attention`, on a CPU in float32 under autocast: torch's backward pass of the half types is slow there."""
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return selected_attention(q, k, v, index=index, scale=scale)
+    with torch.autocast("cpu", enabled=False):
+        return selected_attention(q.float(), k.float(), v.float(), index=index, scale=scale)
+
+
 class PatchEncoder(nn.Module):
     """Features [B*K, C, 8, 8] and tokens [B, K, D] of picked patches.
 
@@ -53,9 +61,10 @@ class PatchEncoder(nn.Module):
         pixels = inputs.pixels.flatten(0, 1)
         image = pixels[:, :1]
         deviation, mean = torch.std_mean(image, (1, 2, 3), keepdim=True, correction=0)
-        features = self.stem(torch.cat([pixels, (image - mean) / (deviation + 0.05)], 1))
+        pixels = torch.cat([pixels, (image - mean) / (deviation + 0.05)], 1)
+        features = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         token = self.token(torch.cat([features, self.label_stem(inputs.label.flatten(0, 1))], 1))
-        token = token + self.context(inputs.context.flatten(0, 1))
+        token = token + self.context(inputs.context.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         token = token.view(batch, count, -1) + self.position(self._waves(inputs.place))
         level = min(level, len(self.level_embedding) - 1)
         token = token + (self.level_embedding[level] + self.role_embedding[int(is_target)])
@@ -88,7 +97,7 @@ class Block(nn.Module):
         own = self.key_value(x)
         keys, values = torch.cat([*memory, own], 1).chunk(2, -1)
         query = self._split(self.query(x))
-        attended = selected_attention(query, self._split(keys), self._split(values), index=index)
+        attended = attention(query, self._split(keys), self._split(values), index=index)
         tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm_mlp(tokens)), own
 

@@ -16,6 +16,7 @@ from icseg.output import LevelOutput, SegmentationOutput
 from icseg.sparse import selection
 from icseg.sparse.budget import Budget, LevelPlan, shared_out
 from icseg.sparse.config import SparseConfig
+from icseg.sparse.cost import affordable
 from icseg.sparse.decoder import PatchDecoder
 from icseg.sparse.encoder import Block, PatchEncoder, visible
 from icseg.sparse.patches import (
@@ -131,6 +132,7 @@ class SparseNetwork(nn.Module):
         self.support_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
         self.target_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
         self.register_buffer("temperature", torch.ones(()))
+        self.to(memory_format=torch.channels_last)  # the faster layout for a few channels on CPUs
 
     def set_temperature(self, value: float) -> None:
         """Divide all final logits by `value`: a calibration on held-out tasks."""
@@ -167,7 +169,8 @@ class SparseNetwork(nn.Module):
         levels = min(level_count(height, width, config.levels), memory_levels(memory))
         image = resize(target, finest_size(height, width, config.levels[levels - 1]))
         pyramid = Pyramid.of(image * 2 - 1, levels)
-        plans = self._plans(budget, [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)], seed)
+        grids = [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)]
+        plans = self._plans(budget, memory, [rows * columns for rows, columns in grids], seed)
         state = _Cascade([[] for _ in self.blocks])
         outputs = []
         for level, plan in enumerate(plans):
@@ -178,8 +181,11 @@ class SparseNetwork(nn.Module):
         logits = resize(outputs[-1].logits, (height, width)) / self.temperature.to(target.dtype)
         return SegmentationOutput(logits, outputs, uncovered_error=state.uncovered)
 
-    def _plans(self, budget: Budget | None, grids: list[tuple[int, int]], seed: int | None) -> list[LevelPlan]:
-        config, cells = self.config, [rows * columns for rows, columns in grids]
+    def _plans(
+        self, budget: Budget | None, memory: SupportMemory, cells: list[int], seed: int | None
+    ) -> list[LevelPlan]:
+        """How many patches each level of so many `cells` gets."""
+        config = self.config
         if self.training and seed is not None:
             rng = random.Random(derived_seed(seed, BUDGET_DRAW))
             return [LevelPlan(rng.randint((most + 1) // 2, most)) for most in config.target_patches[: len(cells)]]
@@ -192,8 +198,10 @@ class SparseNetwork(nn.Module):
         if budget.tolerance is not None:
             slots = config.target_patches if _static() else [config.most_patches] * len(cells)
             return [LevelPlan(most, config.rounds, budget.tolerance) for most in slots[: len(cells)]]
+        if budget.gflops is not None:
+            return [LevelPlan(count) for count in affordable(self, memory, cells, budget.gflops)]
         assert budget.patches is not None
-        return [LevelPlan(most) for most in shared_out(budget.patches, cells, config.target_patches)]
+        return [LevelPlan(count) for count in shared_out(budget.patches, cells, config.target_patches)]
 
     def _level(self, task: _LevelTask, state: _Cascade) -> LevelOutput:
         rows, columns = task.grid

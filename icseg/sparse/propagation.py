@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icseg_kernels import selected_attention
+from icseg.sparse.encoder import attention
 
 CELL = 2  # side of a cell, in pixels: 16 cells a patch
 CELL_PIXELS = CELL * CELL
@@ -53,7 +53,7 @@ class LabelPropagation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the target's patches looked up: (masks [B*K, h, classes, 8, 8] in [-1, 1], context [B*K, 16, 8, 8])."""
         query = self._match(features, tokens) * self.log_scale.exp()
-        found = selected_attention(query, keys, values, scale=1.0, index=index)
+        found = attention(query, keys, values, scale=1.0, index=index)
         found = found.unflatten(2, (tokens.shape[1], CELLS)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B*K, 16, h, Dv]
         value_dim = self.value_cell.out_features // self.heads
         labels, learned = found.split([found.shape[-1] - value_dim, value_dim], -1)

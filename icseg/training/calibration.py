@@ -37,8 +37,8 @@ def _pixels(model: nn.Module, pool: Tasks, support: int, device: torch.device) -
     for i in range(len(pool)):
         batch = validation_batch(pool[i], support).to(device)
         memory = model.encode_support(batch.support_images, batch.support_masks)  # type: ignore[operator]
-        predicted = model(batch.targets, memory=memory).logits.flatten().double().cpu()
+        predicted = model(batch.targets, memory=memory).logits.flatten().cpu().double()
         chosen = torch.randperm(len(predicted), generator=generator)[:share]
         logits.append(predicted[chosen])
-        masks.append(batch.target_masks.flatten().double().cpu()[chosen])
+        masks.append(batch.target_masks.flatten().cpu().double()[chosen])
     return torch.cat(logits), torch.cat(masks)
