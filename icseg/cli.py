@@ -172,7 +172,7 @@ def segment(
         str | None,
         typer.Option(
             metavar="PATCHES|GFLOPsGF|all",
-            help="What a slice may cost: 200 patches, 1.5GF, or all of it; as much as it needs if left out.",
+            help="What a slice may cost: 200 patches, 1.5GF (GFLOPs), or all patches; as many as it needs if left out.",
         ),
     ] = None,
     uncertainty: Annotated[
