@@ -13,11 +13,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from types import EllipsisType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
 import icseg
+
+if TYPE_CHECKING:
+    from icseg.sparse.budget import Budget
 
 app = typer.Typer(
     name="icseg",
@@ -35,11 +39,33 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
-OUT_OF_MEMORY = "out of memory: a smaller --size or --batch-size, or for training smaller batches, needs less"
+OUT_OF_MEMORY = "out of memory: a smaller --size, --batch-size or --budget, or for training smaller batches, needs less"
 
 PACK_HELP = "Files .npz with images and masks (class ids) [N, H, W], both uint8, and class_names."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+SUPPORT_IMAGES = typer.Option(help="Folder of annotated images.")
+SUPPORT_MASKS = typer.Option(help="Folder of their masks, named as the images or with _mask added.")
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PIXELS|own",
+        help="Pixels of the longer side that images are scaled to, 32 to 4096 (published architecture: of a square, "
+        "128 to 1024); own: their own, up to 4096. 256, or that of the memory, if left out.",
+    ),
+]
+ClassIds = Annotated[list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")]
+Axis = Annotated[
+    int | None,
+    typer.Option(
+        help="Slice volumes along axis 0, 1 or 2 (NIfTI: sagittal, coronal, axial, turned as a radiologist's "
+        "viewer shows them; other files as they are)."
+    ),
+]
+Window = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."),
+]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); the bundled ones if left out.")]
 
 
@@ -128,29 +154,30 @@ def _root(
 @app.command()
 def segment(
     targets: Annotated[list[Path], typer.Argument(metavar="TARGET", help="Images, volumes, or folders of them.")],
-    support_images: Annotated[Path, typer.Option(help="Folder of annotated images.")],
-    support_masks: Annotated[
-        Path, typer.Option(help="Folder of their masks, named as the images or with _mask added.")
-    ],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
-    size: Annotated[int, typer.Option(help="Pixels of the square the model sees, 128 to 1024.")] = 256,
-    class_id: Annotated[list[int] | None, typer.Option("--class", help="A class id to segment; repeatable.")] = None,
-    axis: Annotated[
-        int | None,
-        typer.Option(
-            help="Slice volumes along axis 0, 1 or 2 (NIfTI: sagittal, coronal, axial, turned as a radiologist's "
-            "viewer shows them; other files as they are)."
-        ),
+    support_images: Annotated[Path | None, SUPPORT_IMAGES] = None,
+    support_masks: Annotated[Path | None, SUPPORT_MASKS] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Supports that `icseg encode` wrote, in place of the two folders.")
     ] = None,
-    window: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Intensities that become black and white; percentiles if left out."),
-    ] = None,
+    size: Size = None,
+    class_id: ClassIds = None,
+    axis: Axis = None,
+    window: Window = None,
     threshold: Annotated[float, typer.Option(help="Least probability of a class.")] = 0.5,
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Average over draws with these seeds; repeatable.")
     ] = None,
-    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write uncertainty maps.")] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATCHES|GFLOPsGF|all",
+            help="What a slice may cost: 200 patches, 1.5GF (GFLOPs), or all patches; as many as it needs if left out.",
+        ),
+    ] = None,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also write uncertainty maps, and say where the budget was short.")
+    ] = False,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write pictures of the masks on the images.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier, equal run has written.")] = False,
     checkpoint: Checkpoint = None,
@@ -163,11 +190,19 @@ def segment(
     """Segment images from a folder of annotated ones; masks come back in each input's size and format."""
     with _exit_codes():
         from icseg.inputs import SegmentOptions
-        from icseg.job import segment_files
+        from icseg.job import SupportFolders, segment_files
 
+        if memory is not None and not support_images and not support_masks:
+            source: SupportFolders | Path = memory
+        elif memory is None and support_images and support_masks:
+            source = SupportFolders(support_images, support_masks)
+        else:
+            given = {"--support-images": support_images, "--support-masks": support_masks, "--memory": memory}
+            names = ", ".join(name for name, value in given.items() if value) or "none"
+            raise ValueError(f"supports must be --support-images and --support-masks, or --memory, got {names}")
         _use_threads(threads)
         options = SegmentOptions(
-            size=size,
+            size=_size(size),
             classes=tuple(class_id) if class_id else None,
             axis=axis,
             window=window,
@@ -175,12 +210,12 @@ def segment(
             threshold=threshold,
             seeds=tuple(seed or ()),
             uncertainty=uncertainty,
+            budget=_budget(budget),
         )
         with _orientation_warning_in_a_line():
             report = segment_files(
                 targets,
-                support_images,
-                support_masks,
+                source,
                 out,
                 options,
                 checkpoint=checkpoint,
@@ -188,9 +223,43 @@ def segment(
                 resume=resume,
                 device=device,
             )
-    classes = ", ".join(f"{i} (in {_count(n, 'example')})" for i, n in report.classes.items())
+    if uncertainty and report.uncovered:
+        typer.echo(
+            f"icseg: {report.uncovered} of {_count(report.slices, 'slice')}: the budget left patches out where about "
+            f"{report.tolerance:.2g} of Dice or more may be lost",
+            err=True,
+        )
+    classes = _classes(report.classes)
     kept = f", {len(report.kept)} kept from an earlier run" if report.kept else ""
     typer.echo(f"{_count(len(report.written), 'target')} segmented into {out}{kept}; classes: {classes}")
+
+
+@app.command()
+def encode(
+    support_images: Annotated[Path, SUPPORT_IMAGES],
+    support_masks: Annotated[Path, SUPPORT_MASKS],
+    out: Annotated[Path, typer.Option(help="File for the memory (.safetensors).")],
+    size: Size = None,
+    class_id: ClassIds = None,
+    axis: Axis = None,
+    window: Window = None,
+    checkpoint: Checkpoint = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Encode annotated images once, for any number of `icseg segment --memory`."""
+    with _exit_codes():
+        from icseg.inputs import SegmentOptions
+        from icseg.job import SupportFolders, encode_files
+
+        _use_threads(threads)
+        options = SegmentOptions(
+            size=_size(size), classes=tuple(class_id) if class_id else None, axis=axis, window=window
+        )
+        folders = SupportFolders(support_images, support_masks)
+        with _orientation_warning_in_a_line():
+            support = encode_files(folders, out, options, checkpoint=checkpoint, device=device)
+    typer.echo(f"{_count(len(support.pairs), 'example')} encoded into {out}; classes: {_classes(support.holders())}")
 
 
 @app.command()
@@ -284,6 +353,37 @@ def evaluate(
         if out is not None:
             write_json(rows, out)
     typer.echo(f"{markdown_table(rows)}\n{LEGEND}")
+
+
+def _size(text: str | None) -> int | EllipsisType | None:
+    if text is None:
+        return ...
+    if text == "own":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"size must be an integer or own, got {text}") from None
+
+
+def _budget(text: str | None) -> int | Budget | None:
+    """PATCHES, GFLOPsGF or all."""
+    if text is None:
+        return None
+    from icseg.sparse.budget import Budget
+
+    if text == "all":
+        return Budget(tolerance=0.0)
+    number = text.removesuffix("GF")
+    try:
+        patches, gflops = (int(text), None) if number == text else (None, float(number))
+    except ValueError:
+        raise ValueError(f"budget must be a number of patches, GFLOPs such as 1.5GF, or all, got {text}") from None
+    return patches if gflops is None else Budget(gflops=gflops)
+
+
+def _classes(holders: dict[int, int | None]) -> str:
+    return ", ".join(str(i) if n is None else f"{i} (in {_count(n, 'example')})" for i, n in holders.items())
 
 
 def _use_threads(threads: int | None) -> None:

@@ -19,7 +19,7 @@ from icseg.data.images import read_mask
 from icseg.files import written_whole
 from icseg.inference import resolve_device
 from icseg.inputs import SegmentOptions
-from icseg.job import check_folder, segment_files
+from icseg.job import SupportFolders, check_folder, segment_files
 from icseg.metrics import dice
 from icseg.model import PatchICL
 
@@ -65,8 +65,7 @@ def run_demo(
         _copy(f"{name}.png", targets / f"{name}.png")
     segment_files(
         [targets],
-        images,
-        masks,
+        SupportFolders(images, masks),
         out,
         SegmentOptions(),
         checkpoint=checkpoint,

@@ -1,10 +1,11 @@
-"""The work of `icseg segment`: files in, files out; everything is checked before the first is written."""
+"""The work of `icseg segment` and `icseg encode`: files in, files out; all is checked before the first is written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from tqdm import tqdm
 import icseg
 from icseg.checkpoint import bundled_weights
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
-from icseg.files import written_whole
-from icseg.inference import Segmenter, check_targets, resolve_device
-from icseg.inputs import SegmentOptions, SupportSet
+from icseg.files import check_file, written_whole
+from icseg.inference import ORIENTATION, Segmenter, check_targets, resolve_device
+from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
+from icseg.memory import SupportMemory
 from icseg.model import PatchICL
 from icseg.overlay import save_overlay
 
@@ -39,22 +41,35 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class SupportFolders:
+    """Folders of annotated images and their masks, paired by file name without ending; STEM_mask goes with STEM."""
+
+    images: Path
+    masks: Path
+
+
+@dataclass
 class JobReport:
     """What `segment_files` did.
 
     written, kept: the outputs made now, and those that an earlier run had made.
-    classes:       {class id: number of support images or slices that hold it}.
+    classes:       {class id: number of support images or slices that hold it, None if a memory does not say}.
+    slices:        of the outputs made now.
+    uncovered:     those of them where a limit of patches or GFLOPs left more than `tolerance` of expected error.
+    tolerance:     that of the model's adaptive budget; None if it has none.
     """
 
     written: list[Outputs]
     kept: list[Outputs]
-    classes: dict[int, int]
+    classes: dict[int, int | None]
+    slices: int
+    uncovered: int = 0
+    tolerance: float | None = None
 
 
 def segment_files(
     targets: Sequence[Path],
-    support_images: Path,
-    support_masks: Path,
+    source: SupportFolders | Path,
     out: Path,
     options: SegmentOptions,
     *,
@@ -66,43 +81,82 @@ def segment_files(
 ) -> JobReport:
     """Segment files, and all images of folders, into `out`: STEM_mask, STEM_uncertainty and STEM_overlay.
 
-    Supports are paired by file name without ending; a mask may be named STEM or STEM_mask. `resume` keeps outputs
-    that a run with the same settings, which are recorded in `out`/icseg.json, made of the same inputs; without it,
-    what is there is replaced. Raises ValueError or OSError, in one sentence, before anything is written, if any
-    input is unfit; a file appears whole or not at all. Warns as `icseg.inference.check_targets`.
+    source: the supports, or the file of a memory that `encode_files` wrote. `resume` keeps outputs that a run with
+    the same settings, which are recorded in `out`/icseg.json, made of the same inputs; without it, what is there is
+    replaced. Raises ValueError or OSError, in one sentence, before anything is written, if any input is unfit; a file
+    appears whole or not at all. Warns as `icseg.inference.check_targets`.
     """
-    _check_out_is_no_input_folder(out, [*targets, support_images, support_masks])
+    folders = [source.images, source.masks] if isinstance(source, SupportFolders) else []
+    _check_out_is_no_input_folder(out, [*targets, *folders])
     files = find_targets(targets)
     plan = {path: _outputs(path, out, options.uncertainty, overlay) for path in files}
-    pairs = pair_supports(support_images, support_masks)
+    pairs = pair_supports(source.images, source.masks) if isinstance(source, SupportFolders) else []
     inputs = [*files, *(path for pair in pairs for path in pair)]
     check_folder(out)
     _check_no_input_is_output(inputs, [path for outputs in plan.values() for path in outputs.paths()])
 
-    support = SupportSet([image for image, _ in pairs], [mask for _, mask in pairs], options)
+    support: SupportSet | EncodedSupport
+    if isinstance(source, SupportFolders):
+        support = SupportSet([image for image, _ in pairs], [mask for _, mask in pairs], options)
+        content: object = [[stem_of(image), _digest(image), _digest(mask)] for image, mask in pairs]
+    else:
+        support, content = EncodedSupport(SupportMemory.load(source), options), _digest(source)
+    options = support.settle(options)
     weights = checkpoint or bundled_weights()
-    record = Record(out / RECORD, _settings(pairs, weights, options, overlay))
+    record = Record(out / RECORD, _settings(content, weights, options, overlay))
     if resume:
         record.read()
     kept = [path for path in files if record.holds(path, plan[path])]
     remaining = [path for path in files if path not in kept]
     slices = check_targets(remaining, [str(path) for path in remaining], support, options)
     place = resolve_device(device)
-    counts = {i: len(holders) for i, holders in support.classes.items()}
-    report = JobReport([plan[path] for path in remaining], [plan[path] for path in kept], counts)
+    written, earlier = ([plan[path] for path in paths] for paths in (remaining, kept))
+    report = JobReport(written, earlier, support.holders(), sum(slices))
     if not remaining:
         return report
-    segmenter = Segmenter(PatchICL.from_pretrained(weights, device=place), support, options, place)
+    model = PatchICL.from_pretrained(weights, device=place)
+    segmenter = Segmenter(model, support, options, place)
+    report.tolerance = getattr(model.config, "tolerance", None)
 
     out.mkdir(parents=True, exist_ok=True)
     record.write()
-    with tqdm(total=sum(slices), unit="slice", disable=None if progress else True) as bar:
+    with tqdm(total=report.slices, unit="slice", disable=None if progress else True) as bar:
         for path in remaining:
             bar.set_postfix_str(path.name)
             digest = _digest(path)
-            _write(segmenter, path, plan[path], bar)
+            errors = _write(segmenter, path, plan[path], bar)
+            if options.limited and report.tolerance is not None:
+                report.uncovered += sum(error > report.tolerance for error in errors)
             record.add(path, digest)
     return report
+
+
+def encode_files(
+    source: SupportFolders,
+    out: Path,
+    options: SegmentOptions,
+    *,
+    checkpoint: Path | None = None,
+    device: str | None = None,
+) -> SupportSet:
+    """Encode supports into the file `out` (.safetensors), for `segment_files`; the set that was encoded.
+
+    Raises and warns likewise; the file appears whole or not at all.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, got {out}")
+    check_file(out)
+    pairs = pair_supports(source.images, source.masks)
+    support = SupportSet([image for image, _ in pairs], [mask for _, mask in pairs], options)
+    if len(support.anatomical) > 1:
+        warnings.warn(ORIENTATION, OrientationWarning, stacklevel=2)
+    place = resolve_device(device)
+    weights = checkpoint or bundled_weights()
+    if weights.resolve() == out.resolve():
+        raise ValueError(f"out must not replace the checkpoint, got {out} as both")
+    model = PatchICL.from_pretrained(weights, device=place)
+    Segmenter(model, support, options, place).memory.save(out)
+    return support
 
 
 class Record:
@@ -215,13 +269,15 @@ def _outputs(path: Path, out: Path, uncertainty: bool, overlay: bool) -> Outputs
     )
 
 
-def _write(segmenter: Segmenter, path: Path, outputs: Outputs, bar: tqdm) -> None:
+def _write(segmenter: Segmenter, path: Path, outputs: Outputs, bar: tqdm) -> tuple[float, ...]:
+    """Write what was found; the errors left uncovered, slice by slice."""
     result = segmenter(path, on_slices=bar.update)
     write_like(result.image, outputs.mask, result.mask)
     if outputs.uncertainty is not None and result.uncertainty is not None:
         write_like(result.image, outputs.uncertainty, result.uncertainty)
     if outputs.overlay is not None:
         save_overlay(result, segmenter.options, outputs.overlay)
+    return result.uncovered_errors or ()
 
 
 def _check_out_is_no_input_folder(out: Path, inputs: list[Path]) -> None:
@@ -236,14 +292,14 @@ def _check_no_input_is_output(inputs: list[Path], outputs: list[Path]) -> None:
             raise ValueError(f"out must not make an output replace an input, got {path} as both")
 
 
-def _settings(pairs: list[tuple[Path, Path]], weights: Path, options: SegmentOptions, overlay: bool) -> dict[str, Any]:
+def _settings(support: object, weights: Path, options: SegmentOptions, overlay: bool) -> dict[str, Any]:
     chosen = {key: value for key, value in asdict(options).items() if key not in WITHOUT_EFFECT}
     settings = {
         "version": icseg.__version__,
         **chosen,
         "overlay": overlay,
         "checkpoint": _digest(weights),
-        "support": [[stem_of(image), _digest(image), _digest(mask)] for image, mask in pairs],
+        "support": support,
     }
     return json.loads(json.dumps(settings))  # as it reads back: lists for tuples
 

@@ -182,7 +182,7 @@ def _identity(state: dict[str, Tensor]) -> str:
     """16 hexadecimal digits that tell these weights from others."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        digest.update(name.encode() + state[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + state[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 import icseg
 import icseg.evaluation
 from icseg import cli, inference, job
+from icseg.sparse.budget import Budget
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = icseg.PatchICLConfig.sparse(
@@ -39,6 +40,10 @@ def checkpoint(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path)
     return path
+
+
+FOLDERS = ("--support-images", "images", "--support-masks", "masks")
+MEMORY = ("--memory", "task.safetensors")
 
 
 def picture(path, height=40, width=56, seed=0):
@@ -71,22 +76,22 @@ def here(tmp_path, monkeypatch):
 def run(capsys, checkpoint):
     """Run `icseg segment TARGETS --support-... --out out ...`; gives (exit code, stdout, stderr)."""
 
-    def run_segment(*arguments, targets=("t",), out="out", weights=checkpoint):
-        options = [
-            "--support-images",
-            "images",
-            "--support-masks",
-            "masks",
-            "--out",
-            str(out),
-            "--size",
-            "128",
-        ]
-        return command(
-            capsys, "segment", *targets, *options, "--checkpoint", str(weights), "--device", "cpu", *arguments
-        )
+    def run_segment(*arguments, targets=("t",), supports=(*FOLDERS, "--size", "128"), out="out", weights=checkpoint):
+        options = ["--out", str(out), "--checkpoint", str(weights), "--device", "cpu"]
+        return command(capsys, "segment", *targets, *supports, *options, *arguments)
 
     return run_segment
+
+
+@pytest.fixture
+def encode(capsys, checkpoint):
+    """Run `icseg encode --support-... --out task.safetensors ...`; gives (exit code, stdout, stderr)."""
+
+    def run_encode(*arguments, out="task.safetensors", size="128"):
+        options = ["--out", str(out), "--size", size, "--checkpoint", str(checkpoint), "--device", "cpu"]
+        return command(capsys, "encode", *FOLDERS, *options, *arguments)
+
+    return run_encode
 
 
 def command(capsys, *arguments):
@@ -287,7 +292,25 @@ BAD = {
         r"support files must have different names without ending, got images/0\.jpg and images/0\.png",
     ),
     "empty target folder": (lambda: remove("t/*"), [], "t must hold at least one image to segment"),
-    "size": (lambda: None, ["--size", "64"], "size must be an integer from 128 to 1024, got 64"),
+    "size": (
+        lambda: None,
+        ["--size", "20"],
+        "size must be an integer from 32 to 4096, or None for the images' own, got 20",
+    ),
+    "size in words": (lambda: None, ["--size", "big"], "size must be an integer or own, got big"),
+    "budget": (
+        lambda: None,
+        ["--budget", "1.5"],
+        r"budget must be a number of patches, GFLOPs such as 1\.5GF, or all, got 1\.5",
+    ),
+    "negative budget": (lambda: None, ["--budget", "-2GF"], "gflops must be a finite number of at least 0, got -2"),
+    "no patches": (lambda: None, ["--budget", "0"], "budget must be at least 1 patch, got 0"),
+    "memory and supports": (
+        lambda: None,
+        ["--memory", "task.safetensors"],
+        "supports must be --support-images and --support-masks, or --memory, got --support-images, --support-masks, "
+        "--memory",
+    ),
     "axis": (lambda: None, ["--axis", "5"], "axis must be 0, 1, 2 or None, got 5"),
     "window": (
         lambda: None,
@@ -414,6 +437,116 @@ def test_an_output_must_not_replace_an_input(here, run):
 def test_misused_options_end_with_code_2(capsys, here):
     assert command(capsys, "segment", "t")[0] == 2
     assert command(capsys, "segment", "t", "--colour", "red")[0] == 2
+
+
+def test_encoded_supports_do_what_their_folders_do(here, run, encode):
+    code, out, err = encode("--window", "-10", "300")
+    assert (code, out, err) == (
+        0,
+        "2 examples encoded into task.safetensors; classes: 255 (in 2 examples)\n",
+        "",
+    )
+    run("--uncertainty", "--window", "-10", "300", out="direct")
+    code, out, _ = run("--uncertainty", supports=MEMORY)
+    assert (code, out) == (0, "2 targets segmented into out; classes: 255 (in 2 examples)\n")
+    direct, now = listing("direct"), listing("out")
+    for found in (direct, now):
+        assert json.loads(found.pop(Path("icseg.json")))["settings"]["size"] == 128
+    assert direct == now
+    assert run("--uncertainty", "--resume", supports=MEMORY)[1].startswith("0 targets segmented into out, 2 kept")
+    encode("--window", "-9", "300")
+    code, _, err = run("--uncertainty", "--resume", supports=MEMORY)
+    assert (code, err.partition("got another ")[2]) == (2, "support, window\n")
+
+
+def test_what_a_budget_leaves_uncovered_is_said(here, run):
+    own = (*FOLDERS, "--size", "own")
+    code, out, err = run("--uncertainty", "--budget", "5", supports=own)
+    assert (code, out) == (0, "2 targets segmented into out; classes: 255 (in 2 examples)\n")
+    assert err == "icseg: 2 of 2 slices: the budget left patches out where about 0.02 of Dice or more may be lost\n"
+    assert run("--budget", "5", supports=own)[2] == ""
+    assert run("--uncertainty", "--budget", "all", supports=own)[2] == ""
+    assert run("--uncertainty", supports=own)[2] == ""
+    assert run("--uncertainty", "--budget", "5", "--resume", supports=own)[2].endswith("got another budget\n")
+
+
+def save_memory(**fields):
+    fields = {"fingerprint": "f", "batch": 1, "tensors": {"x": torch.zeros(1)}} | fields
+    icseg.SupportMemory(**fields).save("task.safetensors")
+
+
+BAD_MEMORIES = {
+    "no memory": (lambda: Path("task.safetensors").unlink(), [], r"got task\.safetensors$"),
+    "truncated": (lambda: truncate(Path("task.safetensors")), [], r"task\.safetensors must be a support memory"),
+    "of another model": (save_memory, [], "memory must come from a model with configuration"),
+    "of several sets": (lambda: save_memory(batch=3), [], "memory must hold one support set, got 3"),
+    "another size": (lambda: None, ["--size", "160"], r"size must be that of the memory \(128\), got 160"),
+    "own size": (lambda: None, ["--size", "own"], r"size must be that of the memory \(128\), got the images' own"),
+    "absent class": (lambda: None, ["--class", "3"], r"classes must be ids in the memory \(255\), got 3"),
+    "one folder": (lambda: None, FOLDERS[:2], "or --memory, got --support-images, --memory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEMORIES)
+def test_an_unfit_memory_is_one_sentence_and_nothing_written(here, run, encode, case):
+    change, arguments, sentence = BAD_MEMORIES[case]
+    encode()
+    change()
+    before = listing(here)
+    code, out, err = run(*arguments, supports=MEMORY)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(sentence, err.strip())
+    assert listing(here) == before
+
+
+def test_supports_must_be_given(here, run):
+    code, _, err = run(supports=())
+    assert (code, err.endswith("or --memory, got none\n")) == (2, True)
+    code, _, err = run(supports=FOLDERS[:2])
+    assert (code, err.endswith("or --memory, got --support-images\n")) == (2, True)
+
+
+BAD_ENCODINGS = {
+    "ending": (lambda: None, ["--out", "task.pt"], r"out must end in \.safetensors, got task\.pt"),
+    "folder": (lambda: None, ["--out", "none/task.safetensors"], "path must lie in an existing folder"),
+    "only background": (
+        lambda: [labels(Path(f"masks/{i}.png"), class_id=0) for i in (0, 1)],
+        [],
+        "support_masks must mark at least one pixel",
+    ),
+    "image without mask": (lambda: Path("masks/1.png").unlink(), [], r"support image images/1\.png must have a mask"),
+    "no checkpoint": (lambda: None, ["--checkpoint", "none.safetensors"], r"none\.safetensors"),
+    "output is the checkpoint": (
+        lambda: icseg.PatchICL(TINY).save_pretrained("task.safetensors"),
+        ["--checkpoint", "task.safetensors"],
+        "out must not replace the checkpoint, got task",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENCODINGS)
+def test_what_cannot_be_encoded_is_one_sentence_and_nothing_written(here, encode, case):
+    change, arguments, sentence = BAD_ENCODINGS[case]
+    change()
+    before = listing(here)
+    code, out, err = encode(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(sentence, err)
+    assert listing(here) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        (None, None),
+        ("200", 200),
+        ("1.5GF", Budget(gflops=1.5)),
+        ("2GF", Budget(gflops=2)),
+        ("all", Budget(tolerance=0)),
+    ],
+)
+def test_budgets(text, budget):
+    assert cli._budget(text) == budget
 
 
 def interrupt_at(monkeypatch, name, error=KeyboardInterrupt):

@@ -13,11 +13,13 @@ from PIL import Image as Picture
 from torch import nn
 
 import icseg
-from icseg.data.frame import SquareFrame
+from icseg.data.frame import ScaledFrame, SquareFrame
+from icseg.data.normalise import intensity_window, normalise
 from icseg.inference import Segmenter, resolve_device, segment
-from icseg.inputs import OrientationWarning, SegmentOptions, SupportSet
+from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
 from icseg.overlay import PALETTE, draw_overlay, montage, overlay
 from icseg.posterior import Entropy, Winner
+from icseg.sparse.budget import Budget
 
 
 class ByBrightness:
@@ -288,7 +290,19 @@ REFUSALS = {
         {"support_masks": [MASK[None].repeat(3, 0)]},
         r"support_masks\[0\] must be 2-D unless an axis",
     ),
-    "size": ({"size": 100}, "size must be an integer from 128 to 1024, got 100"),
+    "size": ({"size": 20}, "size must be an integer from 32 to 4096, or None for the images' own, got 20"),
+    "size of a square": ({"size": 100}, "size must be an integer from 128 to 1024 for a model of squares, got 100"),
+    "own size": ({"size": None}, "from 128 to 1024 for a model of squares, got the images' own"),
+    "budget": ({"budget": 0}, "budget must be at least 1 patch, got 0"),
+    "budget of another model": ({"budget": 9}, "budget must be None for a model of a fixed cost, got 9"),
+    "neither supports nor memory": (
+        {"support_images": None},
+        "support_images and support_masks, or memory, must be given",
+    ),
+    "memory with supports": (
+        {"memory": "m.safetensors"},
+        "memory must not be given together with support_images or support_masks",
+    ),
     "axis": ({"axis": 3}, "axis must be 0, 1, 2 or None, got 3"),
     "batch": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     "threshold": ({"threshold": 1.0}, "threshold must lie between 0 and 1, got 1.0"),
@@ -411,11 +425,222 @@ def test_segmenter_reports_its_slices():
     assert done == [2, 2, 1]
 
 
+class AnySize:
+    """As ByBrightness, of all classes at once and of images of any size."""
+
+    multi_class = any_size = True
+
+    def __init__(self):
+        self.added = []
+        self.calls = []
+
+    def support_encoder(self, count):
+        self.added, self.count = [], count
+        return self
+
+    def add(self, images, masks):
+        self.added.append((images, masks))
+
+    def finish(self):
+        assert len(self.added) == self.count
+        means = []
+        for share in (lambda mask: mask, lambda mask: 1 - mask):
+            parts = [
+                ((image * share(mask)).sum((0, 1, 3, 4)), share(mask).sum((0, 1, 3, 4))) for image, mask in self.added
+            ]
+            means.append(sum(part[0] for part in parts) / sum(part[1] for part in parts))
+        tensors = {"inside": means[0][None], "outside": means[1][None]}
+        return icseg.SupportMemory("brightness", 1, tensors, classes=len(means[0]))
+
+    def __call__(self, target, *, memory, budget, seeds):
+        self.calls.append((tuple(target.shape), budget, seeds))
+        inside, outside = (memory.tensors[name][..., None, None] for name in ("inside", "outside"))
+        logits = 40 * ((target - outside).abs() - (target - inside).abs())
+        return SimpleNamespace(logits=logits, uncovered_error=target.mean((1, 2, 3)))
+
+
+def test_all_classes_go_in_one_call_as_they_do_alone():
+    image, ids = three_levels()
+    only_disc = np.where(ids == 7, ids, 0)
+    model = AnySize()
+    result = segment(image, [image, image[:50]], [ids, only_disc[:50]], model=model)
+    assert result.classes == (7, 255)
+    assert (result.mask == ids).mean() > 0.95
+    assert model.calls == [((1, 1, 192, 256), None, None)]
+    assert [tuple(image.shape) for image, _ in model.added] == [(1, 1, 1, 192, 256), (1, 1, 1, 160, 256)]
+    assert [tuple(mask.shape) for _, mask in model.added] == [(1, 1, 2, 192, 256), (1, 1, 2, 160, 256)]
+    assert [bool(mask[0, 0, 1].any()) for _, mask in model.added] == [True, False]
+    alone = [segment(image, [image, image[:50]], [ids, only_disc[:50]], model=AnySize(), classes=[i]) for i in (7, 255)]
+    assert ((result.mask == 255) <= (alone[1].mask == 255)).all()
+    assert ((result.mask > 0) == (alone[0].mask > 0) | (alone[1].mask > 0)).all()
+
+
+def test_a_model_of_several_classes_and_squares_gets_stacked_squares():
+    class Stacked(ByBrightness):
+        multi_class = True
+
+        def encode_support(self, images, masks):
+            self.encoded.append((images, masks))
+
+        def __call__(self, target, *, memory):
+            return SimpleNamespace(logits=torch.cat([target - 0.5, target - 0.9], 1))
+
+    image, ids = three_levels()
+    model = Stacked()
+    result = segment(image, [image] * 3, [ids] * 3, model=model, size=128)
+    assert [tuple(t.shape) for t in model.encoded[0]] == [(1, 3, 1, 128, 128), (1, 3, 2, 128, 128)]
+    assert set(np.unique(result.mask)) == {0, 7}
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "scaled"),
+    [
+        ((40, 60), 256, (171, 256)),
+        ((300, 120), 32, (32, 13)),
+        ((40, 60), None, (40, 60)),
+        ((20, 10), None, (32, 16)),
+        ((9000, 3), None, (4096, 1)),
+        ((5000, 2500), None, (4096, 2048)),
+        ((1, 64), None, (1, 64)),
+    ],
+)
+def test_images_are_scaled_by_one_factor(shape, size, scaled):
+    frame = ScaledFrame(*shape, size)
+    assert frame.scaled == scaled
+    rows = torch.linspace(0, 1, shape[0])[None, :, None].expand(1, *shape)
+    inside = frame.enter(rows)
+    assert inside.shape == (1, 1, *scaled)
+    back = frame.leave(inside.expand(1, 3, *scaled))
+    assert back.shape == (1, 3, *shape)
+    torch.testing.assert_close(back[0, 2], rows[0], atol=1 / min(shape[0], scaled[0]), rtol=0)
+    if size is None and max(scaled) == max(shape):
+        assert torch.equal(back[0, 0], rows[0])
+
+
+def test_own_size_is_that_of_each_image():
+    model = AnySize()
+    image, truth = disc(90, 130)
+    result = segment(image, *supports(), model=model, size=None)
+    assert [tuple(image.shape[-2:]) for image, _ in model.added] == [(40, 60), (50, 60)]
+    assert model.calls[0][0] == (1, 1, 90, 130)
+    assert dice(result.mask > 0, truth > 0) > 0.95
+
+
+@pytest.mark.parametrize("budget", [None, 200, Budget(gflops=1.5)])
+def test_budget_and_seeds_reach_the_model(budget):
+    model = AnySize()
+    volume = np.stack([GOOD] * 3)
+    segment(volume, [GOOD], [MASK], model=model, axis=0, size=64, budget=budget)
+    segment(volume, [GOOD], [MASK], model=model, axis=0, size=64, budget=budget, seeds=[3, 4])
+    assert model.calls == [((3, 1, 43, 64), budget, None), *[((1, 1, 43, 64), budget, [3, 4])] * 3]
+
+
+def test_error_left_uncovered_is_the_worst_slices():
+    volume = np.stack([GOOD, GOOD // 2, GOOD // 3])
+    result = segment(volume, [GOOD], [MASK], model=AnySize(), axis=0, size=64, batch_size=2, window=(0, 255))
+    assert len(result.uncovered_errors) == 3
+    assert result.uncovered_error == max(result.uncovered_errors) == result.uncovered_errors[0]
+    assert segment(GOOD, [GOOD], [MASK], model=ByBrightness()).uncovered_error is None
+
+
+def test_many_classes_go_in_smaller_batches(monkeypatch):
+    image, ids = three_levels()
+    monkeypatch.setattr("icseg.inference.MOST_LOGITS", 2 * 60 * 80 * 3)
+    model = AnySize()
+    segment(np.stack([image] * 5), [image], [ids], model=model, axis=0, size=None)
+    assert [call[0][0] for call in model.calls] == [3, 2]
+
+
+def encoded(path, options, images, masks):
+    memory = Segmenter(AnySize(), SupportSet(images, masks, options), options).memory
+    memory.save(path)
+    return memory
+
+
+@pytest.mark.parametrize("size", [64, None])
+def test_a_memory_serves_as_its_supports(tmp_path, size):
+    image, ids = three_levels()
+    support = [image, image[:50]], [ids, ids[:50]]
+    memory = encoded(tmp_path / "m.safetensors", SegmentOptions(size=size, window=(0, 300)), *support)
+    direct = segment(image, *support, model=AnySize(), size=size, window=(0, 300), uncertainty=True)
+    for given in (memory, tmp_path / "m.safetensors", str(tmp_path / "m.safetensors")):
+        model = AnySize()
+        result = segment(image, memory=given, model=model, uncertainty=True)
+        assert (result.classes, model.added) == ((7, 255), [])
+        np.testing.assert_array_equal(result.mask, direct.mask)
+        np.testing.assert_array_equal(result.uncertainty, direct.uncertainty)
+    one = segment(image, memory=memory, model=AnySize(), classes=[255], size=size)
+    assert set(np.unique(one.mask)) == {0, 255}
+    memory.notes["author"] = "someone"
+    assert segment(image, memory=memory, model=AnySize()).classes == (7, 255)
+    loaded = EncodedSupport(icseg.SupportMemory.load(tmp_path / "m.safetensors"))
+    assert loaded.holders() == {7: 2, 255: 1}
+    assert loaded.anatomical == {False}
+
+
+def test_a_memory_without_notes_takes_its_users_size():
+    image, _ = three_levels()
+    model = AnySize()
+    encoder = model.support_encoder(1)
+    encoder.add(torch.rand(1, 1, 1, 40, 50), torch.rand(1, 1, 2, 40, 50).round())
+    result = segment(image, memory=encoder.finish(), model=model, size=96, window=(0, 100))
+    assert result.classes == (1, 2)
+    assert model.calls[0][0] == (1, 1, 72, 96)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 128}, r"size must be that of the memory \(64\), got 128"),
+        ({"size": None}, r"size must be that of the memory \(64\), got the images' own"),
+        ({"window": (0, 5)}, r"window must be that of the memory \(percentiles\), got 0 to 5"),
+        ({"classes": [1, 3]}, r"classes must be ids in the memory \(1\), got 3"),
+        ({"memory": "none.safetensors"}, "memory must be an existing .safetensors file, got none"),
+    ],
+)
+def test_options_must_be_those_of_the_memory(tmp_path, changes, message):
+    memory = encoded(tmp_path / "m.safetensors", SegmentOptions(size=64), [GOOD], [MASK])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        segment(GOOD, model=AnySize(), **{"memory": memory} | changes)
+
+
+@pytest.mark.parametrize(
+    "notes", [{"size": "3"}, {"size": "x"}, {"classes": "[1]"}, {"classes": '{"1": 1, "2": 1}'}, {"window": "7"}]
+)
+def test_damaged_notes_are_refused(notes):
+    memory = icseg.SupportMemory("brightness", 1, {}, notes=notes)
+    with pytest.raises(ValueError, match="memory must carry notes as icseg writes them, got"):
+        segment(GOOD, memory=memory, model=AnySize())
+
+
+def test_a_memory_must_fit():
+    with pytest.raises(ValueError, match="memory must hold one support set, got 2"):
+        segment(GOOD, memory=icseg.SupportMemory("brightness", 2, {}), model=AnySize())
+    with pytest.raises(ValueError, match="memory must hold one class for this model, got 2"):
+        segment(GOOD, memory=icseg.SupportMemory("brightness", 1, {}, classes=2), model=ByBrightness())
+    image, ids = three_levels()
+    options = SegmentOptions()
+    with pytest.raises(ValueError, match="classes must be one for a memory of this model, got 2"):
+        _ = Segmenter(ByBrightness(), SupportSet([image], [ids], options), options).memory
+    with pytest.raises(ValueError, match=r"model must make an icseg\.SupportMemory, got a tuple"):
+        _ = Segmenter(ByBrightness(), SupportSet([GOOD], [MASK], options), options).memory
+
+
+def test_a_memory_remembers_its_orientation(tmp_path):
+    volume, labels = nifti(tmp_path / "v.nii", GOOD.T[..., None]), nifti(tmp_path / "m.nii", MASK.T[..., None])
+    memory = encoded(tmp_path / "m.safetensors", SegmentOptions(size=64), [volume], [labels])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        segment(volume, memory=memory, model=AnySize())
+    with pytest.warns(OrientationWarning):
+        segment(GOOD, memory=memory, model=AnySize())
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """A PatchICL whose zero-initialised layers are drawn too, so that it predicts something; 128 px have 256 cells."""
     config = icseg.PatchICLConfig.sparse(
-        levels=(16, 64, 128),
+        levels=(32, 64, 128),
         target_patches=(4, 8, 8),
         support_patches=(4, 4, 4),
         dim=16,
@@ -424,7 +649,7 @@ def tiny():
         stem_channels=8,
     )
     torch.manual_seed(0)
-    model = icseg.PatchICL(config)
+    model = icseg.PatchICL(config).eval()
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.3)
@@ -442,6 +667,45 @@ def test_patchicl_segments_any_shape(tiny, shape):
         assert np.isfinite(first.uncertainty).all()
         assert len(np.unique(first.uncertainty)) > 1
         np.testing.assert_array_equal(first.uncertainty, again.uncertainty)
+
+
+@pytest.mark.parametrize("size", [None, 200])
+@pytest.mark.parametrize("options", [{}, {"budget": 9}, {"budget": Budget(gflops=0.01)}, {"seeds": [1, 2]}])
+def test_patchicl_from_supports_and_from_their_file(tiny, tmp_path, size, options):
+    rng = np.random.default_rng(0)
+    image, *support_images = (
+        rng.integers(0, 256, shape).astype(np.uint8) for shape in [(70, 170), (90, 60), (40, 130)]
+    )
+    support_masks = [np.zeros(support.shape, np.uint8) for support in support_images]
+    support_masks[0][:30], support_masks[0][60:] = 3, 9
+    support_masks[1][:, 20:50], support_masks[1][5:20, 80:] = 3, 200
+    options = {"model": tiny, "uncertainty": True, "threshold": 0.1} | options
+    direct = segment(image, support_images, support_masks, size=size, **options)
+    assert direct.classes == (3, 9, 200)
+    assert direct.mask.shape == image.shape
+    assert len(np.unique(direct.mask)) > 1
+    settings, path = SegmentOptions(size=size), tmp_path / "m.safetensors"
+    Segmenter(tiny, SupportSet(support_images, support_masks, settings), settings).memory.save(path)
+    result = segment(image, memory=path, **options)
+    np.testing.assert_array_equal(result.mask, direct.mask)
+    np.testing.assert_array_equal(result.uncertainty, direct.uncertainty)
+    assert result.uncovered_error == direct.uncovered_error
+
+
+def test_patchicl_sees_images_as_they_are_at_their_own_size(tiny):
+    image, ids = three_levels()
+    values = torch.from_numpy(normalise(image, intensity_window(image, "")))[None, None]
+    masks = torch.stack([torch.from_numpy(ids == i).float() for i in (7, 255)])[None, None]
+    with torch.inference_mode():
+        out = tiny(values, values[None], masks, budget=12)
+    result = segment(image, [image], [ids], model=tiny, size=None, budget=12, uncertainty=True)
+    np.testing.assert_allclose(out.uncertainty[0, 0], result.uncertainty, atol=1e-5)
+
+
+def test_a_small_budget_leaves_an_error_uncovered(tiny):
+    image = np.random.default_rng(0).integers(0, 256, (100, 120)).astype(np.uint8)
+    errors = [segment(image, *supports(), model=tiny, size=128, budget=b).uncovered_error for b in (10, 10**6)]
+    assert errors[0] > errors[1] == 0
 
 
 def test_batch_size_does_not_change_a_result_with_seeds(tiny):
@@ -498,7 +762,8 @@ def test_colour_arrays_are_segmented_as_their_luma():
 
 
 WRONG_TYPES = {
-    "size": [True, 128.0, "128", None],
+    "size": [True, 128.0, "128"],
+    "budget": [True, 20.0, "200"],
     "axis": [True, 1.0, "0"],
     "batch_size": [True, 2.0, "8", None],
     "threshold": [True, "0.5", None],
@@ -507,6 +772,11 @@ WRONG_TYPES = {
     "seeds": [3, "12", [1.0], [True]],
     "uncertainty": [1, "yes", None],
 }
+
+
+def test_a_memory_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"memory must be an icseg\.SupportMemory or its file, got a dict"):
+        segment(GOOD, memory={}, model=AnySize())
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])

@@ -46,6 +46,7 @@ def make_model(config=SMALL):
     for parameter in model.parameters():  # the zero-initialised output layers would hide a fault behind them
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
+    torch.nn.init.normal_(model.network.decoder.layers[-1].weight, std=1.0)  # estimates of the error that differ
     return model.eval()
 
 
@@ -439,7 +440,7 @@ def test_half_precision(model, dtype):
     found = model(target.to(dtype), images.to(dtype), masks.to(dtype), budget=84)
     assert found.logits.dtype == dtype
     assert found.logits.isfinite().all()
-    torch.testing.assert_close(found.probability.float(), expected, atol=0.1, rtol=0)
+    assert (found.probability.float() - expected).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -448,7 +449,7 @@ def test_autocast(model, dtype):
     expected = model(*inputs, budget=84).probability
     with torch.autocast("cpu", dtype):
         found = model(*inputs, budget=84).probability
-    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0)
+    assert (found.float() - expected).abs().mean() < 0.02
 
 
 # ---- Training.

@@ -1,4 +1,4 @@
-"""The square in which a model sees an image of any size and aspect ratio."""
+"""How a model sees images of any size and aspect ratio, and the way back."""
 
 from __future__ import annotations
 
@@ -10,45 +10,64 @@ from torch import Tensor
 
 from icseg.data.formats.content import Array
 
+SIDES = (32, 4096)  # longer sides that models of any size see; images of other own sizes are brought to the nearer one
+
 
 @dataclass(frozen=True)
-class SquareFrame:
-    """Images [height, width] in a square of `size` pixels: scaled by one factor, so that shapes keep their
-    proportions, centred, and continued at the shorter sides by their edge pixels (masks by background)."""
+class ScaledFrame:
+    """Images [height, width] scaled by one factor, so that the longer side has `size` pixels; None: their own size."""
 
     height: int
     width: int
-    size: int
+    size: int | None
 
     @classmethod
-    def of(cls, pixels: Array, size: int) -> Self:
+    def of(cls, pixels: Array, size: int | None) -> Self:
         """The frame of `pixels` [..., height, width]."""
         height, width = pixels.shape[-2:]
         return cls(height, width, size)
 
     @property
     def scaled(self) -> tuple[int, int]:
-        """(height, width) of the image inside the square."""
-        scale = self.size / max(self.height, self.width)
+        """(height, width) of the scaled image."""
+        least, most = SIDES
+        longer = max(self.height, self.width)
+        scale = (min(max(longer, least), most) if self.size is None else self.size) / longer
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
     def enter(self, images: Tensor) -> Tensor:
-        """[N, height, width] float to [N, 1, size, size]."""
-        return F.pad(self._scale(images), self._margins(), mode="replicate")
+        """[N, height, width] float to [N, 1, *scaled], with anti-aliasing."""
+        return _resize(images[:, None], self.scaled)
 
     def enter_masks(self, masks: Tensor) -> Tensor:
-        """[N, height, width] in [0, 1] to [N, 1, size, size]; border pixels hold the share of the mask."""
-        return F.pad(self._scale(masks), self._margins())
+        """[N, height, width] in [0, 1] to [N, 1, *scaled]; border pixels hold the share of the mask."""
+        return _resize(masks[:, None], self.scaled)
 
     def leave(self, logits: Tensor) -> Tensor:
-        """[N, 1, size, size] to [N, 1, height, width]: the margins cut off, at the image's own size."""
+        """[N, C, *scaled] to [N, C, height, width], bilinearly."""
+        return _resize(logits, (self.height, self.width))
+
+
+@dataclass(frozen=True)
+class SquareFrame(ScaledFrame):
+    """Scaled images in a square of `size` pixels, centred, and continued at the shorter sides by their edge pixels
+    (masks by background), for models that take nothing else."""
+
+    size: int
+
+    def enter(self, images: Tensor) -> Tensor:
+        """[N, height, width] float to [N, 1, size, size]."""
+        return F.pad(super().enter(images), self._margins(), mode="replicate")
+
+    def enter_masks(self, masks: Tensor) -> Tensor:
+        """[N, height, width] in [0, 1] to [N, 1, size, size]."""
+        return F.pad(super().enter_masks(masks), self._margins())
+
+    def leave(self, logits: Tensor) -> Tensor:
+        """[N, C, size, size] to [N, C, height, width]: the margins cut off, at the image's own size."""
         left, _, top, _ = self._margins()
         height, width = self.scaled
-        inside = logits[..., top : top + height, left : left + width]
-        return _resize(inside, (self.height, self.width))
-
-    def _scale(self, images: Tensor) -> Tensor:
-        return _resize(images[:, None], self.scaled)
+        return super().leave(logits[..., top : top + height, left : left + width])
 
     def _margins(self) -> tuple[int, int, int, int]:
         """Left, right, top, bottom."""

@@ -281,8 +281,8 @@ class SparseNetwork(nn.Module):
         """Let a round's tokens see the support set, the target's tokens before them, and each other."""
         registers = self.target_registers.expand(tokens.shape[0], -1, -1)
         count, tokens = tokens.shape[1], torch.cat([registers, tokens], 1)
-        if valid is not None:
-            valid = F.pad(valid, (registers.shape[1], 0), value=True)
+        if valid is not None:  # a target that takes no patch in this round has no registers in it either
+            valid = torch.cat([valid.any(1, keepdim=True).expand(-1, registers.shape[1]), valid], 1)
         lengths = [support.blocks[0].shape[1], *state.lengths, tokens.shape[1]]
         index = visible([support.valid, *state.valid, valid], lengths, tokens.shape[0], tokens.device)
         for block, of_support, earlier in zip(self.blocks, support.blocks, state.blocks, strict=True):
