@@ -166,13 +166,28 @@ def evaluate(
     _check_range(0, seed=seed)
     pack = pack if isinstance(pack, Pack) else Pack.load(pack)
     rows = []
-    for class_id, class_name in enumerate(pack.class_names):
-        draws = _draws(pack, class_id, support, seed)[:limit] if class_id else []
-        if draws:
-            cases = (_case(pack, class_id, target, supports, size) for target, supports in draws)
-            bar = tqdm(cases, f"{pack.name} {class_name}", len(draws), leave=False, disable=not progress)
+    for class_id, class_name in list(enumerate(pack.class_names))[1:]:
+        count, cases = pack_cases(pack, class_id, support=support, seed=seed, size=size, limit=limit)
+        if count:
+            bar = tqdm(cases, f"{pack.name} {class_name}", count, leave=False, disable=not progress)
             rows.append(_score(predict, bar, pack.name, class_name))
     return rows
+
+
+def pack_cases(
+    pack: Pack, class_id: int, *, support: int = 3, seed: int = 0, size: int | None = None, limit: int | None = None
+) -> tuple[int, Iterator[Case]]:
+    """How many targets of a class `evaluate` scores with these arguments, and the targets with their support sets."""
+    draws = _draws(pack, class_id, support, seed)[:limit]
+    return len(draws), (_case(pack, class_id, target, supports, size) for target, supports in draws)
+
+
+def synthetic_cases(tasks: int, *, support: int = 3, size: int = 256) -> Iterator[tuple[str, Case]]:
+    """The family and the one target, with its support set, of each of the tasks that `evaluate_synthetic` scores."""
+    for i in range(tasks):
+        task = generate_task(pool_task_seed(EVALUATION_SEED, i), support + 1, size)
+        images, masks = as_tensors(task.images, task.masks)
+        yield task.family, Case(images[0], masks[0], images[1:], masks[1:])
 
 
 def evaluate_synthetic(
@@ -181,10 +196,9 @@ def evaluate_synthetic(
     """Score `predict` on class 1 of synthetic tasks that no pool holds: one target a task, one row a family."""
     _check_range(1, tasks=tasks, support=support)
     by_family: dict[str, list[Case]] = {}
-    for i in tqdm(range(tasks), "synthetic tasks", leave=False, disable=not progress):
-        task = generate_task(pool_task_seed(EVALUATION_SEED, i), support + 1, size)
-        images, masks = as_tensors(task.images, task.masks)
-        by_family.setdefault(task.family, []).append(Case(images[0], masks[0], images[1:], masks[1:]))
+    cases = synthetic_cases(tasks, support=support, size=size)
+    for family, case in tqdm(cases, "synthetic tasks", tasks, leave=False, disable=not progress):
+        by_family.setdefault(family, []).append(case)
     return [_score(predict, cases, "synthetic", family) for family, cases in sorted(by_family.items())]
 
 
