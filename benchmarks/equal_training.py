@@ -5,6 +5,9 @@ python benchmarks/equal_training.py --minutes 25 --out DIR --pool DIR           
 python benchmarks/equal_training.py --out DIR --evaluate PACK.npz...             # scores what is trained
 ```
 
+Where the machine is busy otherwise, `--steps` gives each model the steps that it does in that time on an idle core
+(`icseg train` for a minute each tells how many), whatever the time they then take.
+
 An interrupted training goes on when the command is repeated. The scores go to DIR/rows.jsonl (one target a line) and
 DIR/table.md.
 """
@@ -92,13 +95,14 @@ class Difference:
 # Training
 
 
-def run_config(model: str, minutes: float, pool: Path, seed: int) -> TrainingConfig:
-    """The configuration of `model` for a run that time alone ends, on the tasks in `pool`."""
+def run_config(model: str, minutes: float, pool: Path, seed: int, steps: int = NEVER) -> TrainingConfig:
+    """The configuration of `model` for a run that time ends, or `steps` if they are given, on the tasks in `pool`."""
     config = TrainingConfig.from_file(CONFIGS / f"{model}_small.toml")
+    minutes = minutes if steps == NEVER else 0.0
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, pool=str(pool.resolve())),
-        schedule=dataclasses.replace(config.schedule, steps=NEVER, max_minutes=minutes),
+        schedule=dataclasses.replace(config.schedule, steps=steps, max_minutes=minutes),
         run=dataclasses.replace(config.run, seed=seed, validate_steps=NEVER),
     )
 
@@ -299,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, one folder a model")
     parser.add_argument("--pool", type=Path, help="folder of the task pool; missing tasks are made there")
     parser.add_argument("--minutes", type=float, default=25.0, help="training time of each model")
+    parser.add_argument("--steps", type=int, nargs="+", help="of each model, in their order, in place of --minutes")
     parser.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
     parser.add_argument("--seed", type=int, default=0, help="of the training runs")
     parser.add_argument("--evaluate", type=Path, nargs="*", metavar="PACK", help="score, also on these packs")
@@ -311,14 +316,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only must name models of {', '.join(MODELS)}, got {', '.join(unknown)}")
     if given.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {given.minutes}")
+    steps = given.steps or [NEVER] * len(names)
+    if len(steps) != len(names):
+        parser.error(f"--steps must be one number a model ({len(names)}), got {len(steps)}")
     torch.set_num_threads(1)
     if given.evaluate is not None:
         print(evaluate_models(names, given.out, given.evaluate, given.tasks, given.limit, given.unit))
         return 0
     if given.pool is None:
         parser.error("--pool must be given to train")
-    for name in names:
-        if not train_model(run_config(name, given.minutes, given.pool, given.seed), given.out / name):
+    for name, count in zip(names, steps, strict=True):
+        if not train_model(run_config(name, given.minutes, given.pool, given.seed, count), given.out / name):
             print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
             return 130
     return 0

@@ -46,7 +46,7 @@ class PatchICL(nn.Module):
 
     @property
     def any_size(self) -> bool:
-        """Whether images may have any size and aspect ratio, a budget bounds the cost, and support sets may be streamed."""
+        """Whether images may have any size and shape, a budget bounds the cost, and support sets may be streamed."""
         return self.network.any_size
 
     def encode_support(

@@ -332,7 +332,8 @@ def test_full_coverage_covers(model):
 
 @pytest.mark.parametrize("gflops", [0.01, 0.02, 0.05])
 def test_gflops_are_kept_to(gflops):
-    model = make_model(dataclasses.replace(SparseConfig(), levels=(32, 64, 128), target_patches=(16, 24, 32), support_patches=(16, 16, 24), dim=32, depth=1))  # fmt: skip
+    patches = {"target_patches": (16, 24, 32), "support_patches": (16, 16, 24)}
+    model = make_model(SparseConfig(levels=(32, 64, 128), dim=32, depth=1, **patches))
     target, images, masks = make_inputs(1, 1, 128, 128)
     with torch.inference_mode(), use_backend("reference"):
         memory = model.encode_support(images, masks)

@@ -60,7 +60,7 @@ def target_flops(network: SparseNetwork, memory: SupportMemory, patches: list[in
 
 
 def affordable(network: SparseNetwork, memory: SupportMemory, cells: list[int], gflops: float) -> list[int]:
-    """The most patches at each level, of so many `cells`, that cost at most `gflops`; never less than the first level."""
+    """The most patches at each level, of so many `cells`, that cost at most `gflops`; all of the first in any case."""
     low, high = cells[0], sum(cells)
     while low < high:
         middle = (low + high + 1) // 2

@@ -18,7 +18,7 @@ def activation() -> nn.Module:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, index: Tensor | None, scale: float | None = None) -> Tensor:
-    """`selected_attention`, on a CPU in float32 under autocast: torch's backward pass of the half types is slow there."""
+    """`selected_attention`; under autocast on a CPU in float32: the half types' backward pass is slow there."""
     if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return selected_attention(q, k, v, index=index, scale=scale)
     with torch.autocast("cpu", enabled=False):

@@ -90,12 +90,16 @@ class _LevelTask:
 
 @dataclass
 class _Round:
-    """Of K patches: coords [B, K, 2], logits and error [B, K, C, 8, 8], change [B, K] of the probability."""
+    """Of K patches: coords [B, K, 2], logits and error [B, K, C, 8, 8], change [B, K] of the probability.
+
+    valid: [B, K], False for entries that are no patch; None: all are.
+    """
 
     coords: Tensor
     logits: Tensor
     error: Tensor
     change: Tensor
+    valid: Tensor | None
 
 
 class SparseNetwork(nn.Module):
@@ -132,7 +136,7 @@ class SparseNetwork(nn.Module):
         self.support_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
         self.target_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
         self.register_buffer("temperature", torch.ones(()))
-        self.to(memory_format=torch.channels_last)  # the faster layout for a few channels on CPUs
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
 
     def set_temperature(self, value: float) -> None:
         """Divide all final logits by `value`: a calibration on held-out tasks."""
@@ -168,7 +172,7 @@ class SparseNetwork(nn.Module):
         height, width = target.shape[-2:]
         levels = min(level_count(height, width, config.levels), memory_levels(memory))
         image = resize(target, finest_size(height, width, config.levels[levels - 1]))
-        pyramid = Pyramid.of(image * 2 - 1, levels)
+        pyramid = Pyramid.of(image, levels)
         grids = [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)]
         plans = self._plans(budget, memory, [rows * columns for rows, columns in grids], seed)
         state = _Cascade([[] for _ in self.blocks])
@@ -214,7 +218,8 @@ class SparseNetwork(nn.Module):
         coords = torch.cat([r.coords for r in rounds], 1)
         patch_logits = torch.cat([r.logits for r in rounds], 1)
         errors = torch.cat([r.error for r in rounds], 1)
-        logits = _refined(state.logits, patch_logits, coords, task.size)
+        whole = all(r.valid is None for r in rounds)
+        logits = _refined(state.logits, patch_logits, coords, task.size, whole)
         state.logits = logits.detach()
         if task.level < len(task.pyramid.details):
             state.error = _next_error(state.error, errors.detach(), coords, task.pyramid.image(task.level + 1))
@@ -275,7 +280,8 @@ class SparseNetwork(nn.Module):
         logits = prior + decoded.change
         change = (logits.detach().sigmoid() - prior.sigmoid()).abs().mean((2, 3)).amax(1)
         shape = (batch, count)
-        return _Round(coords, logits.unflatten(0, shape), decoded.error.unflatten(0, shape), change.view(shape))
+        error = decoded.error.unflatten(0, shape)
+        return _Round(coords, logits.unflatten(0, shape), error, change.view(shape), valid)
 
     def _attend(self, tokens: Tensor, support: LevelMemory, state: _Cascade, valid: Tensor | None) -> Tensor:
         """Let a round's tokens see the support set, the target's tokens before them, and each other."""
@@ -310,8 +316,18 @@ def _expected_foreground(logits: Tensor) -> Tensor:
     return logits.float().sigmoid().mean((2, 3), keepdim=True).clamp_min(LEAST_FOREGROUND)
 
 
-def _refined(coarser: Tensor | None, patches: Tensor, coords: Tensor, size: tuple[int, int]) -> Tensor:
-    """The coarser map [B, C, h, w] at `size`, with the patches [B, K, C, 8, 8] in place of it where they lie."""
+def _refined(coarser: Tensor | None, patches: Tensor, coords: Tensor, size: tuple[int, int], whole: bool) -> Tensor:
+    """The coarser map [B, C, h, w] at `size`, with the patches [B, K, C, 8, 8] in place of it where they lie.
+
+    whole: no entry of `coords` is no patch.
+    """
+    tiled = size[0] % PATCH == 0 and size[1] % PATCH == 0
+    if coarser is not None and whole and tiled and not patches.requires_grad and not _static():
+        logits = double(coarser, size)  # a new map: write into it, and touch no pixel twice
+        cells = logits.view(*logits.shape[:2], size[0] // PATCH, PATCH, size[1] // PATCH, PATCH)
+        batch = torch.arange(len(patches), device=patches.device).unsqueeze(1)
+        cells.permute(0, 2, 4, 1, 3, 5)[batch, coords[..., 0] // PATCH, coords[..., 1] // PATCH] = patches
+        return logits
     written = scatter_patches(patches, coords, size, fill=0.0)
     return written.mean if coarser is None else torch.where(written.coverage, written.mean, double(coarser, size))
 
@@ -338,7 +354,7 @@ def _on_grid(values: Tensor, index: Tensor, cells: int) -> Tensor:
 
 def _no_patches(task: _LevelTask, index: Tensor) -> _Round:
     patches = task.pyramid.images[0].new_zeros(*index.shape, task.classes, PATCH, PATCH)
-    return _Round(coords_of(index, task.grid[1]), patches, patches, patches.flatten(2).sum(2))
+    return _Round(coords_of(index, task.grid[1]), patches, patches, patches.flatten(2).sum(2), None)
 
 
 def _static() -> bool:

@@ -53,10 +53,10 @@ def patch_inputs(pyramid: Pyramid, level: int, coords: Tensor, label: Tensor, la
     """label [B, K, 1, 16, 16] and label_context [B, K, 1, 16, 16] are the caller's."""
     image, detail, coarse = pyramid.image(level), pyramid.detail(level), pyramid.context(level)
     corner = coords - HALO
-    pixels = cut(image, corner, CROP)
-    details = torch.zeros_like(pixels) if detail is None else cut(detail, corner, CROP)
+    pixels = cut(image, corner, CROP) * 2 - 1
+    details = torch.zeros_like(pixels) if detail is None else cut(detail, corner, CROP) * 2
     corner = context_corner(coords)
-    context = [cut(coarse, corner, CONTEXT), label_context, _inside(corner, coarse)]
+    context = [cut(coarse, corner, CONTEXT) * 2 - 1, label_context, _inside(corner, coarse)]
     place = ((coords + PATCH / 2) / max(image.shape[-2:])).clamp(-1, 2).to(image.dtype)
     return PatchInputs(torch.cat([pixels, details], 2), label, torch.cat(context, 2), place)
 

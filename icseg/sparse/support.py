@@ -56,7 +56,7 @@ class SupportEncoder:
         height, width = images.shape[-2:]
         count = level_count(height, width, config.levels)
         size = finest_size(height, width, config.levels[count - 1])
-        pyramid = Pyramid.of(resize(images.flatten(0, 1), size) * 2 - 1, count)
+        pyramid = Pyramid.of(resize(images.flatten(0, 1), size), count)
         mask_levels = halvings(resize(masks.flatten(0, 1), size), count - 1 + CONTEXT_STEPS)
         self.levels += [_LevelPatches() for _ in range(count - len(self.levels))]
         for level in range(count):

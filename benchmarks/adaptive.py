@@ -1,0 +1,105 @@
+"""What the adaptive budget costs and keeps: Dice and GFLOPs a target against full coverage, tolerance by tolerance.
+
+```
+python benchmarks/adaptive.py --out rows.jsonl --tasks 100 PACK.npz...
+```
+
+Packs are scored by the protocol of `icseg evaluate`, at their own size; GFLOPs are of the target alone, by formula (the
+tests compare it with torch's FLOP counter). Writes one row a data set, class and tolerance, and prints their table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from icseg.evaluation import Case, Pack, pack_cases, synthetic_cases
+from icseg.files import written_whole
+from icseg.metrics import dice
+from icseg.model import PatchICL
+from icseg.sparse.budget import Budget
+from icseg.sparse.cost import target_flops
+from icseg.sparse.network import SparseNetwork
+
+TOLERANCES = (0.0, 0.01, 0.02, 0.04, 0.08)
+
+
+@torch.inference_mode()
+def rows_of(
+    model: PatchICL, dataset: str, class_name: str, cases: Iterable[Case], tolerances: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Means over the cases, one row a tolerance."""
+    found: dict[float, list[tuple[float, float, float]]] = {tolerance: [] for tolerance in tolerances}
+    network = model.network
+    if not isinstance(network, SparseNetwork):
+        raise ValueError("checkpoint must be of the sparse architecture")
+    for case in cases:
+        memory = model.encode_support(case.support_images[None], case.support_masks[None])
+        for tolerance in tolerances:
+            output = model(case.target[None], memory=memory, budget=Budget(tolerance=tolerance))
+            patches = [level.coords.shape[1] for level in output.levels]
+            flops = target_flops(network, memory, patches)
+            score = dice(output.logits > 0, case.mask[None] > 0.5).item()
+            found[tolerance].append((score, flops / 1e9, sum(patches)))
+    names = ("dice", "gflops", "patches")
+    return [
+        {"dataset": dataset, "class": class_name, "targets": len(values), "tolerance": tolerance}
+        | dict(zip(names, np.mean(values, 0).tolist(), strict=True))
+        for tolerance, values in found.items()
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: Dice and GFLOPs at each tolerance, and the means over rows."""
+    tolerances = list(dict.fromkeys(row["tolerance"] for row in rows))
+    keys = list(dict.fromkeys((row["dataset"], row["class"]) for row in rows))
+    by_key = {(row["dataset"], row["class"], row["tolerance"]): row for row in rows}
+    lines = ["| data set | class | " + " | ".join("full" if t == 0 else f"{t:g}" for t in tolerances) + " |"]
+    lines.append("|---" * (2 + len(tolerances)) + "|")
+    for dataset, name in keys:
+        cells = [by_key[dataset, name, t] for t in tolerances]
+        values = " | ".join(f"{c['dice']:.3f}, {c['gflops']:.2f}" for c in cells)
+        lines.append(f"| {dataset} | {name} | {values} |")
+    means = [[np.mean([by_key[*key, t][n] for key in keys]) for n in ("dice", "gflops")] for t in tolerances]
+    lines.append("| mean | | " + " | ".join(f"{d:.3f}, {g:.2f}" for d, g in means) + " |")
+    shares = [(d / means[0][0], g / means[0][1]) for d, g in means]
+    lines.append("| share of the first | | " + " | ".join(f"{d:.1%}, {g:.1%}" for d, g in shares) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packs", type=Path, nargs="*", metavar="PACK")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines")
+    parser.add_argument("--checkpoint", type=Path, help="the bundled weights if left out")
+    parser.add_argument("--tasks", type=int, default=0, help="held-out synthetic tasks")
+    parser.add_argument("--limit", type=int, help="targets a class; all if left out")
+    parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    given = parser.parse_args(arguments)
+    model = PatchICL.from_pretrained(given.checkpoint)
+    rows: list[dict[str, Any]] = []
+    if given.tasks:
+        cases = (case for _, case in tqdm(synthetic_cases(given.tasks), "synthetic", given.tasks, leave=False))
+        rows += rows_of(model, "synthetic", "", cases, given.tolerances)
+    for path in given.packs:
+        pack = Pack.load(path)
+        for class_id, name in list(enumerate(pack.class_names))[1:]:
+            count, cases = pack_cases(pack, class_id, limit=given.limit)
+            bar = tqdm(cases, f"{path.stem} {name}", count, leave=False)
+            rows += rows_of(model, pack.name, name, bar, given.tolerances)
+    with written_whole(given.out) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
