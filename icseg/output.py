@@ -35,7 +35,9 @@ class LevelOutput:
 
     @cached_property
     def _written(self) -> Scatter:
-        return self.written or scatter_patches(self.patch_logits, self.coords, self.resolution)
+        if self.written is not None:
+            return self.written
+        return scatter_patches(self.patch_logits, self.coords, self.resolution)
 
     @property
     def prediction(self) -> Tensor:

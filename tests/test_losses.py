@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from icseg.losses import LossConfig, focal_loss, segmentation_loss, soft_dice_loss
 from icseg.masks import level_mask
 from icseg.output import LevelOutput, SegmentationOutput
+from icseg_kernels import Scatter
 
 SIZES = (8, 16, 32)
 TERMS = (
@@ -48,7 +49,9 @@ class ToyCascade(nn.Module):
             combined = coarser + torch.where(coverage, written, 0.0)
             support_coords = coords[:, None].expand(batch, support.shape[1], 2, 2)
             levels.append(
-                LevelOutput((size, size), combined, written, patches, coords, coverage, support_coords, support)
+                LevelOutput(
+                    (size, size), combined, patches, coords, Scatter(written, coverage), support_coords, support
+                )
             )
         return SegmentationOutput(levels[-1].logits, levels)
 
@@ -177,7 +180,7 @@ def of_classes(outputs: list[SegmentationOutput]) -> SegmentationOutput:
         support = torch.cat([p.support_patch_logits for p in parts], 3)
         levels.append(
             LevelOutput(
-                first.resolution, **made, patch_logits=patches, coords=first.coords, coverage=first.coverage,
+                first.resolution, made["logits"], patches, first.coords, Scatter(made["prediction"], first.coverage),
                 support_coords=first.support_coords, support_patch_logits=support,
             )
         )  # fmt: skip
@@ -208,11 +211,8 @@ def test_each_class_of_a_sample_counts_like_a_sample(term: str) -> None:
 
 def error_level(logits: Tensor, error_logits: Tensor, coords: Tensor) -> SegmentationOutput:
     """One level whose combined map and error estimate are free, at [B, C, h, w]."""
-    coverage = torch.zeros(len(logits), 1, *logits.shape[-2:], dtype=torch.bool)
-    level = LevelOutput(
-        (logits.shape[-2], logits.shape[-1]), logits, logits, error_logits, coords, coverage,
-        extras={"error_logits": error_logits},
-    )  # fmt: skip
+    size = logits.shape[-2], logits.shape[-1]
+    level = LevelOutput(size, logits, error_logits, coords, extras={"error_logits": error_logits})
     return SegmentationOutput(logits, [level])
 
 
@@ -290,8 +290,9 @@ def test_half_precision_outputs_are_compared_in_float32_inside_autocast_too(
     def output(precision: torch.dtype) -> SegmentationOutput:
         made = ToyCascade(SIZES)()
         for level in made.levels:
-            for name in ("logits", "prediction", "patch_logits", "support_patch_logits"):
+            for name in ("logits", "patch_logits", "support_patch_logits"):
                 setattr(level, name, getattr(level, name).to(dtype).to(precision))
+            level.written = Scatter(level.prediction.to(dtype).to(precision), level.coverage)
         return made
 
     config = LossConfig(**dict.fromkeys(TERMS, 1.0))
