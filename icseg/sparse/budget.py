@@ -39,10 +39,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """patches: of each of `rounds` rounds at a level; tolerance: fewer where the error left uncovered is below it."""
+    """rounds: patches of each round at a level; tolerance: fewer where the error left uncovered is below it."""
 
-    patches: int
-    rounds: int = 1
+    rounds: tuple[int, ...]
     tolerance: float | None = None
 
 

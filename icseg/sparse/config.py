@@ -20,9 +20,11 @@ class SparseConfig(PatchICLConfig):
     support_patches:   patches a level and support image; fewer where S of them exceed `most_support_patches`.
     most_support_patches: of a whole support set, a level.
     most_patches:      most target patches a level and round that an adaptive budget takes.
-    rounds:            rounds of picking a level (but the first); a later one looks again, beside what changed.
-    tolerance:         adaptive budget: expected error that may stay uncovered at each level, as a share of twice the
-                       expected foreground (so that of Dice).
+    rounds:            rounds of picking a level (but the first) of an adaptive budget. The first takes `exploration`
+                       patches; the share of the expected error that it mends tells what others are worth.
+    tolerance:         adaptive budget: where the expected error that more patches of a level could mend is at most
+                       this share of twice the expected foreground (so about that of Dice), they are not taken.
+    left_out:          else they are, until this share of it stays uncovered.
     foreground_share:  share of a support image's patches that is spent on its foreground and boundary.
     dim, depth, heads, mlp_ratio: width, blocks, attention heads and hidden layer of the transformer.
     registers:         tokens without a patch, as many on the support's side as on the target's.
@@ -31,6 +33,7 @@ class SparseConfig(PatchICLConfig):
     decoder_channels:  of the part that all classes share, and of a class's own.
     residual_bound:    largest change, in logits, that one level can make to the coarser prediction.
     oracle_share:      in training, the share of targets whose patches are picked by the true error.
+    uniform_share:     in training, the share of targets whose patches are drawn anywhere, so that no patch is strange.
     selection_power:   exponent on the expected error in the picking weights of a draw.
     """
 
@@ -43,7 +46,9 @@ class SparseConfig(PatchICLConfig):
     most_support_patches: int = 512
     most_patches: int = 1024
     rounds: int = 2
+    exploration: int = 16
     tolerance: float = 0.02
+    left_out: float = 0.1
     foreground_share: float = 0.6
     dim: int = 128
     depth: int = 4
@@ -57,6 +62,7 @@ class SparseConfig(PatchICLConfig):
     decoder_channels: tuple[int, int] = (32, 20)
     residual_bound: float = 8.0
     oracle_share: float = 0.2
+    uniform_share: float = 0.15
     selection_power: float = 1.5
 
     def __post_init__(self) -> None:
@@ -73,11 +79,9 @@ class SparseConfig(PatchICLConfig):
             raise ValueError(
                 f"levels must start with a multiple of 8 and double from one to the next, got {self.levels}"
             )
-        check_ints(
-            self, 1, "distinct_levels", "most_support_patches", "most_patches", "rounds", "dim", "depth", "heads"
-        )
-        check_ints(self, 1, "mlp_ratio", "stem_channels", "propagation_heads", "propagation_key_dim")
-        check_ints(self, 1, "propagation_value_dim")
+        check_ints(self, 1, "distinct_levels", "most_support_patches", "most_patches", "rounds", "exploration")
+        check_ints(self, 1, "dim", "depth", "heads", "mlp_ratio", "stem_channels", "propagation_heads")
+        check_ints(self, 1, "propagation_key_dim", "propagation_value_dim")
         check_ints(self, 0, "registers")
         if not isinstance(self.decoder_channels, tuple) or len(self.decoder_channels) != 2:
             raise ValueError(f"decoder_channels must be two ints, got {self.decoder_channels!r}")
@@ -85,6 +89,6 @@ class SparseConfig(PatchICLConfig):
             check_int("decoder_channels", value, 1)
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
-        check_numbers(self, "foreground_share", "oracle_share", least=0, most=1)
+        check_numbers(self, "foreground_share", "oracle_share", "uniform_share", "left_out", least=0, most=1)
         check_numbers(self, "tolerance", least=0)
         check_numbers(self, "residual_bound", "selection_power", above=0)

@@ -43,7 +43,6 @@ from icseg.sparse.support import (
 from icseg_kernels import scatter_patches
 
 CHUNK = 16  # support images that go through the patch encoder together
-NEIGHBOUR_ERROR = 0.5  # error that a change of probability suggests in the cells beside it
 LEAST_FOREGROUND = 0.002  # share of the image that an expected foreground counts at least
 
 
@@ -86,6 +85,11 @@ class _LevelTask:
     @property
     def grid(self) -> tuple[int, int]:
         return grid_size(*self.size)
+
+    @property
+    def cells(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
 
 
 @dataclass
@@ -192,20 +196,21 @@ class SparseNetwork(nn.Module):
         config = self.config
         if self.training and seed is not None:
             rng = random.Random(derived_seed(seed, BUDGET_DRAW))
-            return [LevelPlan(rng.randint((most + 1) // 2, most)) for most in config.target_patches[: len(cells)]]
+            return [LevelPlan((rng.randint((most + 1) // 2, most),)) for most in config.target_patches[: len(cells)]]
         if self.training:
-            return [LevelPlan(most) for most in config.target_patches[: len(cells)]]
+            return [LevelPlan((most,)) for most in config.target_patches[: len(cells)]]
         if budget is None:
             budget = Budget(tolerance=config.tolerance)
         if budget.tolerance == 0:
-            return [LevelPlan(count) for count in cells]
+            return [LevelPlan((count,)) for count in cells]
         if budget.tolerance is not None:
-            slots = config.target_patches if _static() else [config.most_patches] * len(cells)
-            return [LevelPlan(most, config.rounds, budget.tolerance) for most in slots[: len(cells)]]
+            most = config.target_patches if _static() else (config.most_patches,) * len(cells)
+            later = config.rounds - 1
+            return [LevelPlan((config.exploration, *(n,) * later), budget.tolerance) for n in most[: len(cells)]]
         if budget.gflops is not None:
-            return [LevelPlan(count) for count in affordable(self, memory, cells, budget.gflops)]
+            return [LevelPlan((count,)) for count in affordable(self, memory, cells, budget.gflops)]
         assert budget.patches is not None
-        return [LevelPlan(count) for count in shared_out(budget.patches, cells, config.target_patches)]
+        return [LevelPlan((count,)) for count in shared_out(budget.patches, cells, config.target_patches)]
 
     def _level(self, task: _LevelTask, state: _Cascade) -> LevelOutput:
         rows, columns = task.grid
@@ -227,17 +232,17 @@ class SparseNetwork(nn.Module):
 
     def _picked_rounds(self, task: _LevelTask, state: _Cascade, error: Tensor, foreground: Tensor) -> list[_Round]:
         """The rounds of a level but the first; empty rounds are left out where shapes may depend on values."""
-        plan, config = task.plan, self.config
+        plan = task.plan
         rounds: list[_Round] = []
-        share = error / (2 * foreground * error[0, 0].numel())  # of twice the expected foreground
-        score = share.amax(1).flatten(1)
+        relative = 1 / (2 * foreground * task.cells)  # errors become shares of twice the expected foreground
+        score = (error * relative).amax(1).flatten(1)
         pick_by = self._training_score(task, state, score) if self.training else score
-        for number in range(plan.rounds):
+        for number, slots in enumerate(plan.rounds):
             draw = None if task.seed is None else derived_seed(task.seed, number)
-            index = selection.target_patches(pick_by, plan.patches, config.selection_power, draw)
+            index = selection.target_patches(pick_by, slots, self.config.selection_power, draw)
             valid: Tensor | None = None
             if plan.tolerance is not None:
-                valid = selection.needed(score, index, plan.tolerance)
+                valid = selection.needed(score, index, plan.tolerance, self.config.left_out if number else 0.0)
                 if not _static():
                     index = index[:, : int(valid.sum(1).max())]
                     valid = valid[:, : index.shape[1]]
@@ -245,17 +250,18 @@ class SparseNetwork(nn.Module):
                 valid = None if not _static() and bool(valid.all()) else valid
             picked = self._round(task, state, index, valid) if index.shape[1] else _no_patches(task, index)
             rounds.append(picked)
-            covered = _on_grid(torch.ones_like(index, dtype=score.dtype), index, score.shape[1]) > 0
-            state.uncovered = score.masked_fill(covered | (score < 0), 0).sum(1)
+            covered = selection.on_grid(torch.ones_like(index, dtype=score.dtype), index, task.cells) > 0
+            if number + 1 < len(plan.rounds):
+                after = (picked.error.detach().sigmoid().mean((3, 4)) * relative.flatten(1).unsqueeze(1)).amax(2)
+                if number == 0:
+                    score = score * selection.reducible_share(score, index, after)
+                beside = picked.change * relative.amax(1).flatten(1)
+                score = selection.second_look(score, beside, index, task.grid)
+            score = score.masked_fill(covered, -1.0)
+            pick_by = score
             if index.shape[1] == 0:
                 break
-            if number + 1 < plan.rounds:
-                change = _on_grid(picked.change, index, score.shape[1]).view(-1, 1, *task.grid)
-                beside = F.max_pool2d(change, 3, 1, 1).flatten(1) / (
-                    2 * foreground.amin(1).view(-1, 1) * score.shape[1]
-                )
-                score = torch.maximum(score, NEIGHBOUR_ERROR * beside).masked_fill(covered | (score < 0), -1.0)
-                pick_by = score
+        state.uncovered = score.clamp_min(0).sum(1)
         return rounds
 
     def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
@@ -300,14 +306,16 @@ class SparseNetwork(nn.Module):
 
     @torch.no_grad()
     def _training_score(self, task: _LevelTask, state: _Cascade, score: Tensor) -> Tensor:
-        """For a share of the targets, the true error of each cell in place of the expected one."""
+        """In place of the expected error of each cell, the true one for a share of the targets, none for another."""
         if task.target_mask is None or task.seed is None or state.logits is None:
             return score
+        config = self.config
         prior = double(state.logits, task.size).sigmoid()
         error = (prior - resize(task.target_mask.to(prior.dtype), task.size)).abs().mean(1, keepdim=True)
         oracle = F.avg_pool2d(error, PATCH, ceil_mode=True).flatten(1)
-        chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device)
-        return torch.where(chance.view(-1, 1) < self.config.oracle_share, oracle, score)
+        chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device).view(-1, 1)
+        score = torch.where(chance < config.oracle_share, oracle, score)
+        return torch.where(chance > 1 - config.uniform_share, torch.ones_like(score), score)
 
 
 @torch.no_grad()
@@ -344,12 +352,6 @@ def _next_error(error: Tensor | None, patches: Tensor, coords: Tensor, finer: Te
         return written.mean
     inherited = error.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :rows, :columns]
     return torch.where(written.coverage, written.mean, inherited)
-
-
-def _on_grid(values: Tensor, index: Tensor, cells: int) -> Tensor:
-    """[B, cells]: values [B, K] at the cells `index` [B, K], 0 elsewhere; -1 is no cell."""
-    grid = values.new_zeros(values.shape[0], cells + 1)
-    return grid.scatter(1, torch.where(index < 0, cells, index), values)[:, :cells]
 
 
 def _no_patches(task: _LevelTask, index: Tensor) -> _Round:

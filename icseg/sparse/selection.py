@@ -11,6 +11,7 @@ from icseg.sparse.patches import PATCH
 from icseg_kernels import gumbel_topk
 
 TOUCHED, FULL = 0.3, 0.7  # shares of a pixel above which a mask touches it, and fills it
+NEIGHBOUR_ERROR = 0.5  # error that a change of probability suggests in the cells beside it
 SCORE_FLOOR = 0.01  # of the highest score: keeps certain regions pickable in a draw
 
 
@@ -53,12 +54,41 @@ def target_patches(score: Tensor, count: int, power: float, seed: int | None) ->
     return gumbel_topk(weight, count, seed=seed, noise=0 if seed is None else None).indices
 
 
-def needed(score: Tensor, index: Tensor, tolerance: float) -> Tensor:
-    """[B, K] bool: the picks `index` [B, K], in their order, until what stays uncovered is at most `tolerance`.
+def needed(score: Tensor, index: Tensor, tolerance: float, left_out: float = 0.0) -> Tensor:
+    """[B, K] bool: which of the picks `index` [B, K], in their order, are worth their cost.
 
-    score [B, cells]: each cell's share of what is uncovered; those below 0 do not count.
+    score [B, cells]: each cell's share of the error that is uncovered; those below 0 do not count. None is worth it
+    where all of them together hold at most `tolerance`; else those until at most the share `left_out` stays uncovered.
     """
     score = score.clamp_min(0)
     taken = torch.where(index < 0, 0.0, score.gather(1, index.clamp_min(0)))
-    left = score.sum(1, keepdim=True) - (taken.cumsum(1) - taken)
-    return (index >= 0) & (left > tolerance)
+    total = score.sum(1, keepdim=True)
+    left = total - (taken.cumsum(1) - taken)
+    return (index >= 0) & (total > tolerance) & (left > left_out * total)
+
+
+def reducible_share(score: Tensor, index: Tensor, after: Tensor) -> Tensor:
+    """[B, 1] in [0, 1]: the share of the expected error that the picks `index` [B, K] mended, so that others might.
+
+    score [B, cells]: the error expected before; after [B, K]: in the picks, the error expected now. 0 without picks.
+    """
+    picked = index >= 0
+    before = torch.where(picked, score.gather(1, index.clamp_min(0)), 0).sum(1, keepdim=True)
+    left = torch.where(picked, after, 0).sum(1, keepdim=True)
+    return torch.where(before > 0, 1 - left / before.clamp_min(1e-12), 0).clamp(0, 1)
+
+
+def second_look(score: Tensor, change: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`score` [B, cells], raised beside picks `index` [B, K] whose prediction changed, by `change` [B, K].
+
+    Scores below 0, of what is covered already, stay.
+    """
+    changed = on_grid(change, index, score.shape[1]).unflatten(1, (1, *grid))
+    raised = torch.maximum(score, NEIGHBOUR_ERROR * F.max_pool2d(changed, 3, 1, 1).flatten(1))
+    return torch.where(score < 0, score, raised)
+
+
+def on_grid(values: Tensor, index: Tensor, cells: int) -> Tensor:
+    """[B, cells]: values [B, K] at the cells `index` [B, K], 0 elsewhere; -1 is no cell."""
+    grid = values.new_zeros(values.shape[0], cells + 1)
+    return grid.scatter(1, torch.where(index < 0, cells, index), values)[:, :cells]
