@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Row:
     bytes:          of inputs and outputs, each once: the least traffic; 0 if not counted.
     copy_bandwidth: bytes a second, read plus written, of a large torch copy on as many threads, in the same run; 0
                     if bytes were not counted.
+    megabytes:      the most that a call of a rival holds beyond its inputs, where that was measured.
     """
 
     subject: str
@@ -44,6 +45,7 @@ class Row:
     machine: str
     versions: dict[str, str]
     commit: str
+    megabytes: dict[str, float] = field(default_factory=dict)
 
 
 def compare(
@@ -58,6 +60,7 @@ def compare(
     same: dict[str, str] | None = None,
     flops: dict[str, float] | None = None,
     bytes: int = 0,
+    megabytes: dict[str, float] | None = None,
     repeats: int = 1,
 ) -> Row:
     """Time the rivals round by round, after checking their outputs (which also warms them up, and compiles).
@@ -97,6 +100,7 @@ def compare(
             machine(),
             versions(),
             commit(),
+            megabytes or {},
         )
 
 

@@ -32,8 +32,9 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return ""
     seconds = row["seconds"][name]
     time = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-    flops = row["flops"].get(name)
-    return time if flops is None else f"{time}, {flops / 1e9:.4g} GFLOPs"
+    flops, memory = row["flops"].get(name), row.get("megabytes", {}).get(name)
+    counted = "" if flops is None else f", {flops / 1e9:.4g} GFLOPs"
+    return time + counted + ("" if memory is None else f", {memory:.0f} MB")
 
 
 def _ratio(row: dict[str, Any]) -> str:
