@@ -394,7 +394,7 @@ def _check_memory(model: InContextModel, memory: SupportMemory) -> None:
     from icseg.model import PatchICL
 
     if isinstance(model, PatchICL):
-        memory.check(model.network.fingerprint, 1, model.network.weights_identity)
+        memory.check_model(model.network.fingerprint, model.network.weights_identity)
     if memory.classes > 1 and not _is(model, "multi_class"):
         raise ValueError(f"memory must hold one class for this model, got {memory.classes}")
 
@@ -424,7 +424,7 @@ def _evaluating(model: InContextModel) -> Iterator[None]:
     if isinstance(model, nn.Module):
         model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference tensors could not go on to a model with gradients
             yield
     finally:
         for module, training in modes.items():

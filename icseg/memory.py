@@ -41,16 +41,25 @@ class SupportMemory:
     weights: str = ""
     notes: dict[str, str] = field(default_factory=dict)
 
-    def check(self, fingerprint: str, target_batch: int, weights: str = "") -> None:
-        """Raise ValueError unless this memory fits a model with `fingerprint` and `target_batch` targets."""
+    def check_model(self, fingerprint: str, weights: str = "") -> None:
+        """Raise ValueError unless a model with this configuration, and these weights, made this memory."""
         if self.fingerprint != fingerprint:
             raise ValueError(
                 f"memory must come from a model with configuration {fingerprint}, got one made with {self.fingerprint}"
             )
         if self.weights and weights and self.weights != weights:
             raise ValueError(f"memory must come from the weights {weights}, got one made with {self.weights}")
-        if self.batch not in (1, target_batch):
-            raise ValueError(f"support sets must number 1 or {target_batch}, one a target, got {self.batch}")
+
+    def check_target(self, target: Tensor) -> None:
+        """Raise ValueError unless this memory serves targets [B, ...], on their device."""
+        if self.batch not in (1, len(target)):
+            raise ValueError(f"support sets must number 1 or {len(target)}, one a target, got {self.batch}")
+        for name, tensor in self.tensors.items():
+            if tensor.device != target.device or tensor.shape[0] != self.batch:
+                raise ValueError(
+                    f"memory must be on the device of target, {target.device}, with batch {self.batch}; "
+                    f"got {name} on {tensor.device} with {tensor.shape[0]}"
+                )
 
     def to(self, device: str | torch.device) -> SupportMemory:
         """The same memory on `device`."""

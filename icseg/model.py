@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,13 +15,13 @@ from icseg.checkpoint import bundled_weights, load_checkpoint, save_checkpoint
 from icseg.config import PatchICLConfig, check_int
 from icseg.memory import SupportMemory
 from icseg.output import SegmentationOutput
-from icseg.sparse.budget import Budget
+from icseg.sparse.budget import Budget, as_budget
+from icseg.sparse.support import SupportEncoder, check_support
 
 if TYPE_CHECKING:
     from icseg.baselines.dense import DenseNetwork
     from icseg.published.network import PublishedNetwork
     from icseg.sparse.network import SparseNetwork
-    from icseg.sparse.support import SupportEncoder
 
 
 class PatchICL(nn.Module):
@@ -38,6 +39,17 @@ class PatchICL(nn.Module):
         super().__init__()
         self.config = config or PatchICLConfig.sparse()
         self.network = _make_network(self.config)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; weights that may change are no longer those that a memory on disk was made with."""
+        if mode:
+            self.network.weights_identity = ""
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; see `train`."""
+        self.network.weights_identity = ""
+        return super().load_state_dict(*args, **kwargs)
 
     @property
     def multi_class(self) -> bool:
@@ -62,11 +74,13 @@ class PatchICL(nn.Module):
         The order of the images does not matter (but for rounding). Many images cost bounded memory beyond the images
         themselves; `support_encoder` takes those one by one too.
         """
-        images, masks = _checked_support(images, masks, self.multi_class)
+        check_support(images, masks, valid)
+        if masks.shape[2] > 1 and not self.multi_class:
+            raise ValueError(f"support_masks must have one class for this architecture, got C = {masks.shape[2]}")
+        masks = masks.to(images.dtype)
         if valid is None:
             return self.network.encode_support(images, masks, seed=seed)
-        _check_valid(valid, images)
-        return self._sparse("valid").encode_support(images, masks, valid=valid, seed=seed)
+        return self._require_sparse("valid").encode_support(images, masks, valid=valid, seed=seed)
 
     def support_encoder(self, count: int, *, seed: int | None = None) -> SupportEncoder:
         """An encoder for a support set of `count` images that come one by one, or in chunks of one size each.
@@ -79,7 +93,7 @@ class PatchICL(nn.Module):
         ```
         """
         check_int("count", count, 1)
-        return self._sparse("support_encoder").support_encoder(count, seed=seed)
+        return self._require_sparse("support_encoder").support_encoder(count, seed=seed)
 
     def forward(
         self,
@@ -99,13 +113,15 @@ class PatchICL(nn.Module):
         target:         [B, 1, H, W] float in [0, 1].
         support_images: [B, S, 1, h, w] float in [0, 1]; support_masks: [B, S, C, h, w] in [0, 1]. Or `memory`.
         budget:         what a target may cost: a number of patches, or a `Budget`; None takes as many patches as the
-                        expected error asks for (`SparseConfig.tolerance`).
+                        expected error asks for (`SparseConfig.tolerance`; under torch.compile and export at most
+                        `SparseConfig.target_patches` a level and round, so that shapes are static).
         seeds:          a draw of patches with each of these seeds: `hypotheses`, and the logits of their mean.
         target_mask:    [B, C, H, W], read only where training picks patches by the true error.
-        seed:           draws the patches with this seed; None in evaluation mode takes the best ones, without noise.
+        seed:           draws the patches with this seed, differently for each row of the batch; None in evaluation mode
+                        takes the best ones, without noise.
         noise:          uniforms in (0, 1), one tensor [rows, candidates] a sampler call, in the model's order.
         """
-        if target.ndim != 4 or target.shape[1] != 1 or 0 in target.shape[2:]:
+        if target.ndim != 4 or target.shape[1] != 1 or 0 in target.shape:
             raise ValueError(f"target must have shape [B, 1, H, W], got {list(target.shape)}")
         if not target.is_floating_point():
             raise TypeError(f"target must be floating-point, in [0, 1], got {target.dtype}")
@@ -115,18 +131,22 @@ class PatchICL(nn.Module):
             memory = self.encode_support(support_images, support_masks, seed=seed if self.training else None)
         elif support_images is not None or support_masks is not None:
             raise ValueError("memory must not be given together with support_images or support_masks")
-        memory.check(self.network.fingerprint, target.shape[0], self.network.weights_identity)
+        memory.check_model(self.network.fingerprint, self.network.weights_identity)
+        memory.check_target(target)
+        if target_mask is not None and target_mask.shape != (target.shape[0], memory.classes, *target.shape[2:]):
+            shape = [target.shape[0], memory.classes, *target.shape[2:]]
+            raise ValueError(f"target_mask must have shape [B, C, H, W] = {shape}, got {list(target_mask.shape)}")
         options: dict[str, Any] = {"target_mask": target_mask, "noise": noise}
         if budget is not None:
-            self._sparse("budget")
-            options["budget"] = Budget(patches=budget) if isinstance(budget, int) else budget
+            self._require_sparse("budget")
+            options["budget"] = as_budget(budget)
         if seeds is None:
             return self.network(target, memory, seed=seed, **options)
         if seed is not None or len(seeds) == 0:
             raise ValueError(f"seeds must hold at least one seed, and seed be None, got {list(seeds)} and {seed}")
-        return _mean_of([self.network(target, memory, seed=one, **options) for one in seeds])
+        return _mean_of([self.network(target, memory, seed=operator.index(one), **options) for one in seeds])
 
-    def _sparse(self, argument: str) -> SparseNetwork:
+    def _require_sparse(self, argument: str) -> SparseNetwork:
         from icseg.sparse.network import SparseNetwork
 
         if not isinstance(self.network, SparseNetwork):
@@ -151,7 +171,7 @@ class PatchICL(nn.Module):
                 f"got {path} where {len(wrong)} differ ({wrong[0]}, for one)"
             )
         model.load_state_dict(state)
-        model.network.weights_identity = _identity(state)
+        model.network.weights_identity = identity(state)
         return model.to(device).eval()
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -178,10 +198,10 @@ def _make_network(config: PatchICLConfig) -> SparseNetwork | PublishedNetwork | 
     )
 
 
-def _identity(state: dict[str, Tensor]) -> str:
+def identity(state: dict[str, Tensor]) -> str:
     """16 hexadecimal digits that tell these weights from others."""
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(set(state) - {"network.temperature"}):  # of which a memory holds nothing
         digest.update(name.encode() + state[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -192,28 +212,3 @@ def _mean_of(draws: list[SegmentationOutput]) -> SegmentationOutput:
     uncovered = [draw.uncovered_error for draw in draws if draw.uncovered_error is not None]
     mean = torch.stack(uncovered).mean(0) if uncovered else None
     return SegmentationOutput(logits, draws[-1].levels, probabilities, mean)
-
-
-def _checked_support(images: Tensor, masks: Tensor, multi_class: bool) -> tuple[Tensor, Tensor]:
-    if images.ndim != 5 or images.shape[2] != 1:
-        raise ValueError(f"support_images must have shape [B, S, 1, H, W], got {list(images.shape)}")
-    if images.shape[1] == 0:
-        raise ValueError("support_images must hold at least one image, got S = 0")
-    if masks.ndim != 5 or masks.shape[2] == 0 or masks.select(2, 0).shape != images.select(2, 0).shape:
-        shape = [*images.shape[:2], "C", *images.shape[3:]]
-        raise ValueError(
-            f"support_masks must have the shape of support_images with C classes, [{', '.join(map(str, shape))}], "
-            f"got {list(masks.shape)}"
-        )
-    if masks.shape[2] > 1 and not multi_class:
-        raise ValueError(f"support_masks must have one class for this architecture, got C = {masks.shape[2]}")
-    if not images.is_floating_point():
-        raise TypeError(f"support_images must be floating-point, in [0, 1], got {images.dtype}")
-    return images, masks.to(images.dtype)
-
-
-def _check_valid(valid: Tensor, images: Tensor) -> None:
-    if valid.shape != images.shape[:2] or valid.dtype != torch.bool:
-        raise ValueError(
-            f"valid must be bool of shape [B, S] = {list(images.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
-        )

@@ -57,8 +57,9 @@ class SegmentationOutput:
     logits:          [B, C, H, W] at the target's own size; of several draws, of their mean probability.
     levels:          coarse to fine (of the last draw).
     hypotheses:      [B, N, C, H, W] probabilities of each of N draws, if draws were asked for.
-    uncovered_error: [B] error that the model expects where the finest level has no patch, as a share of twice the
-                     expected foreground (about what Dice may lose there); None for models that do not say.
+    uncovered_error: [B] error |probability - mask| that the model expects where its finest level has no patch, as a
+                     share of twice the expected foreground (so that of Dice): no more than this could be mended by
+                     more patches. None for models that do not say.
     """
 
     logits: Tensor
@@ -83,4 +84,6 @@ class SegmentationOutput:
         """[B, 1, H, W] bool, True where a patch of the finest level lies."""
         finest = self.levels[-1].coverage
         size = self.logits.shape[-2:]
-        return finest if finest.shape[-2:] == size else F.interpolate(finest.to(torch.uint8), size=size).bool()
+        if finest.shape[-2:] == size:
+            return finest
+        return F.interpolate(finest.to(torch.uint8), size=size, mode="nearest-exact").bool()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from icseg.losses import LossConfig, focal_loss, segmentation_loss, soft_dice_loss
 from icseg.masks import level_mask
+from icseg.masks import level_mask
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg_kernels import Scatter
 
@@ -159,6 +160,13 @@ def test_the_total_is_the_weighted_sum_and_levels_of_weight_zero_are_left_out(
         for i, share in ((0, 0.25), (2, 0.75))
     )
     assert losses["total"].item() == pytest.approx(float(torch.as_tensor(by_hand).detach()), rel=1e-6)
+
+
+def test_masks_keep_their_scale_where_a_level_is_rounded_up() -> None:
+    mask = torch.zeros(1, 1, 64, 37)
+    mask[..., 33:] = 1
+    found = level_mask(mask, (16, 10), 0.0)
+    assert found[0, 0, 0].tolist() == [0] * 8 + [0.75, 1]
 
 
 def test_covered_cross_entropy_ignores_what_no_patch_covers(masks: tuple[Tensor, Tensor]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,36 @@ def test_any_size(model, size, budget):
     assert out.logits.shape == (1, 1, *size)
     assert out.logits.isfinite().all()
     assert out.uncovered_error is None or (out.uncovered_error >= 0).all()
+
+
+def test_proportions_are_kept(model):
+    """An image and the same image continued by its edge are segmented alike where they agree."""
+    _, images, masks = make_inputs(1, 2)
+    memory = model.encode_support(images, masks)
+    square = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(3))
+    square[..., 32:] = square[..., 31:32]
+    narrow = square[..., :32]
+    whole, part = (model(image, memory=memory, budget=Budget(tolerance=0)) for image in (square, narrow))
+    assert [level.resolution for level in part.levels] == [(16, 8), (32, 16), (64, 32)]
+    probability = whole.probability[..., :32]
+    assert (probability - part.probability).abs().mean() < 0.1
+
+
+def test_a_column_of_pixels_is_not_its_first_row(model):
+    """torch's anti-aliased resizing to width 1 repeats the first row."""
+    image = torch.linspace(0, 1, 3000).view(1, 1, 3000, 1).expand(-1, -1, -1, 60)
+    resized = resize(image, (32, 1))
+    assert resized.diff(dim=2).min() > 0
+    assert resized.mean() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("budget", [None, 18, Budget(tolerance=0)])
+def test_nan_pixels_stay_in_their_row(model, budget):
+    target, images, masks = make_inputs(batch=2)
+    memory = model.encode_support(images[:1], masks[:1])
+    clean = model(target[1:], memory=memory, budget=budget).logits
+    target[0, 0, 5, 5] = torch.nan
+    torch.testing.assert_close(model(target, memory=memory, budget=budget).logits[1:], clean, atol=1e-5, rtol=0)
 
 
 def test_levels_end_at_the_one_nearest_to_the_image():
@@ -169,6 +200,17 @@ def test_support_set_of_mixed_sizes(model):
     assert model(target, memory=memory).logits.isfinite().all()
 
 
+def test_streaming_keeps_patches_and_no_images(model):
+    def kept(side):
+        _, image, mask = make_inputs(batch=1, support=1, height=side, width=side)
+        encoder = model.support_encoder(1)
+        encoder.add(image, mask)
+        parts = (t for level in encoder.levels for t in (*level.features, *level.tokens, *level.masks))
+        return sum(t.untyped_storage().nbytes() for t in parts)
+
+    assert kept(64) == kept(256)
+
+
 def test_large_support_sets_are_bounded():
     config = dataclasses.replace(SMALL, most_support_patches=40)
     model = make_model(config)
@@ -177,6 +219,17 @@ def test_large_support_sets_are_bounded():
     assert {memory.tensors[f"level{level}.block0"].shape[1] for level in range(3)} == {20 * 2 + SMALL.registers}
     with pytest.raises(ValueError, match="count must be an int of at least 1, got 0"):
         model.support_encoder(0)
+    encoder = model.support_encoder(2)
+    encoder.add(images[:, :2], masks[:, :2])
+    with pytest.raises(ValueError, match="support images must number 2 at most, got 3"):
+        encoder.add(images[:, :1], masks[:, :1])
+    encoder = model.support_encoder(20)
+    encoder.add(images[:, :2], masks[:, :2])
+    with pytest.raises(ValueError, match="support_masks must have B = 1 and C = 1 like those before"):
+        encoder.add(images[:, :2], masks[:, :2].expand(-1, -1, 3, -1, -1))
+    with pytest.raises(ValueError, match="support_masks must have the shape of support_images with C classes"):
+        encoder.add(images[:, :2], masks[:, :2, :, :32])
+    encoder.add(images[:, :2], masks[:, :2].bool())
     with pytest.raises(ValueError, match="support set must hold at least one image, got none"):
         model.support_encoder(3).finish()
 
@@ -216,6 +269,38 @@ def test_memory_of_other_weights_is_refused(model, tmp_path):
     loaded[0](target, memory=memory)
     with pytest.raises(ValueError, match="memory must come from the weights"):
         loaded[1](target, memory=memory)
+
+
+def test_memory_of_weights_that_changed_is_not_held_against_them(model, tmp_path):
+    target, images, masks = make_inputs()
+    model.save_pretrained(tmp_path / "weights")
+    loaded = icseg.PatchICL.from_pretrained(tmp_path / "weights")
+    assert loaded.encode_support(images, masks).weights
+    assert not loaded.train().encode_support(images, masks).weights
+    loaded = icseg.PatchICL.from_pretrained(tmp_path / "weights")
+    loaded.load_state_dict(model.state_dict())
+    assert not loaded.encode_support(images, masks).weights
+    assert loaded.eval()(target, images, masks).logits.isfinite().all()
+
+
+def test_memory_elsewhere_is_refused(model):
+    target, images, masks = make_inputs()
+    memory = model.encode_support(images, masks)
+    with pytest.raises(ValueError, match="memory must be on the device of target, cpu"):
+        model(target, memory=memory.to("meta"))
+    cut_off = {name: tensor[:1] for name, tensor in memory.tensors.items()}
+    with pytest.raises(ValueError, match=r"with batch 2; got level0\.block0 on cpu with 1"):
+        model(target, memory=dataclasses.replace(memory, tensors=cut_off))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_memory_of_another_precision_serves(model, dtype):
+    target, images, masks = make_inputs()
+    memory = model.encode_support(images, masks)
+    other = {name: tensor.to(dtype) for name, tensor in memory.tensors.items()}
+    found = model(target, memory=dataclasses.replace(memory, tensors=other), budget=18)
+    assert found.logits.dtype == torch.float32
+    assert (found.probability - model(target, memory=memory, budget=18).probability).abs().mean() < 0.02
 
 
 def test_memory_of_another_configuration_is_refused(model):
@@ -315,12 +400,14 @@ def test_fixed_budget_is_spent(model):
 
 def test_tolerance_says_what_is_worth_its_cost(model):
     inputs = make_inputs(1)
-    totals = []
+    totals, errors = [], []
     for tolerance in (0.0, 0.01, 0.1, 1e9):
         out = model(*inputs, budget=Budget(tolerance=tolerance))
         totals.append(sum(patches_of(out)))
-        assert out.uncovered_error.isfinite().all()
+        errors.append(out.uncovered_error.item())
     assert totals == sorted(totals, reverse=True)
+    assert errors == sorted(errors)
+    assert errors[0] == 0 < errors[-1]
     assert (totals[0], totals[-1]) == (84, 4)
 
 
@@ -365,6 +452,26 @@ def test_shared_out_hands_on_what_a_level_cannot_use():
 def test_budget_is_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         Budget(**fields)
+
+
+@pytest.mark.parametrize("budget", ["all", 1.5, True])
+def test_other_budgets_are_refused(model, budget):
+    with pytest.raises(TypeError, match="budget must be None, an integer or a Budget, got"):
+        model(*make_inputs(), budget=budget)
+
+
+def test_budgets_and_masks_of_training_are_checked(model):
+    target, images, masks = make_inputs()
+    with pytest.raises(ValueError, match=r"target_mask must have shape \[B, C, H, W\] = \[2, 1, 64, 64\]"):
+        model(target, images, masks, target_mask=masks[:1, 0])
+    with pytest.raises(ValueError, match="budget must be None in training"):
+        model.train()(target, images, masks, budget=5)
+
+
+def test_numpy_numbers_serve(model):
+    inputs = make_inputs()
+    expected = model(*inputs, budget=18, seeds=[3]).logits
+    assert torch.equal(model(*inputs, budget=np.int64(18), seeds=np.array([3])).logits, expected)
 
 
 def test_later_rounds_take_other_patches():
@@ -553,7 +660,7 @@ def test_target_patches_take_the_highest():
 
 
 def test_needed_takes_what_is_worth_it():
-    score = torch.tensor([[0.4, 0.3, 0.2, 0.1, -1.0]])
+    score = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0]])
     index = torch.tensor([[0, 1, 2, 3, -1]])
     assert selection.needed(score, index, 0.5, 0.25).tolist() == [[True, True, True, False, False]]
     assert selection.needed(score, index, 0.5).tolist() == [[True, True, True, True, False]]
@@ -612,6 +719,14 @@ def test_pyramid_shows_what_the_mean_hides():
     assert pyramid.context(2).shape[-1] == 64 // 2**CONTEXT_STEPS
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_details_of_the_half_types_do_not_cancel(dtype):
+    image = (0.8 + 0.02 * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for found, expected in zip(Pyramid.of(image, 3).details, Pyramid.of(image.float(), 3).details, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=0.01)
+
+
 @pytest.mark.parametrize("size", [(5, 7), (6, 1), (1, 1), (8, 8)])
 def test_halve_is_the_mean_of_the_pixels_that_exist(size):
     x = torch.rand(2, 3, *size)
@@ -649,6 +764,7 @@ def test_cells_and_pixels_are_inverse():
         ({"decoder_channels": (3,)}, "decoder_channels must be two ints"),
         ({"rounds": 0}, "rounds must be an int of at least 1, got 0"),
         ({"tolerance": -0.1}, "tolerance must be a finite number of at least 0"),
+        ({"oracle_share": 0.6, "uniform_share": 0.6}, "oracle_share and uniform_share must add up to at most 1"),
         ({"left_out": 1.5}, "left_out must be a finite number in"),
         ({"exploration": 0}, "exploration must be an int of at least 1, got 0"),
     ],

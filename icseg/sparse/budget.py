@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from icseg.config import check_int
 
@@ -12,7 +14,7 @@ from icseg.config import check_int
 class Budget:
     """What bounds the patches of a target; exactly one of the three is given.
 
-    patches:   so many in all, the coarsest level's included.
+    patches:   so many in all, the coarsest level's included (which is tiled completely, however few they are).
     gflops:    as many as fit into so many GFLOPs a target (10^9 multiplications and additions), the support set aside.
     tolerance: adaptive, as many as it takes: the expected error that may stay uncovered at each level, as a share of
                twice the expected foreground. 0 covers everything.
@@ -35,6 +37,15 @@ class Budget:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def as_budget(value: Any) -> Budget:
+    """A Budget as it is, an integer as patches. Raises TypeError for anything else."""
+    if isinstance(value, Budget):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"budget must be None, an integer or a Budget, got {value!r}")
+    return Budget(patches=int(value))
 
 
 @dataclass(frozen=True)

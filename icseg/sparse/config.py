@@ -90,5 +90,8 @@ class SparseConfig(PatchICLConfig):
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
         check_numbers(self, "foreground_share", "oracle_share", "uniform_share", "left_out", least=0, most=1)
+        if self.oracle_share + self.uniform_share > 1:
+            shares = f"{self.oracle_share} and {self.uniform_share}"
+            raise ValueError(f"oracle_share and uniform_share must add up to at most 1, got {shares}")
         check_numbers(self, "tolerance", least=0)
         check_numbers(self, "residual_bound", "selection_power", above=0)

@@ -95,7 +95,7 @@ class Block(nn.Module):
         """
         x = self.norm_attention(tokens)
         own = self.key_value(x)
-        keys, values = torch.cat([*memory, own], 1).chunk(2, -1)
+        keys, values = torch.cat([*(other.to(own.dtype) for other in memory), own], 1).chunk(2, -1)
         query = self._split(self.query(x))
         attended = attention(query, self._split(keys), self._split(values), index=index)
         tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icseg.draws import derived_seed, uniform
+from icseg.masks import level_mask
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg.sparse import selection
@@ -35,6 +35,7 @@ from icseg.sparse.pyramid import Pyramid, double, finest_size, level_count, resi
 from icseg.sparse.support import (
     BUDGET_DRAW,
     ORACLE_DRAW,
+    ROUND_DRAW,
     TARGET_DRAW,
     LevelMemory,
     SupportEncoder,
@@ -90,6 +91,16 @@ class _LevelTask:
     def cells(self) -> int:
         rows, columns = self.grid
         return rows * columns
+
+    @property
+    def cell_shares(self) -> Tensor:
+        """[rows, columns]: each cell's share of the image's pixels."""
+        device = self.pyramid.images[0].device
+        sides = [
+            (length - torch.arange(count, device=device) * PATCH).clamp(max=PATCH) / length
+            for length, count in zip(self.size, self.grid, strict=True)
+        ]
+        return sides[0].unsqueeze(1) * sides[1]
 
 
 @dataclass
@@ -194,19 +205,20 @@ class SparseNetwork(nn.Module):
     ) -> list[LevelPlan]:
         """How many patches each level of so many `cells` gets."""
         config = self.config
-        if self.training and seed is not None:
-            rng = random.Random(derived_seed(seed, BUDGET_DRAW))
-            return [LevelPlan((rng.randint((most + 1) // 2, most),)) for most in config.target_patches[: len(cells)]]
+        if self.training and budget is not None:
+            raise ValueError("budget must be None in training, where each level draws from its target_patches")
         if self.training:
-            return [LevelPlan((most,)) for most in config.target_patches[: len(cells)]]
+            most = config.target_patches[: len(cells)]
+            draws = [0 if seed is None else derived_seed(seed, BUDGET_DRAW, level) for level in range(len(most))]
+            return [LevelPlan((n - draw % (n // 2 + 1),)) for n, draw in zip(most, draws, strict=True)]
         if budget is None:
             budget = Budget(tolerance=config.tolerance)
         if budget.tolerance == 0:
             return [LevelPlan((count,)) for count in cells]
         if budget.tolerance is not None:
-            most = config.target_patches if _static() else (config.most_patches,) * len(cells)
+            slots = config.target_patches if _static() else (config.most_patches,) * len(cells)
             later = config.rounds - 1
-            return [LevelPlan((config.exploration, *(n,) * later), budget.tolerance) for n in most[: len(cells)]]
+            return [LevelPlan((config.exploration, *(n,) * later), budget.tolerance) for n in slots[: len(cells)]]
         if budget.gflops is not None:
             return [LevelPlan((count,)) for count in affordable(self, memory, cells, budget.gflops)]
         assert budget.patches is not None
@@ -218,6 +230,7 @@ class SparseNetwork(nn.Module):
         if state.logits is None or state.error is None:
             index = torch.arange(rows * columns, device=task.pyramid.images[0].device).expand(batch, -1)
             rounds = [self._round(task, state, index, None)]
+            state.uncovered = torch.zeros(batch, device=index.device)
         else:
             rounds = self._picked_rounds(task, state, state.error, _expected_foreground(state.logits))
         coords = torch.cat([r.coords for r in rounds], 1)
@@ -234,34 +247,32 @@ class SparseNetwork(nn.Module):
         """The rounds of a level but the first; empty rounds are left out where shapes may depend on values."""
         plan = task.plan
         rounds: list[_Round] = []
-        relative = 1 / (2 * foreground * task.cells)  # errors become shares of twice the expected foreground
-        score = (error * relative).amax(1).flatten(1)
-        pick_by = self._training_score(task, state, score) if self.training else score
+        # Errors as shares of twice the expected foreground; a cell at the border counts by its pixels in the image.
+        share_of_mean = task.cell_shares / (2 * foreground)
+        expected = (error * share_of_mean).amax(1).flatten(1)
+        worth = self._training_score(task, state, expected) if self.training else expected
+        covered = torch.zeros_like(expected, dtype=torch.bool)
         for number, slots in enumerate(plan.rounds):
-            draw = None if task.seed is None else derived_seed(task.seed, number)
-            index = selection.target_patches(pick_by, slots, self.config.selection_power, draw)
+            draw = None if task.seed is None else derived_seed(task.seed, ROUND_DRAW, number)
+            index = selection.target_patches(worth.masked_fill(covered, -1.0), slots, self.config.selection_power, draw)
             valid: Tensor | None = None
             if plan.tolerance is not None:
-                valid = selection.needed(score, index, plan.tolerance, self.config.left_out if number else 0.0)
-                if not _static():
-                    index = index[:, : int(valid.sum(1).max())]
-                    valid = valid[:, : index.shape[1]]
-                index = torch.where(valid, index, -1)
-                valid = None if not _static() and bool(valid.all()) else valid
+                uncovered, left_out = worth.masked_fill(covered, 0), self.config.left_out if number else 0.0
+                index, valid = _kept(index, selection.needed(uncovered, index, plan.tolerance, left_out))
             picked = self._round(task, state, index, valid) if index.shape[1] else _no_patches(task, index)
             rounds.append(picked)
-            covered = selection.on_grid(torch.ones_like(index, dtype=score.dtype), index, task.cells) > 0
-            if number + 1 < len(plan.rounds):
-                after = (picked.error.detach().sigmoid().mean((3, 4)) * relative.flatten(1).unsqueeze(1)).amax(2)
-                if number == 0:
-                    score = score * selection.reducible_share(score, index, after)
-                beside = picked.change * relative.amax(1).flatten(1)
-                score = selection.second_look(score, beside, index, task.grid)
-            score = score.masked_fill(covered, -1.0)
-            pick_by = score
             if index.shape[1] == 0:
                 break
-        state.uncovered = score.clamp_min(0).sum(1)
+            covered = covered | (selection.on_grid(torch.ones_like(index), index, task.cells) > 0)
+            if number + 1 < len(plan.rounds):
+                share = share_of_mean.flatten(2)  # [B, C, cells]
+                if number == 0:
+                    after = picked.error.detach().sigmoid().mean((3, 4)).transpose(1, 2)  # [B, C, K]
+                    after = (after * selection.at(share, index)).amax(1)
+                    worth = worth * selection.reducible_share(expected, index, after)
+                change = picked.change * selection.at(share.amax(1), index)
+                worth = selection.second_look(worth, change, index, task.grid)
+        state.uncovered = expected.masked_fill(covered, 0).sum(1)
         return rounds
 
     def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
@@ -311,7 +322,7 @@ class SparseNetwork(nn.Module):
             return score
         config = self.config
         prior = double(state.logits, task.size).sigmoid()
-        error = (prior - resize(task.target_mask.to(prior.dtype), task.size)).abs().mean(1, keepdim=True)
+        error = (prior - level_mask(task.target_mask.to(prior.dtype), task.size, 0.0)).abs().mean(1, keepdim=True)
         oracle = F.avg_pool2d(error, PATCH, ceil_mode=True).flatten(1)
         chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device).view(-1, 1)
         score = torch.where(chance < config.oracle_share, oracle, score)
@@ -352,6 +363,18 @@ def _next_error(error: Tensor | None, patches: Tensor, coords: Tensor, finer: Te
         return written.mean
     inherited = error.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :rows, :columns]
     return torch.where(written.coverage, written.mean, inherited)
+
+
+def _kept(index: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The picks [B, K] of which `wanted` [B, K] are kept, in front, and which entries are picks; None: all.
+
+    Where shapes may depend on values, K shrinks to the most that a target keeps.
+    """
+    if _static():
+        return torch.where(wanted, index, -1), wanted
+    fewest, most = (int(count) for count in torch.aminmax(wanted.sum(1)))
+    index, wanted = index[:, :most], wanted[:, :most]
+    return torch.where(wanted, index, -1), None if fewest == most else wanted
 
 
 def _no_patches(task: _LevelTask, index: Tensor) -> _Round:

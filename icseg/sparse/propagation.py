@@ -53,6 +53,7 @@ class LabelPropagation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the target's patches looked up: (masks [B*K, h, classes, 8, 8] in [-1, 1], context [B*K, 16, 8, 8])."""
         query = self._match(features, tokens) * self.log_scale.exp()
+        keys, values = keys.to(query.dtype), values.to(query.dtype)  # a memory made at another precision serves too
         found = attention(query, keys, values, scale=1.0, index=index)
         found = found.unflatten(2, (tokens.shape[1], CELLS)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B*K, 16, h, Dv]
         value_dim = self.value_cell.out_features // self.heads

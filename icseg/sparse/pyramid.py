@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,8 +33,13 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if height % size[0] == 0 and width % size[1] == 0:
         return F.avg_pool2d(x, (height // size[0], width // size[1]))
     shrinks = size[0] < height or size[1] < width
-    resized = F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False, antialias=shrinks)
-    return resized.to(x.dtype)
+    wider = (size[0], max(2, size[1]))  # torch (2.13) fills a result of width 1 with its first row
+    resized = F.interpolate(_at_least_float(x), size=wider, mode="bilinear", align_corners=False, antialias=shrinks)
+    return (resized if size[1] > 1 else resized.mean(-1, keepdim=True)).to(x.dtype)
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def halve(x: Tensor) -> Tensor:
@@ -72,14 +78,15 @@ class Pyramid:
 
     @staticmethod
     def of(image: Tensor, levels: int) -> Pyramid:
-        """Of an image [N, 1, h, w] at its finest level."""
+        """Of an image [N, 1, h, w] at its finest level; computed in float32 for the half types."""
+        dtype, image = image.dtype, _at_least_float(image)
         images = halvings(image, levels - 1 + CONTEXT_STEPS)
         details: list[Tensor] = []
         square = image * image
         for coarser in images[-2 : CONTEXT_STEPS - 1 : -1]:
             square = halve(square)
-            details.append((square - coarser * coarser).clamp_min(0).sqrt())
-        return Pyramid(images, details[::-1])
+            details.append((square - coarser * coarser).clamp_min(1e-12).sqrt())
+        return Pyramid([i.to(dtype) for i in images], [d.to(dtype) for d in details[::-1]])
 
     def image(self, level: int) -> Tensor:
         return self.images[level + CONTEXT_STEPS]

@@ -46,8 +46,9 @@ def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int
 def target_patches(score: Tensor, count: int, power: float, seed: int | None) -> Tensor:
     """Grid indices [B, min(count, cells)] of the highest scores [B, cells], those below 0 never.
 
-    With a seed a draw by score^power. Where too few are left, -1.
+    With a seed a draw by score^power. Where too few are left, -1. NaN, of an image with such pixels, counts as 0.
     """
+    score = score.nan_to_num()
     count = min(count, score.shape[1])
     floor = SCORE_FLOOR * score.amax(1, keepdim=True).clamp_min(1e-12)
     weight = torch.where(score < 0, -torch.inf, power * (score.clamp_min(0) + floor).log())
@@ -57,11 +58,10 @@ def target_patches(score: Tensor, count: int, power: float, seed: int | None) ->
 def needed(score: Tensor, index: Tensor, tolerance: float, left_out: float = 0.0) -> Tensor:
     """[B, K] bool: which of the picks `index` [B, K], in their order, are worth their cost.
 
-    score [B, cells]: each cell's share of the error that is uncovered; those below 0 do not count. None is worth it
-    where all of them together hold at most `tolerance`; else those until at most the share `left_out` stays uncovered.
+    score [B, cells], at least 0: what each cell is worth. None is worth its cost where all of them together are worth
+    at most `tolerance`; else those until at most the share `left_out` stays uncovered.
     """
-    score = score.clamp_min(0)
-    taken = torch.where(index < 0, 0.0, score.gather(1, index.clamp_min(0)))
+    taken = torch.where(index < 0, 0.0, at(score, index))
     total = score.sum(1, keepdim=True)
     left = total - (taken.cumsum(1) - taken)
     return (index >= 0) & (total > tolerance) & (left > left_out * total)
@@ -73,19 +73,21 @@ def reducible_share(score: Tensor, index: Tensor, after: Tensor) -> Tensor:
     score [B, cells]: the error expected before; after [B, K]: in the picks, the error expected now. 0 without picks.
     """
     picked = index >= 0
-    before = torch.where(picked, score.gather(1, index.clamp_min(0)), 0).sum(1, keepdim=True)
+    before = torch.where(picked, at(score, index), 0).sum(1, keepdim=True)
     left = torch.where(picked, after, 0).sum(1, keepdim=True)
     return torch.where(before > 0, 1 - left / before.clamp_min(1e-12), 0).clamp(0, 1)
 
 
 def second_look(score: Tensor, change: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`score` [B, cells], raised beside picks `index` [B, K] whose prediction changed, by `change` [B, K].
-
-    Scores below 0, of what is covered already, stay.
-    """
+    """`score` [B, cells], raised beside picks `index` [B, K] whose prediction changed, by `change` [B, K]."""
     changed = on_grid(change, index, score.shape[1]).unflatten(1, (1, *grid))
-    raised = torch.maximum(score, NEIGHBOUR_ERROR * F.max_pool2d(changed, 3, 1, 1).flatten(1))
-    return torch.where(score < 0, score, raised)
+    return torch.maximum(score, NEIGHBOUR_ERROR * F.max_pool2d(changed, 3, 1, 1).flatten(1))
+
+
+def at(values: Tensor, index: Tensor) -> Tensor:
+    """values [B, cells] or [B, C, cells] at the cells `index` [B, K]; what stands for -1 means nothing."""
+    index = index.clamp_min(0)
+    return values.gather(-1, index if values.ndim == 2 else index.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 def on_grid(values: Tensor, index: Tensor, cells: int) -> Tensor:

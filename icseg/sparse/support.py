@@ -19,7 +19,7 @@ from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, halvings, 
 if TYPE_CHECKING:
     from icseg.sparse.network import SparseNetwork
 
-SUPPORT_DRAW, TARGET_DRAW, ORACLE_DRAW, BUDGET_DRAW = range(4)
+SUPPORT_DRAW, TARGET_DRAW, ORACLE_DRAW, BUDGET_DRAW, ROUND_DRAW = range(5)
 
 
 @dataclass
@@ -45,14 +45,29 @@ class SupportEncoder:
 
     def __init__(self, network: SparseNetwork, count: int, seed: int | None) -> None:
         config = network.config
-        self.network, self.seed, self.chunks = network, seed, 0
-        share = config.most_support_patches // count
-        self.patches_per_image = [max(2, min(patches, share)) for patches in config.support_patches]
+        self.network, self.count, self.seed = network, count, seed
+        self.chunks = self.images = 0
+        share = max(2, config.most_support_patches // count)
+        self.patches_per_image = [min(patches, share) for patches in config.support_patches]
         self.levels: list[_LevelPatches] = []
 
     def add(self, images: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
-        """images [B, s, 1, H, W] and masks [B, s, C, H, W] in [0, 1]; valid [B, s] bool, False leaves an image out."""
+        """images [B, s, 1, H, W] and masks [B, s, C, H, W] in [0, 1]; valid [B, s] bool, False leaves an image out.
+
+        Raises TypeError or ValueError for others, or where they do not fit those before or are more than `count`.
+        """
         config = self.network.config
+        check_support(images, masks, valid)
+        self.images += images.shape[1]
+        if self.images > self.count:
+            raise ValueError(f"support images must number {self.count} at most, got {self.images}")
+        first = self.levels[0].masks[0] if self.levels else None
+        if first is not None and (first.shape[0], first.shape[2]) != (masks.shape[0], masks.shape[2]):
+            raise ValueError(
+                f"support_masks must have B = {first.shape[0]} and C = {first.shape[2]} like those before, "
+                f"got {list(masks.shape)}"
+            )
+        masks = masks.to(images.dtype)
         height, width = images.shape[-2:]
         count = level_count(height, width, config.levels)
         size = finest_size(height, width, config.levels[count - 1])
@@ -112,6 +127,26 @@ class SupportEncoder:
         if index is not None:
             encoded["valid"] = index >= 0
         return encoded
+
+
+def check_support(images: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError unless these are images [B, S, 1, H, W], their masks and a mask of the valid."""
+    if images.ndim != 5 or images.shape[2] != 1:
+        raise ValueError(f"support_images must have shape [B, S, 1, H, W], got {list(images.shape)}")
+    if images.shape[1] == 0:
+        raise ValueError("support_images must hold at least one image, got S = 0")
+    if masks.ndim != 5 or masks.shape[2] == 0 or masks.select(2, 0).shape != images.select(2, 0).shape:
+        shape = [*images.shape[:2], "C", *images.shape[3:]]
+        raise ValueError(
+            f"support_masks must have the shape of support_images with C classes, [{', '.join(map(str, shape))}], "
+            f"got {list(masks.shape)}"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"support_images must be floating-point, in [0, 1], got {images.dtype}")
+    if valid is not None and (valid.shape != images.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(
+            f"valid must be bool of shape [B, S] = {list(images.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
+        )
 
 
 @dataclass
