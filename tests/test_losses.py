@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from icseg.losses import LossConfig, focal_loss, segmentation_loss, soft_dice_loss
 from icseg.masks import level_mask
-from icseg.masks import level_mask
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg_kernels import Scatter
 

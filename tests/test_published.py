@@ -548,7 +548,7 @@ def test_an_oracle_needs_the_mask() -> None:
     model, data = make(tiny(oracle=OracleSchedule((), (False, True)))).eval(), task()
     with pytest.raises(ValueError, match="target_mask must be given where level 1"):
         model(**{k: v for k, v in data.items() if k != "target_mask"})
-    with pytest.raises(ValueError, match="target_mask must have the shape of target"):
+    with pytest.raises(ValueError, match=r"target_mask must have shape \[B, C, H, W\]"):
         model(**{**data, "target_mask": data["target_mask"][:1]})
 
 

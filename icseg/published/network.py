@@ -119,13 +119,8 @@ class PublishedNetwork(nn.Module):
 
         Each is [rows, candidates]: of the B targets, or of the B * S support images. The share of a scheduled oracle
         follows `seed`, and with `noise` torch's generator, which dropout always follows.
-        Raises ValueError if a level's oracle is on and `target_mask` is missing or not of the target's shape, or
-        for a noise of another shape.
+        Raises ValueError if a level's oracle is on and `target_mask` is missing, or for a noise of another shape.
         """
-        if target_mask is not None and target_mask.shape != target.shape:
-            raise ValueError(
-                f"target_mask must have the shape of target {list(target.shape)}, got {list(target_mask.shape)}"
-            )
         draws = Draws(len(self.levels), self.training, seed, noise)
         mask = None if target_mask is None else target_mask.to(target.dtype)
         features = self.features(target)
