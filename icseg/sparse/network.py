@@ -93,8 +93,10 @@ class _LevelTask:
         return rows * columns
 
     @property
-    def cell_shares(self) -> Tensor:
-        """[rows, columns]: each cell's share of the image's pixels."""
+    def cell_shares(self) -> Tensor | float:
+        """Each cell's share of the image's pixels: [rows, columns], or one number where all are whole."""
+        if self.size[0] % PATCH == self.size[1] % PATCH == 0:
+            return 1 / self.cells
         device = self.pyramid.images[0].device
         sides = [
             (length - torch.arange(count, device=device) * PATCH).clamp(max=PATCH) / length
@@ -248,7 +250,7 @@ class SparseNetwork(nn.Module):
         plan = task.plan
         rounds: list[_Round] = []
         # Errors as shares of twice the expected foreground; a cell at the border counts by its pixels in the image.
-        share_of_mean = task.cell_shares / (2 * foreground)
+        share_of_mean = (task.cell_shares / (2 * foreground)).expand_as(error)
         expected = (error * share_of_mean).amax(1).flatten(1)
         worth = self._training_score(task, state, expected) if self.training else expected
         covered = torch.zeros_like(expected, dtype=torch.bool)
