@@ -131,12 +131,13 @@ def test_memory_gives_bitwise_the_same_logits(model):
     )
 
 
-def test_one_memory_serves_any_batch(model):
+def test_one_memory_serves_any_batch():
     """Targets of one batch take different numbers of patches: what one does not need must not touch it."""
+    model = make_model(dataclasses.replace(SMALL, exploration=(2, 3)))
     target, images, masks = make_inputs(batch=3)
     target[1] = 0.5
     memory = model.encode_support(images[:1], masks[:1])
-    budget = Budget(tolerance=0.02)
+    budget = Budget(tolerance=0.005)
     together = model(target, memory=memory, budget=budget)
     alone = [model(t[None], memory=memory, budget=budget) for t in target]
     assert len({tuple(patches_of(out)) for out in alone}) > 1, "the targets must need different numbers"
@@ -476,14 +477,12 @@ def test_numpy_numbers_serve(model):
 
 def test_later_rounds_take_other_patches():
     inputs, budget = make_inputs(1), Budget(tolerance=0.001)
-    exploring = dataclasses.replace(SMALL, exploration=3)
-    first, all_rounds = (
-        make_model(dataclasses.replace(exploring, rounds=rounds))(*inputs, budget=budget) for rounds in (1, 3)
-    )
-    assert patches_of(first) == [4, 3, 3]
-    assert torch.equal(all_rounds.levels[1].coords[:, :3], first.levels[1].coords)
-    assert patches_of(all_rounds)[1] > 3
-    for level in all_rounds.levels:
+    out = make_model(dataclasses.replace(SMALL, exploration=(2, 3)))(*inputs, budget=budget)
+    first = make_model(dataclasses.replace(SMALL, exploration=(2,), most_patches=1))(*inputs, budget=budget)
+    assert patches_of(first)[:2] == [4, 3], "two explore, one of the rest is allowed"
+    assert torch.equal(out.levels[1].coords[:, :2], first.levels[1].coords[:, :2])
+    assert patches_of(out)[1] > 5
+    for level in out.levels:
         assert len({tuple(c) for c in level.coords[0].tolist()}) == level.coords.shape[1]
 
 
@@ -510,7 +509,7 @@ def tensors_only(model, classes, names, **options):
 @pytest.mark.parametrize("budget", [None, 18])
 def test_compiles_whole_and_equals_eager(budget):
     """Static rounds are as wide as the eager ones may become, so that both take the same patches."""
-    model = make_model(dataclasses.replace(SMALL, target_patches=(4, 16, 64), most_patches=64, exploration=3))
+    model = make_model(dataclasses.replace(SMALL, target_patches=(4, 16, 64), most_patches=64, exploration=(2, 3)))
     budget = Budget(tolerance=0.001) if budget is None else budget
     target, images, masks = make_inputs(2, 2)
     memory = model.encode_support(images[:1], masks[:1])
@@ -762,11 +761,11 @@ def test_cells_and_pixels_are_inverse():
         ({"foreground_share": 1.5}, "foreground_share must be a finite number in"),
         ({"residual_bound": 0.0}, "residual_bound must be a finite number above 0"),
         ({"decoder_channels": (3,)}, "decoder_channels must be two ints"),
-        ({"rounds": 0}, "rounds must be an int of at least 1, got 0"),
         ({"tolerance": -0.1}, "tolerance must be a finite number of at least 0"),
         ({"oracle_share": 0.6, "uniform_share": 0.6}, "oracle_share and uniform_share must add up to at most 1"),
         ({"left_out": 1.5}, "left_out must be a finite number in"),
-        ({"exploration": 0}, "exploration must be an int of at least 1, got 0"),
+        ({"exploration": (0,)}, "exploration must be an int of at least 1, got 0"),
+        ({"exploration": 3}, "exploration must be a tuple of ints, one a round, got 3"),
     ],
 )
 def test_configuration_is_checked(fields, message):

@@ -219,8 +219,7 @@ class SparseNetwork(nn.Module):
             return [LevelPlan((count,)) for count in cells]
         if budget.tolerance is not None:
             slots = config.target_patches if _static() else (config.most_patches,) * len(cells)
-            later = config.rounds - 1
-            return [LevelPlan((config.exploration, *(n,) * later), budget.tolerance) for n in slots[: len(cells)]]
+            return [LevelPlan((*config.exploration, n), budget.tolerance) for n in slots[: len(cells)]]
         if budget.gflops is not None:
             return [LevelPlan((count,)) for count in affordable(self, memory, cells, budget.gflops)]
         assert budget.patches is not None
@@ -268,12 +267,10 @@ class SparseNetwork(nn.Module):
             covered = covered | (selection.on_grid(torch.ones_like(index), index, task.cells) > 0)
             if number + 1 < len(plan.rounds):
                 share = share_of_mean.flatten(2)  # [B, C, cells]
-                if number == 0:
-                    after = picked.error.detach().sigmoid().mean((3, 4)).transpose(1, 2)  # [B, C, K]
-                    after = (after * selection.at(share, index)).amax(1)
-                    worth = worth * selection.reducible_share(expected, index, after)
+                after = picked.error.detach().sigmoid().mean((3, 4)).transpose(1, 2)  # [B, C, K]
+                mended = selection.reducible_share(expected, index, (after * selection.at(share, index)).amax(1))
                 change = picked.change * selection.at(share.amax(1), index)
-                worth = selection.second_look(worth, change, index, task.grid)
+                worth = mended * selection.second_look(expected, change, index, task.grid)
         state.uncovered = expected.masked_fill(covered, 0).sum(1)
         return rounds
 
