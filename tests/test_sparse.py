@@ -25,6 +25,7 @@ SMALL = SparseConfig(
     distinct_levels=3,
     target_patches=(4, 6, 8),
     support_patches=(4, 6, 8),
+    exploration=(4, 6, 6),
     dim=32,
     depth=2,
     stem_channels=8,
@@ -133,7 +134,7 @@ def test_memory_gives_bitwise_the_same_logits(model):
 
 def test_one_memory_serves_any_batch():
     """Targets of one batch take different numbers of patches: what one does not need must not touch it."""
-    model = make_model(dataclasses.replace(SMALL, exploration=(2, 3)))
+    model = make_model(dataclasses.replace(SMALL, exploration=(4, 2, 2), trial=3))
     target, images, masks = make_inputs(batch=3)
     target[1] = 0.5
     memory = model.encode_support(images[:1], masks[:1])
@@ -477,9 +478,11 @@ def test_numpy_numbers_serve(model):
 
 def test_later_rounds_take_other_patches():
     inputs, budget = make_inputs(1), Budget(tolerance=0.001)
-    out = make_model(dataclasses.replace(SMALL, exploration=(2, 3)))(*inputs, budget=budget)
-    first = make_model(dataclasses.replace(SMALL, exploration=(2,), most_patches=1))(*inputs, budget=budget)
-    assert patches_of(first)[:2] == [4, 3], "two explore, one of the rest is allowed"
+    out = make_model(dataclasses.replace(SMALL, exploration=(4, 2, 2), trial=3))(*inputs, budget=budget)
+    first = make_model(dataclasses.replace(SMALL, exploration=(4, 2, 2), trial=1, most_patches=1))(
+        *inputs, budget=budget
+    )
+    assert patches_of(first)[:2] == [4, 4], "two explore, one is a trial, one of the rest is allowed"
     assert torch.equal(out.levels[1].coords[:, :2], first.levels[1].coords[:, :2])
     assert patches_of(out)[1] > 5
     for level in out.levels:
@@ -509,7 +512,9 @@ def tensors_only(model, classes, names, **options):
 @pytest.mark.parametrize("budget", [None, 18])
 def test_compiles_whole_and_equals_eager(budget):
     """Static rounds are as wide as the eager ones may become, so that both take the same patches."""
-    model = make_model(dataclasses.replace(SMALL, target_patches=(4, 16, 64), most_patches=64, exploration=(2, 3)))
+    model = make_model(
+        dataclasses.replace(SMALL, target_patches=(4, 16, 64), most_patches=64, exploration=(4, 2, 2), trial=3)
+    )
     budget = Budget(tolerance=0.001) if budget is None else budget
     target, images, masks = make_inputs(2, 2)
     memory = model.encode_support(images[:1], masks[:1])
@@ -765,7 +770,8 @@ def test_cells_and_pixels_are_inverse():
         ({"oracle_share": 0.6, "uniform_share": 0.6}, "oracle_share and uniform_share must add up to at most 1"),
         ({"left_out": 1.5}, "left_out must be a finite number in"),
         ({"exploration": (0,)}, "exploration must be an int of at least 1, got 0"),
-        ({"exploration": 3}, "exploration must be a tuple of ints, one a round, got 3"),
+        ({"exploration": 3}, "exploration must be a tuple of ints, one a level, got 3"),
+        ({"trial": 0}, "trial must be an int of at least 1, got 0"),
     ],
 )
 def test_configuration_is_checked(fields, message):

@@ -20,9 +20,10 @@ class SparseConfig(PatchICLConfig):
     support_patches:   patches a level and support image; fewer where S of them exceed `most_support_patches`.
     most_support_patches: of a whole support set, a level.
     most_patches:      most target patches a level and round that an adaptive budget takes.
-    exploration:       patches of the first rounds at a level (but the coarsest) of an adaptive budget. The share of the
-                       expected error that a round mends tells whether another is worth its cost; the last takes all
-                       that are.
+    exploration:       patches of the first round at each level of an adaptive budget (the coarsest is tiled; the last
+                       entry serves finer levels too), and
+    trial:             of the second. The share of the expected error that a round mends tells whether the next is
+                       worth its cost; the last takes all that are.
     tolerance:         adaptive budget: where the expected error that more patches of a level could mend is at most
                        this share of twice the expected foreground (so about that of Dice), they are not taken.
     left_out:          else they are, until this share of it stays uncovered.
@@ -46,7 +47,8 @@ class SparseConfig(PatchICLConfig):
     support_patches: tuple[int, ...] = (16, 16, 24, 24, 24, 24)
     most_support_patches: int = 512
     most_patches: int = 1024
-    exploration: tuple[int, ...] = (6, 24)
+    exploration: tuple[int, ...] = (16, 32, 24, 6)
+    trial: int = 24
     tolerance: float = 0.05
     left_out: float = 0.1
     foreground_share: float = 0.6
@@ -79,12 +81,12 @@ class SparseConfig(PatchICLConfig):
             raise ValueError(
                 f"levels must start with a multiple of 8 and double from one to the next, got {self.levels}"
             )
-        check_ints(self, 1, "distinct_levels", "most_support_patches", "most_patches")
+        check_ints(self, 1, "distinct_levels", "most_support_patches", "most_patches", "trial")
         check_ints(self, 1, "dim", "depth", "heads", "mlp_ratio", "stem_channels", "propagation_heads")
         check_ints(self, 1, "propagation_key_dim", "propagation_value_dim")
         check_ints(self, 0, "registers")
-        if not isinstance(self.exploration, tuple):
-            raise ValueError(f"exploration must be a tuple of ints, one a round, got {self.exploration!r}")
+        if not isinstance(self.exploration, tuple) or not self.exploration:
+            raise ValueError(f"exploration must be a tuple of ints, one a level, got {self.exploration!r}")
         for value in self.exploration:
             check_int("exploration", value, 1)
         if not isinstance(self.decoder_channels, tuple) or len(self.decoder_channels) != 2:

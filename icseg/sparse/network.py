@@ -219,7 +219,11 @@ class SparseNetwork(nn.Module):
             return [LevelPlan((count,)) for count in cells]
         if budget.tolerance is not None:
             slots = config.target_patches if _static() else (config.most_patches,) * len(cells)
-            return [LevelPlan((*config.exploration, n), budget.tolerance) for n in slots[: len(cells)]]
+            first = [config.exploration[min(level, len(config.exploration) - 1)] for level in range(len(cells))]
+            return [
+                LevelPlan((few, config.trial, most), budget.tolerance)
+                for few, most in zip(first, slots[: len(cells)], strict=True)
+            ]
         if budget.gflops is not None:
             return [LevelPlan((count,)) for count in affordable(self, memory, cells, budget.gflops)]
         assert budget.patches is not None
