@@ -25,15 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
-from icseg.data.tensors import as_tensors
-from icseg.evaluation import Case, Pack, model_predictor
+from icseg.evaluation import Case, Pack, model_predictor, pack_cases, synthetic_cases
 from icseg.files import written_whole
 from icseg.metrics import dice as dice_of
 from icseg.model import PatchICL
@@ -132,38 +129,21 @@ def training_record(directory: Path) -> dict[str, Any]:
 # Evaluation
 
 
-def synthetic_cases(tasks: int) -> Iterator[tuple[str, int, int, Case]]:
-    """(class, target, patient, case) of the tasks of `icseg.evaluation.evaluate_synthetic`."""
-    for i in range(tasks):
-        task = generate_task(pool_task_seed(EVALUATION_SEED, i), SUPPORT + 1, SIZE)
-        images, masks = as_tensors(task.images, task.masks)
-        yield task.family, i, i, Case(images[0], masks[0], images[1:], masks[1:])
-
-
-def pack_cases(pack: Pack, limit: int | None = None, seed: int = 0) -> Iterator[tuple[str, int, int, Case]]:
-    """(class, target, patient, case) of those targets and support sets that `icseg.evaluation.evaluate` takes."""
-    sources = pack.sources()
+def cases_of(pack: Pack, limit: int | None = None) -> Iterator[tuple[str, Case]]:
+    """(class, case) of the targets and support sets that `icseg evaluate` takes at SIZE."""
     for class_id, class_name in list(enumerate(pack.class_names))[1:]:
-        holders = pack.holders(class_id)
-        others = {int(t): holders[sources[holders] != sources[t]] for t in holders}
-        targets = [int(t) for t in np.random.default_rng((seed, class_id)).permutation(holders) if len(others[int(t)])]
-        for target in targets[:limit]:
-            supports = np.random.default_rng((seed, class_id, target)).permutation(others[target])[:SUPPORT]
-            index = np.concatenate([[target], supports])
-            images, masks = as_tensors(pack.images[index], pack.masks[index], (class_id,))
-            if images.shape[-2:] != (SIZE, SIZE):
-                images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True).clamp(0, 1)
-                masks = F.interpolate(masks, (SIZE, SIZE), mode="nearest-exact")
-            yield class_name, target, int(sources[target]), Case(images[0], masks[0], images[1:], masks[1:])
+        for case in pack_cases(pack, class_id, support=SUPPORT, size=SIZE, limit=limit)[1]:
+            yield class_name, case
 
 
-def score(models: dict[str, PatchICL], dataset: str, cases: Iterable[tuple[str, int, int, Case]]) -> Iterator[Row]:
+def score(models: dict[str, PatchICL], dataset: str, cases: Iterable[tuple[str, Case]]) -> Iterator[Row]:
     """Rows of every model on every case."""
     predictors = {name: model_predictor(model) for name, model in models.items()}
-    for class_name, target, patient, case in tqdm(cases, dataset, leave=False):
+    for class_name, case in tqdm(cases, dataset, leave=False):
         for name, predict in predictors.items():
             mask = predict(case.target[None], case.support_images[None], case.support_masks[None])
-            yield Row(name, dataset, class_name, target, patient, dice_of(mask, case.mask[None] > 0.5).item())
+            dice = dice_of(mask, case.mask[None] > 0.5).item()
+            yield Row(name, dataset, class_name, case.number, case.source, dice)
 
 
 def cost_of(name: str, model: PatchICL, directory: Path, cases: Sequence[Case]) -> Cost:
@@ -286,12 +266,12 @@ def evaluate_models(
     """Score the models trained in `out`, write rows.jsonl and table.md there; the table."""
     opened = [Pack.load(path) for path in packs]  # all are checked before the first is scored
     models = {name: PatchICL.from_pretrained(out / name / MODEL_FILE) for name in names}
-    rows = list(score(models, "synthetic", synthetic_cases(tasks)))
+    rows = list(score(models, "synthetic", synthetic_cases(tasks, support=SUPPORT, size=SIZE)))
     for pack in opened:
-        rows += score(models, pack.name, pack_cases(pack, limit))
+        rows += score(models, pack.name, cases_of(pack, limit))
     with written_whole(out / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows), encoding="utf-8")
-    cases = [case for _, _, _, case in synthetic_cases(COUNTED)]
+    cases = [case for _, case in synthetic_cases(COUNTED, support=SUPPORT, size=SIZE)]
     table = report(rows, [cost_of(name, model, out / name, cases) for name, model in models.items()], unit)
     with written_whole(out / "table.md") as temporary:
         temporary.write_text(table, encoding="utf-8")

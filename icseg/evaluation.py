@@ -24,6 +24,7 @@ from icseg.data.tensors import as_tensors
 from icseg.files import written_whole
 from icseg.metrics import dice, hausdorff95, iou
 from icseg.model import PatchICL
+from icseg.resize import resize
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(target [B, 1, H, W], support images and masks [B, S, 1, H, W], all in [0, 1]) -> bool [B, 1, H, W]."""
@@ -125,12 +126,17 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 @dataclass(frozen=True)
 class Case:
-    """One target with its support set: target, mask [1, H, W]; support_images, support_masks [S, 1, H, W]."""
+    """One target with its support set: target, mask [1, H, W]; support_images, support_masks [S, 1, H, W].
+
+    number: of the image or task in its data set; source: what it shares with other images of its patient.
+    """
 
     target: Tensor
     mask: Tensor
     support_images: Tensor
     support_masks: Tensor
+    number: int
+    source: int
 
 
 def model_predictor(model: PatchICL) -> Predictor:
@@ -187,7 +193,7 @@ def synthetic_cases(tasks: int, *, support: int = 3, size: int = 256) -> Iterato
     for i in range(tasks):
         task = generate_task(pool_task_seed(EVALUATION_SEED, i), support + 1, size)
         images, masks = as_tensors(task.images, task.masks)
-        yield task.family, Case(images[0], masks[0], images[1:], masks[1:])
+        yield task.family, Case(images[0], masks[0], images[1:], masks[1:], i, i)
 
 
 def evaluate_synthetic(
@@ -275,9 +281,9 @@ def _case(pack: Pack, class_id: int, target: int, supports: NDArray[np.int64], s
     index = np.concatenate([[target], supports])
     images, masks = as_tensors(pack.images[index], pack.masks[index], (class_id,))
     if size is not None and images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+        images = resize(images, (size, size))
         masks = F.interpolate(masks, (size, size), mode="nearest-exact")
-    return Case(images[0], masks[0], images[1:], masks[1:])
+    return Case(images[0], masks[0], images[1:], masks[1:], target, int(pack.sources()[target]))
 
 
 def _score(predict: Predictor, cases: Iterable[Case], dataset: str, class_name: str) -> EvaluationRow:

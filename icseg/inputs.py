@@ -17,7 +17,7 @@ from icseg.data.frame import SIDES
 from icseg.data.images import Image, as_image, as_mask
 from icseg.data.normalise import check_intensities, check_window, intensity_window, normalise
 from icseg.memory import SupportMemory
-from icseg.sparse.budget import Budget
+from icseg.sparse.budget import Budget, as_budget
 
 SQUARE_SIDES = (128, 1024)  # for models that take squares only
 DEFAULT_SIZE = 256
@@ -91,7 +91,8 @@ class SegmentOptions:
         check_window(self.window)
         if not isinstance(self.uncertainty, bool):
             raise TypeError(f"uncertainty must be True or False, got {self.uncertainty!r}")
-        self._check_budget()
+        if self.budget is not None:
+            self._set("budget", as_budget(self.budget))
 
     @property
     def settled_size(self) -> int | None:
@@ -101,16 +102,7 @@ class SegmentOptions:
     @property
     def limited(self) -> bool:
         """Whether a slice may run out of patches or GFLOPs."""
-        return self.budget is not None and (isinstance(self.budget, int) or self.budget.tolerance is None)
-
-    def _check_budget(self) -> None:
-        if self.budget is None or isinstance(self.budget, Budget):
-            return
-        if isinstance(self.budget, bool) or not isinstance(self.budget, Integral):
-            raise TypeError(f"budget must be None, an integer or an icseg.Budget, got {self.budget!r}")
-        self._set("budget", int(self.budget))
-        if self.budget < 1:
-            raise ValueError(f"budget must be at least 1 patch, got {self.budget}")
+        return self.budget is not None and as_budget(self.budget).tolerance is None
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg.posterior import Entropy
 from icseg_kernels import Scatter, scatter_patches
 
 
@@ -75,9 +75,11 @@ class SegmentationOutput:
     @property
     def uncertainty(self) -> Tensor:
         """[B, 1, H, W] float32 in [0, 1]: entropy of background and the C exclusive classes, over its maximum."""
-        logits = F.pad(self.logits.float(), (0, 0, 0, 0, 1, 0))
-        log_p = logits.log_softmax(1)
-        return -(log_p.exp() * log_p).sum(1, keepdim=True) / math.log(logits.shape[1])
+        logits = self.logits.float()
+        entropy = Entropy(logits[:, :1].shape, logits.device)
+        for channel in logits.split(1, 1):
+            entropy.add(channel)
+        return entropy.value()
 
     @property
     def coverage(self) -> Tensor:

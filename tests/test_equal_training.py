@@ -143,15 +143,14 @@ def test_the_targets_are_those_of_evaluate(script: ModuleType, tmp_path: Path, m
     torch.manual_seed(0)
     model = PatchICL(PatchICLConfig.universeg(channels=(4, 4), image_size=16)).eval()
     pack = Pack.load(write_pack(tmp_path / "squares.npz"))
-    rows = list(script.score({"sparse": model}, "squares", script.pack_cases(pack, limit=3)))
+    rows = list(script.score({"sparse": model}, "squares", script.cases_of(pack, limit=3)))
     expected = evaluate(model_predictor(model), pack, size=24, limit=3)
     assert [(row.class_name, row.targets) for row in expected] == [("a", 3), ("b", 3)]
     for row in expected:
         assert np.mean([r.dice for r in rows if r.class_name == row.class_name]) == pytest.approx(row.dice)
     assert [row.patient for row in rows] == [row.target // 2 for row in rows]
 
-    monkeypatch.setattr(script, "SIZE", 32)
-    rows = list(script.score({"sparse": model}, "synthetic", script.synthetic_cases(4)))
+    rows = list(script.score({"sparse": model}, "synthetic", script.synthetic_cases(4, size=32)))
     for row in evaluate_synthetic(model_predictor(model), 4, size=32):
         assert np.mean([r.dice for r in rows if r.class_name == row.class_name]) == pytest.approx(row.dice)
 

@@ -19,7 +19,7 @@ from icseg.inference import Segmenter, resolve_device, segment
 from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
 from icseg.overlay import PALETTE, draw_overlay, montage, overlay
 from icseg.posterior import Entropy, Winner
-from icseg.sparse.budget import Budget
+from icseg.sparse.budget import Budget, as_budget
 
 
 class ByBrightness:
@@ -294,7 +294,10 @@ REFUSALS = {
     "size of a square": ({"size": 100}, "size must be an integer from 128 to 1024 for a model of squares, got 100"),
     "own size": ({"size": None}, "from 128 to 1024 for a model of squares, got the images' own"),
     "budget": ({"budget": 0}, "budget must be at least 1 patch, got 0"),
-    "budget of another model": ({"budget": 9}, "budget must be None for a model of a fixed cost, got 9"),
+    "budget of another model": (
+        {"budget": 9},
+        r"budget must be None for a model of a fixed cost, got Budget\(patches=9",
+    ),
     "neither supports nor memory": (
         {"support_images": None},
         "support_images and support_masks, or memory, must be given",
@@ -532,7 +535,8 @@ def test_budget_and_seeds_reach_the_model(budget):
     volume = np.stack([GOOD] * 3)
     segment(volume, [GOOD], [MASK], model=model, axis=0, size=64, budget=budget)
     segment(volume, [GOOD], [MASK], model=model, axis=0, size=64, budget=budget, seeds=[3, 4])
-    assert model.calls == [((3, 1, 43, 64), budget, None), *[((1, 1, 43, 64), budget, [3, 4])] * 3]
+    asked = as_budget(budget) if budget else None
+    assert model.calls == [((3, 1, 43, 64), asked, None), *[((1, 1, 43, 64), asked, [3, 4])] * 3]
 
 
 def test_error_left_uncovered_is_the_worst_slices():

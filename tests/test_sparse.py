@@ -17,7 +17,7 @@ from icseg.sparse.config import SparseConfig
 from icseg.sparse.cost import target_flops
 from icseg.sparse.patches import OUTSIDE, context_corner, coords_of, cut, grid_size
 from icseg.sparse.propagation import cells, pixels
-from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, double, finest_size, halve, level_count, resize
+from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, double, finest_size, halve, level_count, to_size
 from icseg_kernels import use_backend
 
 SMALL = SparseConfig(
@@ -104,7 +104,7 @@ def test_proportions_are_kept(model):
 def test_a_column_of_pixels_is_not_its_first_row(model):
     """torch's anti-aliased resizing to width 1 repeats the first row."""
     image = torch.linspace(0, 1, 3000).view(1, 1, 3000, 1).expand(-1, -1, -1, 60)
-    resized = resize(image, (32, 1))
+    resized = to_size(image, (32, 1))
     assert resized.diff(dim=2).min() > 0
     assert resized.mean() == pytest.approx(0.5, abs=1e-3)
 
@@ -739,12 +739,12 @@ def test_halve_is_the_mean_of_the_pixels_that_exist(size):
     assert double(expected, size).shape == x.shape
 
 
-def test_resize_keeps_means_and_proportions():
+def test_to_size_keeps_means_and_proportions():
     image = torch.rand(1, 1, 16, 16)
-    torch.testing.assert_close(resize(image, (8, 8)), F.avg_pool2d(image, 2))
+    torch.testing.assert_close(to_size(image, (8, 8)), F.avg_pool2d(image, 2))
     assert finest_size(300, 100, 256) == (256, 85)
     assert finest_size(4096, 1, 64) == (64, 1)
-    assert resize(torch.rand(1, 1, 300, 100), (256, 85)).mean() == pytest.approx(0.5, abs=0.02)
+    assert to_size(torch.rand(1, 1, 300, 100), (256, 85)).mean() == pytest.approx(0.5, abs=0.02)
     assert grid_size(256, 85) == (32, 11)
 
 

@@ -14,6 +14,7 @@ from icseg.baselines.universeg import UniverSeg
 from icseg.config import PatchICLConfig, check_int
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
+from icseg.resize import resize
 from icseg_kernels import Scatter
 
 
@@ -52,12 +53,13 @@ class DenseNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.fingerprint = config.fingerprint()
+        self.size = (config.image_size, config.image_size)
         self.universeg = UniverSeg(config.channels)
 
     def encode_support(self, images: Tensor, masks: Tensor, *, seed: int | None = None) -> SupportMemory:
         """images, masks [B, S, 1, H, W] in [0, 1]: the memory holds them at the model's size."""
         tensors = {"images": images, "masks": masks}
-        tensors = {name: self._squares(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for name, x in tensors.items()}
+        tensors = {name: resize(x.flatten(0, 1), self.size).unflatten(0, x.shape[:2]) for name, x in tensors.items()}
         return SupportMemory(self.fingerprint, images.shape[0], tensors)
 
     def forward(
@@ -70,11 +72,11 @@ class DenseNetwork(nn.Module):
         noise: Sequence[Tensor] | None = None,
     ) -> SegmentationOutput:
         """As `icseg.PatchICL.forward`, with one level whose only patch is the whole image."""
-        batch, side = target.shape[0], self.config.image_size
+        batch = target.shape[0]
         support = [memory.tensors[name].expand(batch, -1, -1, -1, -1) for name in ("images", "masks")]
-        logits = self.universeg(self._squares(target), *support)
+        logits = self.universeg(resize(target, self.size), *support)
         level = LevelOutput(
-            resolution=(side, side),
+            resolution=self.size,
             logits=logits,
             patch_logits=logits[:, None],
             coords=torch.zeros(batch, 1, 2, dtype=torch.int64, device=target.device),
@@ -82,10 +84,3 @@ class DenseNetwork(nn.Module):
         )
         size = (target.shape[-2], target.shape[-1])
         return SegmentationOutput(F.interpolate(logits, size, mode="bilinear", align_corners=False), [level])
-
-    def _squares(self, images: Tensor) -> Tensor:
-        """[N, 1, H, W] at the model's size, averaged going down."""
-        size = (self.config.image_size,) * 2
-        if images.shape[-2:] == size:
-            return images
-        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)

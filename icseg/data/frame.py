@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icseg.data.formats.content import Array
+from icseg.resize import resize
 
 SIDES = (32, 4096)  # longer sides that models of any size see; images of other own sizes are brought to the nearer one
 
@@ -37,15 +38,15 @@ class ScaledFrame:
 
     def enter(self, images: Tensor) -> Tensor:
         """[N, height, width] float to [N, 1, *scaled], with anti-aliasing."""
-        return _resize(images[:, None], self.scaled)
+        return resize(images[:, None], self.scaled)
 
     def enter_masks(self, masks: Tensor) -> Tensor:
         """[N, height, width] in [0, 1] to [N, 1, *scaled]; border pixels hold the share of the mask."""
-        return _resize(masks[:, None], self.scaled)
+        return resize(masks[:, None], self.scaled)
 
     def leave(self, logits: Tensor) -> Tensor:
         """[N, C, *scaled] to [N, C, height, width], bilinearly."""
-        return _resize(logits, (self.height, self.width))
+        return resize(logits, (self.height, self.width))
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,3 @@ class SquareFrame(ScaledFrame):
         height, width = self.scaled
         left, top = (self.size - width) // 2, (self.size - height) // 2
         return left, self.size - width - left, top, self.size - height - top
-
-
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    if images.shape[-2:] == size:
-        return images
-    height, width = size
-    wider = (height, max(2, width))  # torch (2.13) fills a result of width 1 with its first row
-    resized = F.interpolate(images, size=wider, mode="bilinear", align_corners=False, antialias=True)
-    return resized if width > 1 else resized.mean(-1, keepdim=True)

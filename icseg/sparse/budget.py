@@ -40,11 +40,13 @@ class Budget:
 
 
 def as_budget(value: Any) -> Budget:
-    """A Budget as it is, an integer as patches. Raises TypeError for anything else."""
+    """A Budget as it is, an integer as patches. Raises TypeError for anything else, ValueError below 1."""
     if isinstance(value, Budget):
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"budget must be None, an integer or a Budget, got {value!r}")
+    if value < 1:
+        raise ValueError(f"budget must be at least 1 patch, got {value}")
     return Budget(patches=int(value))
 
 

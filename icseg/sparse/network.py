@@ -31,7 +31,7 @@ from icseg.sparse.patches import (
     patch_inputs,
 )
 from icseg.sparse.propagation import LabelPropagation
-from icseg.sparse.pyramid import Pyramid, double, finest_size, level_count, resize
+from icseg.sparse.pyramid import Pyramid, double, finest_size, level_count, to_size
 from icseg.sparse.support import (
     BUDGET_DRAW,
     ORACLE_DRAW,
@@ -188,7 +188,7 @@ class SparseNetwork(nn.Module):
         config = self.config
         height, width = target.shape[-2:]
         levels = min(level_count(height, width, config.levels), memory_levels(memory))
-        image = resize(target, finest_size(height, width, config.levels[levels - 1]))
+        image = to_size(target, finest_size(height, width, config.levels[levels - 1]))
         pyramid = Pyramid.of(image, levels)
         grids = [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)]
         plans = self._plans(budget, memory, [rows * columns for rows, columns in grids], seed)
@@ -199,7 +199,7 @@ class SparseNetwork(nn.Module):
             draw = None if seed is None else derived_seed(seed, TARGET_DRAW, level)
             task = _LevelTask(level, pyramid, support, memory.classes, plan, draw, target_mask)
             outputs.append(self._level(task, state))
-        logits = resize(outputs[-1].logits, (height, width)) / self.temperature.to(target.dtype)
+        logits = to_size(outputs[-1].logits, (height, width)) / self.temperature.to(target.dtype)
         return SegmentationOutput(logits, outputs, uncovered_error=state.uncovered)
 
     def _plans(

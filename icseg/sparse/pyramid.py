@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icseg.resize import resize
+
 CONTEXT_STEPS = 2  # the context of a patch is seen at a resolution 2^2 times coarser
 
 
@@ -25,21 +27,12 @@ def finest_size(height: int, width: int, longer_side: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N, C, H, W] to `size`, bilinear, with anti-aliasing where it shrinks."""
-    height, width = x.shape[-2:]
-    if (height, width) == size:
-        return x
-    if height % size[0] == 0 and width % size[1] == 0:
-        return F.avg_pool2d(x, (height // size[0], width // size[1]))
-    shrinks = size[0] < height or size[1] < width
-    wider = (size[0], max(2, size[1]))  # torch (2.13) fills a result of width 1 with its first row
-    resized = F.interpolate(_at_least_float(x), size=wider, mode="bilinear", align_corners=False, antialias=shrinks)
-    return (resized if size[1] > 1 else resized.mean(-1, keepdim=True)).to(x.dtype)
-
-
-def _at_least_float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def to_size(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N, C, H, W] to `size`: the mean over whole pixels, as `halve` takes it, where it is a divisor, else `resize`."""
+    rows, columns = x.shape[-2] / size[0], x.shape[-1] / size[1]
+    if rows.is_integer() and columns.is_integer():
+        return x if rows == columns == 1 else F.avg_pool2d(x, (int(rows), int(columns)))
+    return resize(x, size)
 
 
 def halve(x: Tensor) -> Tensor:
@@ -79,7 +72,7 @@ class Pyramid:
     @staticmethod
     def of(image: Tensor, levels: int) -> Pyramid:
         """Of an image [N, 1, h, w] at its finest level; computed in float32 for the half types."""
-        dtype, image = image.dtype, _at_least_float(image)
+        dtype, image = image.dtype, image if image.dtype == torch.float64 else image.float()
         images = halvings(image, levels - 1 + CONTEXT_STEPS)
         details: list[Tensor] = []
         square = image * image

@@ -14,7 +14,7 @@ from icseg.sparse import selection
 from icseg.sparse.encoder import visible
 from icseg.sparse.patches import CONTEXT, CROP, HALO, PATCH, context_corner, coords_of, cut, grid_size, patch_inputs
 from icseg.sparse.propagation import CELLS
-from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, halvings, level_count, resize
+from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, halvings, level_count, to_size
 
 if TYPE_CHECKING:
     from icseg.sparse.network import SparseNetwork
@@ -71,8 +71,8 @@ class SupportEncoder:
         height, width = images.shape[-2:]
         count = level_count(height, width, config.levels)
         size = finest_size(height, width, config.levels[count - 1])
-        pyramid = Pyramid.of(resize(images.flatten(0, 1), size), count)
-        mask_levels = halvings(resize(masks.flatten(0, 1), size), count - 1 + CONTEXT_STEPS)
+        pyramid = Pyramid.of(to_size(images.flatten(0, 1), size), count)
+        mask_levels = halvings(to_size(masks.flatten(0, 1), size), count - 1 + CONTEXT_STEPS)
         self.levels += [_LevelPatches() for _ in range(count - len(self.levels))]
         for level in range(count):
             self._add_level(level, pyramid, mask_levels, images.shape[:2], valid)

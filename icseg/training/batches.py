@@ -19,6 +19,7 @@ from torch import Tensor
 from icseg.data.tensors import as_tensors
 from icseg.masks import level_mask
 from icseg.memory import SupportMemory
+from icseg.resize import resize
 from icseg.training.config import DataConfig
 
 
@@ -158,8 +159,7 @@ def _resized(x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
     shape = scaled_size(x.shape[-2:], size)
     if shape == x.shape[-2:]:
         return x, y
-    image = F.interpolate(x, shape, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-    return image, (level_mask(y, shape, 0.0) >= 0.5).float()
+    return resize(x, shape), (level_mask(y, shape, 0.0) >= 0.5).float()
 
 
 def _flip_rotate(x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
