@@ -37,9 +37,9 @@ int plan(SmallConvolutions& call, const icseg_convolution* layers, int64_t heigh
         const int64_t spare_y = from.height + 2 * from.padding - layer.kernel;
         const int64_t spare_x = from.width + 2 * from.padding - layer.kernel;
         if (spare_y < 0 || spare_x < 0) return ICSEG_LAYERS;
-        to = {layer.out_channels, spare_y / layer.stride + 1, spare_x / layer.stride + 1, 0,
-              whole_steps(layer.out_channels)};
+        to = {layer.out_channels, spare_y / layer.stride + 1, spare_x / layer.stride + 1, 0, 0};
         if (!possible(to)) return ICSEG_LAYERS;
+        to.pitch = whole_steps(to.channels);
         const int64_t depth = layer.kernel * layer.kernel * layer.in_channels;
         call.packed[i + 1] = call.packed[i] + (depth + 1) * to.pitch;
         call.work += to.height * to.width * depth * to.pitch / 4;  // a core computes that while it copies a byte

@@ -61,16 +61,20 @@ def small_convolutions(x: Tensor, layers: Sequence[ConvLayer], *, backend: str |
     if not isinstance(layers, Sequence) or isinstance(layers, str | bytes | ConvLayer):
         raise TypeError(f"layers must be a sequence of ConvLayer, got {type(layers).__name__}")
     if not layers:
-        raise ValueError("layers must hold at least one ConvLayer, got none")
+        raise ValueError("layers must have at least one ConvLayer, got none")
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    autocasting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocasting:
         x, layers = _widened(x), [_widened_layer(layer) for layer in layers]
     size = shape[1], shape[2], shape[3]
     sizes = [size]
     for i, layer in enumerate(layers):
         sizes.append(size := _checked(f"layers[{i}]", layer, x, size))
     if backends.select("small_convolutions", backend, x, layers, sizes) == "reference":
-        return reference.small_convolutions(x, layers)
+        if not autocasting:
+            return reference.small_convolutions(x, layers)
+        with torch.autocast(kind, enabled=False):
+            return reference.small_convolutions(x, layers)
     weights, biases, strides, paddings, replicates, slopes = map(list, zip(*layers, strict=True))
     slopes = [1.0 if slope is None else slope for slope in slopes]
     if backends.unwatched((x, *weights, *biases)):

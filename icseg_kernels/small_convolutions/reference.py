@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,13 +14,6 @@ if TYPE_CHECKING:
 
 def small_convolutions(x: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
     """[N, C, h, w] -> [N, C', h', w'], contiguous; with torch's own gradients."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return _composite(x, layers)
-    with torch.autocast(x.device.type, enabled=False):
-        return _composite(x, layers)
-
-
-def _composite(x: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
     for weight, bias, stride, padding, replicate, negative_slope in layers:
         if padding and replicate:
             x, padding = F.pad(x, (padding,) * 4, mode="replicate"), 0
