@@ -545,7 +545,8 @@ def test_operators_called_directly_check_before_raw_pointers():
 
     assert call(x, weight, bias).shape == (2, 4, 8, 8)
     for changed, message in (
-        ((x.double(), weight, bias), "x must be float32 on the CPU"),
+        ((x.double(), weight, bias), r"x must be float32 \[N, C, h, w\] on the CPU"),
+        ((x[0], weight, bias), r"x must be .* got \[3, 8, 8\]"),
         ((x, weight.double(), bias), "weight must be float32 of 4 dimensions on the CPU"),
         ((x, weight[0], bias), "weight must be float32 of 4 dimensions"),
         ((x, weight[:, :, :2], bias), r"weights must be \[Co, Ci, k, k\]"),

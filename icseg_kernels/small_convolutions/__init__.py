@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def small_convolutions(x: Tensor, layers: Sequence[ConvLayer], *, backend: str |
     shape = x.shape
     if len(shape) != 4 or 0 in shape[1:]:
         raise ValueError(f"x must have shape [N, C, h, w] with C, h, w > 0, got {list(shape)}")
-    if not isinstance(layers, Sequence) or isinstance(layers, str | bytes | ConvLayer):
+    if type(layers) is not list and (not isinstance(layers, Sequence) or isinstance(layers, (str, bytes, ConvLayer))):
         raise TypeError(f"layers must be a sequence of ConvLayer, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers must have at least one ConvLayer, got none")
@@ -75,11 +76,13 @@ def small_convolutions(x: Tensor, layers: Sequence[ConvLayer], *, backend: str |
             return reference.small_convolutions(x, layers)
         with torch.autocast(kind, enabled=False):
             return reference.small_convolutions(x, layers)
+    if backends.unwatched((x, *(tensor for layer in layers for tensor in layer[:2]))):
+        return native.convolve(x, layers, size)
     weights, biases, strides, paddings, replicates, slopes = map(list, zip(*layers, strict=True))
-    slopes = [1.0 if slope is None else slope for slope in slopes]
-    if backends.unwatched((x, *weights, *biases)):
-        return native.small_convolutions(x, weights, biases, strides, paddings, replicates, slopes)
-    return _small_convolutions(x, weights, biases, strides, paddings, replicates, slopes)
+    slopes = [1.0 if slope is None else float(slope) for slope in slopes]
+    return _small_convolutions(
+        x, weights, biases, list(map(int, strides)), list(map(int, paddings)), replicates, slopes
+    )
 
 
 def _checked(name: str, layer: ConvLayer, x: Tensor, size: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -88,13 +91,15 @@ def _checked(name: str, layer: ConvLayer, x: Tensor, size: tuple[int, int, int])
         raise TypeError(f"{name} must be a ConvLayer, got {type(layer).__name__}")
     weight, bias, stride, padding, replicate, negative_slope = layer
     channels, height, width = size
-    _check_tensor(f"{name}.weight", weight, x)
+    if not _follows(weight, x):
+        _check_tensor(f"{name}.weight", weight, x)
     shape = weight.shape
     if len(shape) != 4 or shape[1] != channels or shape[0] < 1 or shape[2] != shape[3] or not 1 <= shape[2] <= 5:
         raise ValueError(f"{name}.weight must have shape [Co, {channels}, k, k] with k from 1 to 5, got {list(shape)}")
     outputs, kernel = shape[0], shape[2]
     if bias is not None:
-        _check_tensor(f"{name}.bias", bias, x)
+        if not _follows(bias, x):
+            _check_tensor(f"{name}.bias", bias, x)
         if bias.shape != (outputs,):
             raise ValueError(f"{name}.bias must have shape [{outputs}], got {list(bias.shape)}")
     if type(stride) is not int or not 1 <= stride <= 2:
@@ -103,12 +108,20 @@ def _checked(name: str, layer: ConvLayer, x: Tensor, size: tuple[int, int, int])
         padding = checks.integer(f"{name}.padding", padding, 0, kernel - 1)
     if not isinstance(replicate, bool):
         raise TypeError(f"{name}.replicate must be True or False, got {checks.shown(replicate)}")
-    if negative_slope is not None:
+    if negative_slope is not None and not (type(negative_slope) is float and -math.inf < negative_slope < math.inf):
         checks.number(f"{name}.negative_slope", negative_slope)
     if height + 2 * padding < kernel or width + 2 * padding < kernel:
         padded = f"{height + 2 * padding} x {width + 2 * padding}"
         raise ValueError(f"{name}.weight must fit the padded images of {padded} pixels, got {kernel} x {kernel}")
     return outputs, (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
+
+
+def _follows(value: Any, x: Tensor) -> bool:
+    """Whether it is a tensor such as x, in the usual case; without building names."""
+    return type(value) in _PLAIN and value.dtype == x.dtype and value.device == x.device and value.layout == x.layout
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check_tensor(name: str, value: Tensor, x: Tensor) -> None:

@@ -68,41 +68,65 @@ def small_convolutions(
     slopes: Sequence[float],
 ) -> Tensor:
     """[N, C, h, w] -> [N, C', h', w'], contiguous; x of any strides. A slope of 1 is no leaky ReLU."""
-    samples, channels, height, width = x.shape
-    if not x.is_cpu or x.dtype != torch.float32:
-        raise ValueError(f"x must be float32 on the CPU, got {x.dtype} on {x.device}")
-    fields: list[float] = []
-    held = []  # must outlive the call
-    rows, columns = height, width
-    for weight, bias, stride, padding, replicate, slope in zip(
-        weights, biases, strides, paddings, replicates, slopes, strict=True
-    ):
-        weight = _dense("weight", weight)
+    if not x.is_cpu or x.dtype != torch.float32 or len(x.shape) != 4:
+        raise ValueError(f"x must be float32 [N, C, h, w] on the CPU, got {list(x.shape)} {x.dtype} on {x.device}")
+    layers = list(zip(weights, biases, strides, paddings, replicates, slopes, strict=True))
+    channels, height, width = x.shape[1:]
+    for weight, bias, stride, padding, _, _ in layers:
+        _guard("weight", weight, 4)
         outputs, inputs, kernel, other = weight.shape
         if other != kernel or stride < 1:
             raise ValueError(f"weights must be [Co, Ci, k, k] and strides positive, got {list(weight.shape)}, {stride}")
-        address = 0
-        if bias is not None:
-            bias = _dense("bias", bias)
-            if bias.shape != (outputs,):
-                raise ValueError(f"bias must have shape [{outputs}], got {list(bias.shape)}")
-            address = bias.data_ptr()
-        held.append((weight, bias))
         if inputs != channels:
             raise ValueError(f"weight must have {channels} input channels, got {list(weight.shape)}")
-        fields += (weight.data_ptr(), address, inputs, outputs, kernel, stride, padding, replicate, slope)
+        if bias is not None:
+            _guard("bias", bias, 1)
+            if bias.shape != (outputs,):
+                raise ValueError(f"bias must have shape [{outputs}], got {list(bias.shape)}")
         channels = outputs
-        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (rows, columns))
-    count, slots = len(held), torch.get_num_threads()
-    layers = _packed(count).pack(*fields)
-    size = c_int64()
-    if code := _workspace(layers, count, height, width, slots, byref(size)):
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+    return convolve(x, layers, (channels, height, width))
+
+
+def _guard(name: str, tensor: Tensor, dimensions: int) -> None:
+    """The library takes no other."""
+    if not tensor.is_cpu or tensor.dtype != torch.float32 or len(tensor.shape) != dimensions:
+        raise ValueError(
+            f"{name} must be float32 of {dimensions} dimensions on the CPU, got {list(tensor.shape)} {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+
+
+def convolve(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, int, int, bool, float | None]],
+    size: tuple[int, int, int],
+) -> Tensor:
+    """The same of checked arguments; size: that of an image of the output."""
+    fields: list[float] = []
+    copies = []  # must outlive the call
+    for weight, bias, stride, padding, replicate, slope in layers:
+        if not weight.is_contiguous():
+            copies.append(weight := weight.contiguous())
+        address = 0
+        if bias is not None:
+            if not bias.is_contiguous():
+                copies.append(bias := bias.contiguous())
+            address = bias.data_ptr()
+        outputs, inputs, kernel, _ = weight.shape
+        fields += (weight.data_ptr(), address, inputs, outputs, kernel, stride, padding, replicate)
+        fields.append(1.0 if slope is None else slope)
+    samples, _, height, width = x.shape
+    count, slots = len(layers), torch.get_num_threads()
+    described = _packed(count).pack(*fields)
+    found = c_int64()
+    if code := _workspace(described, count, height, width, slots, byref(found)):
         library.check(code)
-    workspace = x.new_empty(size.value, dtype=torch.uint8)
-    out = x.new_empty((samples, channels, rows, columns))
+    workspace = x.new_empty(found.value, dtype=torch.uint8)
+    out = x.new_empty((samples, *size))
     code = _convolve(
         x.data_ptr(),
-        layers,
+        described,
         count,
         out.data_ptr(),
         samples,
@@ -111,7 +135,7 @@ def small_convolutions(
         *x.stride(),
         slots,
         workspace.data_ptr(),
-        size.value,
+        found.value,
     )
     if code:
         library.check(code)
@@ -121,14 +145,3 @@ def small_convolutions(
 @functools.lru_cache(maxsize=64)
 def _packed(count: int) -> struct.Struct:
     return struct.Struct("=" + count * _LAYER)
-
-
-def _dense(name: str, tensor: Tensor) -> Tensor:
-    """`tensor`, contiguous: the library takes no other."""
-    dimensions = 4 if name == "weight" else 1
-    if not tensor.is_cpu or tensor.dtype != torch.float32 or len(tensor.shape) != dimensions:
-        raise ValueError(
-            f"{name} must be float32 of {dimensions} dimensions on the CPU, got {list(tensor.shape)} {tensor.dtype} on "
-            f"{tensor.device}"
-        )
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
