@@ -12,6 +12,8 @@ constexpr int64_t kMostChannels = 128, kMostPixels = 32, kMostKernel = 5;
 
 bool within(int64_t value, int64_t least, int64_t most) { return least <= value && value <= most; }
 
+int64_t whole_steps(int64_t channels) { return (channels + kChannelStep - 1) / kChannelStep * kChannelStep; }
+
 bool possible(const Map& map) {
     return within(map.channels, 1, kMostChannels) && within(map.height, 1, kMostPixels) &&
            within(map.width, 1, kMostPixels);
@@ -23,7 +25,7 @@ int plan(SmallConvolutions& call, const icseg_convolution* layers, int64_t heigh
     if (!within(call.count, 1, kMostLayers)) return ICSEG_LAYERS;
     constexpr int64_t most_slots = int64_t{1} << 20;
     if (call.slots < 1 || call.slots > most_slots) return ICSEG_TOO_LARGE;
-    call.maps[0] = {layers[0].in_channels, height, width, 0, layers[0].in_channels};
+    call.maps[0] = {layers[0].in_channels, height, width, 0, layers[0].in_channels, 0, 0};
     if (!possible(call.maps[0])) return ICSEG_LAYERS;
     call.packed[0] = call.even = call.odd = call.work = 0;
     for (int64_t i = 0; i < call.count; ++i) {
@@ -37,7 +39,7 @@ int plan(SmallConvolutions& call, const icseg_convolution* layers, int64_t heigh
         const int64_t spare_y = from.height + 2 * from.padding - layer.kernel;
         const int64_t spare_x = from.width + 2 * from.padding - layer.kernel;
         if (spare_y < 0 || spare_x < 0) return ICSEG_LAYERS;
-        to = {layer.out_channels, spare_y / layer.stride + 1, spare_x / layer.stride + 1, 0, 0};
+        to = {layer.out_channels, spare_y / layer.stride + 1, spare_x / layer.stride + 1, 0, 0, 0, 0};
         if (!possible(to)) return ICSEG_LAYERS;
         to.pitch = whole_steps(to.channels);
         const int64_t depth = layer.kernel * layer.kernel * layer.in_channels;
@@ -45,8 +47,11 @@ int plan(SmallConvolutions& call, const icseg_convolution* layers, int64_t heigh
         call.work += to.height * to.width * depth * to.pitch / 4;  // a core computes that while it copies a byte
     }
     for (int64_t i = 0; i <= call.count; ++i) {
+        Map& map = call.maps[i];
+        map.row = (map.width + 2 * map.padding) * map.pitch;
+        map.inside = map.padding * (map.row + map.pitch);
         int64_t& buffer = i % 2 ? call.odd : call.even;
-        buffer = std::max(buffer, whole_steps(call.maps[i].elements()));
+        buffer = std::max(buffer, whole_steps((map.height + 2 * map.padding) * map.row));
     }
     const int64_t elements = call.packed[call.count] + call.slots * (call.even + call.odd);
     *bytes = kAlign + elements * static_cast<int64_t>(sizeof(float));

@@ -122,8 +122,8 @@ void convolve_panel(const Map& from, const Map& to, int64_t stride, const float*
     const int64_t least = to.width / tiles, larger_ones = to.width % tiles;
     const Tile large = tile_of<Vectors>(least + (larger_ones > 0)), small = tile_of<Vectors>(least);
     for (int64_t y = 0; y < to.height; ++y) {
-        const float* read = map + y * stride * from.row();
-        float* written = out + y * to.row();
+        const float* read = map + y * stride * from.row;
+        float* written = out + y * to.row;
         for (int64_t n = 0; n < tiles; ++n) {
             const int64_t pixels = least + (n < larger_ones);
             (n < larger_ones ? large : small)(read, packed, written, steps);
@@ -138,7 +138,7 @@ void convolve(const icseg_convolution& layer, const Map& from, const Map& to, co
               float* out) {
     const bool dense = from.pitch == from.channels;  // then the columns of a kernel's row are one run
     const int64_t channels = from.channels, kernel = layer.kernel;
-    const Steps steps{kernel,     dense ? 1 : kernel, dense ? kernel * channels : channels, from.row(),
+    const Steps steps{kernel,     dense ? 1 : kernel, dense ? kernel * channels : channels, from.row,
                       from.pitch, layer.stride * from.pitch, to.pitch, static_cast<float>(layer.slope)};
     for_each_panel(layer.out_channels, [&](const Panel& panel) {
         const float* weights = packed + packed_at(panel, kernel * kernel * channels);
@@ -149,7 +149,7 @@ void convolve(const icseg_convolution& layer, const Map& from, const Map& to, co
 
 // Zeros, or the nearest pixels, around an image that lies in `map`.
 void pad(const Map& m, bool replicate, float* map) {
-    const int64_t row = m.row(), side = m.padding * m.pitch, last = m.width * m.pitch;
+    const int64_t row = m.row, side = m.padding * m.pitch, last = m.width * m.pitch;
     for (int64_t y = m.padding; y < m.padding + m.height; ++y) {
         float *left = map + y * row, *inside = left + side, *right = inside + last;
         if (!replicate) {
@@ -177,7 +177,7 @@ void pad(const Map& m, bool replicate, float* map) {
 // An image of x into its map, channels last.
 void read(const SmallConvolutions& call, const float* x, float* to) {
     const Map& m = call.maps[0];
-    for (int64_t y = 0; y < m.height; ++y, x += call.stride_y, to += m.row()) {
+    for (int64_t y = 0; y < m.height; ++y, x += call.stride_y, to += m.row) {
         if (call.stride_x == 1) {
             transpose(x, call.stride_channel, to, m.pitch, m.channels, m.width);
         } else if (call.stride_channel == 1) {
@@ -207,11 +207,11 @@ void small_convolutions(const SmallConvolutions& call) {
         const int64_t first = slot * each + smaller(slot, more), end = first + each + (slot < more);
         for (int64_t n = first; n < end; ++n) {
             float *from = even, *to = odd;
-            read(call, call.x + n * call.stride_image, from + call.maps[0].inside());
+            read(call, call.x + n * call.stride_image, from + call.maps[0].inside);
             for (int64_t i = 0; i < call.count; ++i) {
                 const Map &map = call.maps[i], &next = call.maps[i + 1];
                 if (map.padding) pad(map, call.layers[i].replicate != 0, from);
-                convolve(call.layers[i], map, next, from, call.workspace + call.packed[i], to + next.inside());
+                convolve(call.layers[i], map, next, from, call.workspace + call.packed[i], to + next.inside);
                 float* const free = from;
                 from = to;
                 to = free;

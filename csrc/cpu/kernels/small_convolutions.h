@@ -10,20 +10,16 @@ namespace icseg {
 
 constexpr int64_t kMostLayers = 16;
 
-// To this many elements the channels of a map and of packed weights are filled up: a cache line, and whole vectors of
-// every instruction set.
+// To a multiple of so many elements the channels of a map and of packed weights are filled up: a cache line, and whole
+// vectors of every instruction set.
 constexpr int64_t kChannelStep = 16;
-
-constexpr int64_t whole_steps(int64_t channels) { return (channels + kChannelStep - 1) / kChannelStep * kChannelStep; }
 
 // An image, or what a layer made of it: [height + 2 padding, width + 2 padding, pitch] in memory, with the padding of the
 // layer that reads it.
 struct Map {
     int64_t channels, height, width, padding, pitch;
-
-    int64_t row() const { return (width + 2 * padding) * pitch; }  // elements
-    int64_t elements() const { return (height + 2 * padding) * row(); }
-    int64_t inside() const { return padding * (row() + pitch); }  // where the first pixel of the image lies
+    int64_t row;     // elements from a row to the next
+    int64_t inside;  // where the first pixel of the image lies
 };
 
 struct SmallConvolutions {
