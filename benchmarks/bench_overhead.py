@@ -7,12 +7,14 @@ import torch
 from harness import compare
 
 from icseg_kernels import (
+    ConvLayer,
     gather_patches,
     group_norm_film,
     gumbel_topk,
     sample_patches,
     scatter_patches,
     selected_attention,
+    small_convolutions,
 )
 
 SOURCE = torch.rand(1, 1, 8, 8)
@@ -21,6 +23,7 @@ PATCHES = torch.rand(1, 1, 1, 2, 2)
 LOGITS = torch.rand(1, 8)
 TOKENS = torch.rand(1, 1, 4, 8)
 MAPS, GAIN, BIAS = torch.rand(2, 8, 2, 2), torch.rand(8), torch.rand(8)
+LAYERS = [ConvLayer(torch.rand(2, 8, 1, 1), torch.rand(2)), ConvLayer(torch.rand(2, 2, 1, 1))]
 INDEX = torch.tensor([[0, 2]])
 CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "gather_patches": lambda backend: gather_patches(SOURCE, COORDS, 2, backend=backend),
@@ -33,6 +36,7 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     ),
     "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
     "group_norm_film": lambda backend: group_norm_film(MAPS, 4, GAIN, BIAS, activation="gelu", backend=backend),
+    "small_convolutions": lambda backend: small_convolutions(MAPS, LAYERS, backend=backend),
 }
 
 

@@ -29,6 +29,7 @@ enum icseg_code {
     ICSEG_ACTIVATION = 11,
     ICSEG_WINDOWS = 12,
     ICSEG_RUNS = 13,
+    ICSEG_LAYERS = 14,
 };
 
 #ifdef __cplusplus
@@ -374,6 +375,39 @@ ICSEG_API int icseg_selected_attention_backward_f64(const icseg_attention* call,
                                                     const icseg_heads* grad_out, const double* lse,
                                                     const double* grad_lse, double* grad_q, double* grad_k,
                                                     double* grad_v);
+
+/* One of several convolutions in a row; all fields are 8 bytes wide.
+ *
+ * weight   [out_channels, in_channels, kernel, kernel] contiguous; kernel from 1 to 5
+ * bias     [out_channels] contiguous, or NULL: zeros
+ * stride   1 or 2, on both axes
+ * padding  0 to kernel - 1 pixels on all four sides: zeros, or if replicate is not 0 the nearest pixel of the border
+ * slope    of the leaky ReLU that follows; 1: none
+ */
+typedef struct icseg_convolution {
+    const float* weight;
+    const float* bias;
+    int64_t in_channels, out_channels, kernel, stride, padding, replicate;
+    double slope;
+} icseg_convolution;
+
+/* *bytes of workspace that a call needs whose images are height x width; reads no weights. All maps, x and the outputs of
+ * layers, may have up to 128 channels and 32 x 32 pixels; there may be up to 16 layers.
+ *
+ * slots    how many shares the work is cut into, at least 1: as many as threads that may serve it
+ */
+ICSEG_API int icseg_small_convolutions_workspace(const icseg_convolution* layers, int64_t count, int64_t height,
+                                                 int64_t width, int64_t slots, int64_t* bytes);
+
+/* Convolve small images, one layer after the other.
+ *
+ * x    [images, in_channels of the first layer, height, width], strides given
+ * out  [images, out_channels of the last layer, ...] contiguous, every element written
+ */
+ICSEG_API int icseg_small_convolutions_f32(const float* x, const icseg_convolution* layers, int64_t count, float* out,
+                                           int64_t images, int64_t height, int64_t width, int64_t stride_image,
+                                           int64_t stride_channel, int64_t stride_y, int64_t stride_x, int64_t slots,
+                                           void* workspace, int64_t workspace_bytes);
 
 #ifdef __cplusplus
 }

@@ -9,9 +9,11 @@ from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_and_mean, cross_
 from icseg_kernels.group_norm_film import group_norm_film
 from icseg_kernels.gumbel_topk import TopK, gumbel_topk
 from icseg_kernels.patches import PatchSample, Scatter, gather_patches, sample_patches, scatter_patches
+from icseg_kernels.small_convolutions import ConvLayer, small_convolutions
 
 __all__ = [
     "BackendError",
+    "ConvLayer",
     "PatchSample",
     "Rotation",
     "Scatter",
@@ -25,5 +27,6 @@ __all__ = [
     "sample_patches",
     "scatter_patches",
     "selected_attention",
+    "small_convolutions",
     "use_backend",
 ]

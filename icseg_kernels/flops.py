@@ -10,7 +10,7 @@ Bytes are compulsory traffic: every input read once, every output written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -153,6 +153,35 @@ def group_norm_film_flops() -> int:
 def group_norm_film_bytes(samples: int, channels: int, length: int, film: int = 0, itemsize: int = 4) -> int:
     """Bytes: x in, as much out; film: values of gain and bias together."""
     return (2 * samples * channels * length + film) * itemsize
+
+
+def small_convolutions_flops(
+    images: int, channels: int, height: int, width: int, layers: Sequence[tuple[int, int, int, int]]
+) -> int:
+    """FLOPs: those of the convolutions; layers: output channels, kernel, stride and padding of each."""
+    total = 0
+    for outputs, kernel, stride, padding in layers:
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        total += 2 * images * channels * outputs * kernel**2 * height * width
+        channels = outputs
+    return total
+
+
+def small_convolutions_bytes(
+    images: int,
+    channels: int,
+    height: int,
+    width: int,
+    layers: Sequence[tuple[int, int, int, int]],
+    itemsize: int = 4,
+) -> int:
+    """Bytes: x, weights and a bias for every layer in, the last layer's output out."""
+    elements = images * channels * height * width
+    for outputs, kernel, stride, padding in layers:
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        elements += (channels * kernel**2 + 1) * outputs
+        channels = outputs
+    return (elements + images * channels * height * width) * itemsize
 
 
 def register(overload: Any, formula: Formula) -> None:

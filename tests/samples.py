@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import (
+    ConvLayer,
     cross_conv2d,
     cross_conv2d_and_mean,
     cross_conv2d_mean,
@@ -20,6 +21,7 @@ from icseg_kernels import (
     sample_patches,
     scatter_patches,
     selected_attention,
+    small_convolutions,
 )
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
@@ -125,6 +127,16 @@ def _group_norm_film(large: bool) -> Run:
     return _run(norm, _normal(samples, 16, side, side), _normal(samples, 16, seed=1), _normal(samples, 16, seed=2))
 
 
+def _small_convolutions(large: bool) -> Run:
+    """Of no inputs that get gradients, which are the reference's alone."""
+    x, slope = _normal(*((70, 3, 16, 16) if large else (3, 3, 7, 6))), 0.01
+    first = ConvLayer(
+        _normal(12, 3, 3, 3, seed=1), _normal(12, seed=2), padding=1, replicate=True, negative_slope=slope
+    )
+    second = ConvLayer(_normal(20, 12, 4, 4, seed=3), stride=2, padding=1)
+    return _run(lambda **named: small_convolutions(x, [first, second], **named))
+
+
 SAMPLES: dict[str, Callable[[bool], Run]] = {
     "gumbel_topk": _gumbel_topk,
     "sample_patches": _sample_patches,
@@ -137,5 +149,6 @@ SAMPLES: dict[str, Callable[[bool], Run]] = {
     "cross_conv2d_mean": _cross_conv2d_mean,
     "cross_conv2d_and_mean": _cross_conv2d_and_mean,
     "group_norm_film": _group_norm_film,
+    "small_convolutions": _small_convolutions,
 }
 """prepare(large): inputs of one call, of a second's fraction; large: enough for several threads."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from icseg_kernels import (
+    ConvLayer,
     checks,
     cross_conv2d,
     cross_conv2d_and_mean,
@@ -22,6 +23,7 @@ from icseg_kernels import (
     sample_patches,
     scatter_patches,
     selected_attention,
+    small_convolutions,
 )
 from icseg_kernels.philox import gumbel_noise
 
@@ -45,6 +47,7 @@ def valid(op: Callable[..., Any]) -> dict[str, Any]:
         cross_conv2d_mean: images(),
         cross_conv2d_and_mean: images(),
         group_norm_film: {"x": torch.zeros(2, 4, 3), "groups": 2, "gain": torch.zeros(4), "bias": torch.zeros(2, 4)},
+        small_convolutions: {"x": torch.zeros(2, 3, 4, 4), "layers": [ConvLayer(torch.zeros(2, 3, 3, 3))]},
     }[op]
 
 
@@ -69,6 +72,7 @@ TENSORS = [
     *((selected_attention, name) for name in ("q", "k", "v", "index")),
     *((op, name) for op in IMAGE_OPS for name in ("x", "y", "weight", "bias")),
     *((group_norm_film, name) for name in ("x", "gain", "bias")),
+    (small_convolutions, "x"),
 ]
 # The first tensor of an op says where the others must be.
 FOLLOWING = [(op, name) for op, name in TENSORS if name != next(iter(valid(op)))]
@@ -193,6 +197,9 @@ def test_number_that_is_not_finite(op: Callable[..., Any], name: str, hostile: f
         (group_norm_film, "gain", torch.zeros(1, 4), ValueError),
         (group_norm_film, "bias", torch.zeros(2), ValueError),
         (group_norm_film, "x", torch.zeros(4), ValueError),
+        (small_convolutions, "x", torch.zeros(3, 4, 4), ValueError),
+        *((small_convolutions, "layers", hostile, TypeError) for hostile in (None, 1, "layers", {}, [None])),
+        (small_convolutions, "layers", (), ValueError),
     ],
     ids=label,
 )

@@ -105,6 +105,9 @@ const char* icseg_error(int code) {
         case ICSEG_WORKSPACE: return "the workspace must be larger";
         case ICSEG_WINDOWS: return "a window must fit the map, its stride and the threads be positive, the taps an odd number";
         case ICSEG_RUNS: return "runs must add up to the queries, cover whole groups and stay within the lists";
+        case ICSEG_LAYERS:
+            return "layers must be 1 to 16 convolutions, each of the channels that the one before gives, of kernels 1 to 5, "
+                   "strides 1 or 2, paddings below the kernel, and maps of 1 to 128 channels and 1 to 32 pixels a side";
         default: return "unknown error code";
     }
 }
