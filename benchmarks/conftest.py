@@ -9,6 +9,7 @@ from harness import Row, append
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="append one JSON line a case to this file")
+    parser.addoption("--pack", type=Path, help="bench_model: a target of this pack in place of a synthetic one")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icseg.sparse.encoder import activation
+from icseg.sparse.encoder import SmallConvolutions, activation, convolved
 from icseg.sparse.propagation import CONTEXT_CHANNELS
 
 TOKEN_CHANNELS = 16
@@ -33,14 +33,14 @@ class PatchDecoder(nn.Module):
         self.bound = bound
         shared, own = channels
         self.token = nn.Linear(dim, TOKEN_CHANNELS * 16)
-        self.shared = nn.Sequential(
+        self.shared = SmallConvolutions(
             nn.Conv2d(features + TOKEN_CHANNELS + CONTEXT_CHANNELS, shared, 3, padding=1, padding_mode="replicate"),
             activation(),
             nn.Conv2d(shared, own, 1),
         )
         self.own = nn.Conv2d(propagation_heads + PRIOR_CHANNELS, own, 3, padding=1, padding_mode="replicate")
         last = nn.Conv2d(own, 2, 1)
-        self.layers = nn.Sequential(
+        self.layers = SmallConvolutions(
             activation(), nn.Conv2d(own, own, 3, padding=1, padding_mode="replicate"), activation(), last
         )
         # The coarsest level starts as label propagation itself, finer ones as a mild correction.
@@ -61,7 +61,7 @@ class PatchDecoder(nn.Module):
         priors = torch.stack([prior.clamp(-6, 6) / 3, prior.sigmoid() * 2 - 1], 2)
         own = torch.cat([masks.transpose(1, 2), priors], 2)  # [B*K, classes, h + 2, 8, 8]
         classes = own.shape[1]
-        own = self.own(own.flatten(0, 1)).unflatten(0, (-1, classes)) + shared.unsqueeze(1)
+        own = convolved(self.own, own.flatten(0, 1)).unflatten(0, (-1, classes)) + shared.unsqueeze(1)
         change, error = self.layers(own.flatten(0, 1)).unflatten(0, (-1, classes)).unbind(2)
         gain = self.propagation_gain[min(level, len(self.propagation_gain) - 1)]
         change = change + gain * masks.mean(1)

@@ -8,13 +8,46 @@ import torch
 from torch import Tensor, nn
 
 from icseg.sparse.patches import PatchInputs
-from icseg_kernels import selected_attention
+from icseg_kernels import ConvLayer, selected_attention, small_convolutions
 
 FREQUENCIES = 12
 
 
 def activation() -> nn.Module:
     return nn.LeakyReLU(0.05, inplace=True)
+
+
+class SmallConvolutions(nn.Sequential):
+    """nn.Sequential whose convolutions, each with the leaky ReLU after it, are `small_convolutions` in inference.
+
+    With gradients or under autocast they are torch's own. A convolution pads with zeros or the nearest pixels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        layers: list[ConvLayer] = []
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                layers.append(_conv_layer(module))
+            elif isinstance(module, nn.LeakyReLU) and layers:
+                layers[-1] = layers[-1]._replace(negative_slope=module.negative_slope)
+            else:
+                x = module(small_convolutions(x, layers) if layers else x)
+                layers = []
+        return small_convolutions(x, layers) if layers else x
+
+
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), as `SmallConvolutions` computes it."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return conv(x)
+    return small_convolutions(x, [_conv_layer(conv)])
+
+
+def _conv_layer(conv: nn.Conv2d) -> ConvLayer:
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    return ConvLayer(conv.weight, conv.bias, stride, padding, conv.padding_mode == "replicate")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, index: Tensor | None, scale: float | None = None) -> Tensor:
@@ -33,17 +66,17 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, dim: int, channels: int, levels: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
+        self.stem = SmallConvolutions(
             nn.Conv2d(3, 12, 3), activation(),
             nn.Conv2d(12, 16, 3), activation(),
             nn.Conv2d(16, 24, 3), activation(),
             nn.Conv2d(24, channels, 3), activation(),
         )  # fmt: skip
-        self.label_stem = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), activation())
-        self.token = nn.Sequential(
+        self.label_stem = SmallConvolutions(nn.Conv2d(1, 8, 4, 2, 1), activation())
+        self.token = SmallConvolutions(
             nn.Conv2d(channels + 8, 48, 4, 2, 1), activation(), nn.Flatten(1), nn.Linear(48 * 16, dim)
         )
-        self.context = nn.Sequential(
+        self.context = SmallConvolutions(
             nn.Conv2d(3, 16, 4, 2, 1), activation(),
             nn.Conv2d(16, 32, 4, 2, 1), activation(),
             nn.Flatten(1), nn.Linear(32 * 16, dim),

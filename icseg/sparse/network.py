@@ -258,16 +258,19 @@ class SparseNetwork(nn.Module):
         worth = self._training_score(task, state, expected) if self.training else expected
         covered = torch.zeros_like(expected, dtype=torch.bool)
         for number, slots in enumerate(plan.rounds):
+            uncovered = worth.masked_fill(covered, 0)
+            if plan.tolerance is not None and not _static() and not (uncovered.sum(1) > plan.tolerance).any():
+                break
             draw = None if task.seed is None else derived_seed(task.seed, ROUND_DRAW, number)
             index = selection.target_patches(worth.masked_fill(covered, -1.0), slots, self.config.selection_power, draw)
             valid: Tensor | None = None
             if plan.tolerance is not None:
-                uncovered, left_out = worth.masked_fill(covered, 0), self.config.left_out if number else 0.0
+                left_out = self.config.left_out if number else 0.0
                 index, valid = _kept(index, selection.needed(uncovered, index, plan.tolerance, left_out))
-            picked = self._round(task, state, index, valid) if index.shape[1] else _no_patches(task, index)
-            rounds.append(picked)
             if index.shape[1] == 0:
                 break
+            picked = self._round(task, state, index, valid)
+            rounds.append(picked)
             covered = covered | (selection.on_grid(torch.ones_like(index), index, task.cells) > 0)
             if number + 1 < len(plan.rounds):
                 share = share_of_mean.flatten(2)  # [B, C, cells]
@@ -276,7 +279,7 @@ class SparseNetwork(nn.Module):
                 change = picked.change * selection.at(share.amax(1), index)
                 worth = mended * selection.second_look(expected, change, index, task.grid)
         state.uncovered = expected.masked_fill(covered, 0).sum(1)
-        return rounds
+        return rounds or [_no_patches(task)]
 
     def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
         """Encode and decode the grid cells `index` [B, K]; valid [B, K]: those that are patches, None for all."""
@@ -380,9 +383,11 @@ def _kept(index: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(wanted, index, -1), None if fewest == most else wanted
 
 
-def _no_patches(task: _LevelTask, index: Tensor) -> _Round:
-    patches = task.pyramid.images[0].new_zeros(*index.shape, task.classes, PATCH, PATCH)
-    return _Round(coords_of(index, task.grid[1]), patches, patches, patches.flatten(2).sum(2), None)
+def _no_patches(task: _LevelTask) -> _Round:
+    image = task.pyramid.images[0]
+    coords = torch.zeros(image.shape[0], 0, 2, dtype=torch.int64, device=image.device)
+    patches = image.new_zeros(image.shape[0], 0, task.classes, PATCH, PATCH)
+    return _Round(coords, patches, patches, patches.flatten(2).sum(2), None)
 
 
 def _static() -> bool:

@@ -45,14 +45,15 @@ class LabelPropagation(nn.Module):
         labels = cells(masks)
         labels = labels.reshape(tokens.shape[0], 1, -1, labels.shape[-1]).expand(-1, self.heads, -1, -1)
         per_patch = self.value_token(tokens).flatten(0, 1).unsqueeze(1)
-        learned = self._heads(self.value_cell(cells(features)) + per_patch, tokens.shape[0])
+        features = cells(features).contiguous()  # for two linear layers
+        learned = self._heads(self.value_cell(features) + per_patch, tokens.shape[0])
         return self._match(features, tokens), torch.cat([labels, learned], -1)
 
     def forward(
         self, features: Tensor, tokens: Tensor, keys: Tensor, values: Tensor, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What the target's patches looked up: (masks [B*K, h, classes, 8, 8] in [-1, 1], context [B*K, 16, 8, 8])."""
-        query = self._match(features, tokens) * self.log_scale.exp()
+        query = self._match(cells(features), tokens) * self.log_scale.exp()
         keys, values = keys.to(query.dtype), values.to(query.dtype)  # a memory made at another precision serves too
         found = attention(query, keys, values, scale=1.0, index=index)
         found = found.unflatten(2, (tokens.shape[1], CELLS)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B*K, 16, h, Dv]
@@ -63,7 +64,7 @@ class LabelPropagation(nn.Module):
 
     def _match(self, features: Tensor, tokens: Tensor) -> Tensor:
         per_patch = self.match_token(tokens).flatten(0, 1).unsqueeze(1)
-        hidden = F.gelu(self.match_cell(cells(features)) + per_patch)
+        hidden = F.gelu(self.match_cell(features) + per_patch)
         return F.normalize(self._heads(self.match_out(hidden), tokens.shape[0]), dim=-1)
 
     def _heads(self, x: Tensor, batch: int) -> Tensor:

@@ -40,8 +40,8 @@ def halve(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     if height % 2 or width % 2:
         x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-    upper, lower = x[..., ::2, :], x[..., 1::2, :]
-    return ((upper[..., ::2] + lower[..., ::2]) + (upper[..., 1::2] + lower[..., 1::2])) * 0.25
+    columns = x[..., ::2, :] + x[..., 1::2, :]
+    return (columns[..., ::2] + columns[..., 1::2]) * 0.25
 
 
 def double(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -23,8 +23,7 @@ def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int
     of the support set does not matter.
     """
     images, classes = mask.shape[:2]
-    highest = F.max_pool2d(mask, PATCH, ceil_mode=True)
-    lowest = -F.max_pool2d(-mask, PATCH, ceil_mode=True)
+    lowest, highest = _extremes(mask)
     touched, mixed = (highest > TOUCHED).flatten(2), (lowest < FULL).flatten(2)  # [N, classes, cells]
     near = F.max_pool2d(highest.amax(1, keepdim=True), 3, 1, 1).flatten(1) > TOUCHED
     cells = touched.shape[2]
@@ -43,6 +42,15 @@ def support_patches(mask: Tensor, count: int, foreground_share: float, seed: int
     return torch.cat([chosen, rest.topk(count - foreground, 1).indices], 1)
 
 
+def _extremes(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value [N, C, rows, columns] in each cell of [N, C, h, w]; faster on CPUs than max_pool2d."""
+    height, width = mask.shape[2:]
+    if height % PATCH or width % PATCH:
+        mask = F.pad(mask, (0, -width % PATCH, 0, -height % PATCH), mode="replicate")
+    strips = mask.unflatten(2, (-1, PATCH))
+    return strips.amin(3).unflatten(3, (-1, PATCH)).amin(4), strips.amax(3).unflatten(3, (-1, PATCH)).amax(4)
+
+
 def target_patches(score: Tensor, count: int, power: float, seed: int | None) -> Tensor:
     """Grid indices [B, min(count, cells)] of the highest scores [B, cells], those below 0 never.
 
@@ -50,9 +58,11 @@ def target_patches(score: Tensor, count: int, power: float, seed: int | None) ->
     """
     score = score.nan_to_num()
     count = min(count, score.shape[1])
+    if seed is None:
+        return gumbel_topk(score.masked_fill(score < 0, -torch.inf), count, noise=0).indices
     floor = SCORE_FLOOR * score.amax(1, keepdim=True).clamp_min(1e-12)
     weight = torch.where(score < 0, -torch.inf, power * (score.clamp_min(0) + floor).log())
-    return gumbel_topk(weight, count, seed=seed, noise=0 if seed is None else None).indices
+    return gumbel_topk(weight, count, seed=seed).indices
 
 
 def needed(score: Tensor, index: Tensor, tolerance: float, left_out: float = 0.0) -> Tensor:
