@@ -67,6 +67,22 @@ def test_demo_writes_masks_and_overlays(tmp_path, capsys):
     assert report.command.startswith("icseg segment ")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bundled_weights_serve_in_half_precision(dtype):
+    def stacked(names):
+        return torch.stack([torch.tensor(read_image(demo.EXAMPLE / f"{name}.png").array) for name in names])[:, None]
+
+    images = stacked([demo.TARGETS[0], *demo.SUPPORTS]) / 255
+    target, support = images[:1], images[None, 1:]
+    labels = (stacked([f"{name}_mask" for name in demo.SUPPORTS]) > 0).float()[None]
+    model = icseg.PatchICL.from_pretrained()
+    with torch.inference_mode():
+        expected = model(target, support, labels).logits
+        found = model.to(dtype)(target.to(dtype), support.to(dtype), labels.to(dtype)).logits
+    assert found.dtype == dtype
+    assert dice(found > 0, expected > 0).item() > 0.99
+
+
 def foreign_weights(path):
     config = icseg.PatchICLConfig.sparse().to_dict()
     save_file({"x": torch.zeros(3)}, path, {"icseg_config": json.dumps(config)})

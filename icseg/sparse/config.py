@@ -26,7 +26,7 @@ class SparseConfig(PatchICLConfig):
                        worth its cost; the last takes all that are.
     tolerance:         adaptive budget: where the expected error that more patches of a level could mend is at most
                        this share of twice the expected foreground (so about that of Dice), they are not taken.
-    left_out:          else they are, until this share of it stays uncovered.
+    patches_of_tolerance: nor is a patch that could mend less than the tolerance over this number.
     foreground_share:  share of a support image's patches that is spent on its foreground and boundary.
     dim, depth, heads, mlp_ratio: width, blocks, attention heads and hidden layer of the transformer.
     registers:         tokens without a patch, as many on the support's side as on the target's.
@@ -47,10 +47,10 @@ class SparseConfig(PatchICLConfig):
     support_patches: tuple[int, ...] = (16, 16, 24, 24, 24, 24)
     most_support_patches: int = 512
     most_patches: int = 1024
-    exploration: tuple[int, ...] = (16, 32, 24, 6)
+    exploration: tuple[int, ...] = (16, 40, 24, 6)
     trial: int = 24
-    tolerance: float = 0.05
-    left_out: float = 0.1
+    tolerance: float = 0.04
+    patches_of_tolerance: int = 800
     foreground_share: float = 0.6
     dim: int = 128
     depth: int = 4
@@ -82,8 +82,8 @@ class SparseConfig(PatchICLConfig):
                 f"levels must start with a multiple of 8 and double from one to the next, got {self.levels}"
             )
         check_ints(self, 1, "distinct_levels", "most_support_patches", "most_patches", "trial")
-        check_ints(self, 1, "dim", "depth", "heads", "mlp_ratio", "stem_channels", "propagation_heads")
-        check_ints(self, 1, "propagation_key_dim", "propagation_value_dim")
+        check_ints(self, 1, "patches_of_tolerance", "dim", "depth", "heads", "mlp_ratio", "stem_channels")
+        check_ints(self, 1, "propagation_heads", "propagation_key_dim", "propagation_value_dim")
         check_ints(self, 0, "registers")
         if not isinstance(self.exploration, tuple) or not self.exploration:
             raise ValueError(f"exploration must be a tuple of ints, one a level, got {self.exploration!r}")
@@ -95,7 +95,7 @@ class SparseConfig(PatchICLConfig):
             check_int("decoder_channels", value, 1)
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
-        check_numbers(self, "foreground_share", "oracle_share", "uniform_share", "left_out", least=0, most=1)
+        check_numbers(self, "foreground_share", "oracle_share", "uniform_share", least=0, most=1)
         if self.oracle_share + self.uniform_share > 1:
             shares = f"{self.oracle_share} and {self.uniform_share}"
             raise ValueError(f"oracle_share and uniform_share must add up to at most 1, got {shares}")

@@ -218,12 +218,11 @@ class SparseNetwork(nn.Module):
         if budget.tolerance == 0:
             return [LevelPlan((count,)) for count in cells]
         if budget.tolerance is not None:
-            slots = config.target_patches if _static() else (config.most_patches,) * len(cells)
             first = [config.exploration[min(level, len(config.exploration) - 1)] for level in range(len(cells))]
-            return [
-                LevelPlan((few, config.trial, most), budget.tolerance)
-                for few, most in zip(first, slots[: len(cells)], strict=True)
-            ]
+            most = config.target_patches if _static() else (config.most_patches,) * len(cells)
+            repeats = [1 if _static() else -(-count // config.most_patches) for count in cells]  # until all are taken
+            rounds = zip(first, most, repeats, strict=False)
+            return [LevelPlan((few, config.trial, *[n] * times), budget.tolerance) for few, n, times in rounds]
         if budget.gflops is not None:
             return [LevelPlan((count,)) for count in affordable(self, memory, cells, budget.gflops)]
         assert budget.patches is not None
@@ -250,7 +249,7 @@ class SparseNetwork(nn.Module):
 
     def _picked_rounds(self, task: _LevelTask, state: _Cascade, error: Tensor, foreground: Tensor) -> list[_Round]:
         """The rounds of a level but the first; empty rounds are left out where shapes may depend on values."""
-        plan = task.plan
+        config, plan = self.config, task.plan
         rounds: list[_Round] = []
         # Errors as shares of twice the expected foreground; a cell at the border counts by its pixels in the image.
         share_of_mean = (task.cell_shares / (2 * foreground)).expand_as(error)
@@ -258,15 +257,16 @@ class SparseNetwork(nn.Module):
         worth = self._training_score(task, state, expected) if self.training else expected
         covered = torch.zeros_like(expected, dtype=torch.bool)
         for number, slots in enumerate(plan.rounds):
-            uncovered = worth.masked_fill(covered, 0)
-            if plan.tolerance is not None and not _static() and not (uncovered.sum(1) > plan.tolerance).any():
+            least = plan.tolerance / config.patches_of_tolerance if plan.tolerance is not None and number else 0.0
+            left = torch.where(covered | (worth < least), -1.0, worth)
+            enough = None if plan.tolerance is None else left.clamp_min(0).sum(1, keepdim=True) > plan.tolerance
+            if enough is not None and not _static() and not enough.any():
                 break
             draw = None if task.seed is None else derived_seed(task.seed, ROUND_DRAW, number)
-            index = selection.target_patches(worth.masked_fill(covered, -1.0), slots, self.config.selection_power, draw)
+            index = selection.target_patches(left, slots, config.selection_power, draw)
             valid: Tensor | None = None
-            if plan.tolerance is not None:
-                left_out = self.config.left_out if number else 0.0
-                index, valid = _kept(index, selection.needed(uncovered, index, plan.tolerance, left_out))
+            if enough is not None:
+                index, valid = _kept(index, (index >= 0) & enough)
             if index.shape[1] == 0:
                 break
             picked = self._round(task, state, index, valid)

@@ -65,18 +65,6 @@ def target_patches(score: Tensor, count: int, power: float, seed: int | None) ->
     return gumbel_topk(weight, count, seed=seed).indices
 
 
-def needed(score: Tensor, index: Tensor, tolerance: float, left_out: float = 0.0) -> Tensor:
-    """[B, K] bool: which of the picks `index` [B, K], in their order, are worth their cost.
-
-    score [B, cells], at least 0: what each cell is worth. None is worth its cost where all of them together are worth
-    at most `tolerance`; else those until at most the share `left_out` stays uncovered.
-    """
-    taken = torch.where(index < 0, 0.0, at(score, index))
-    total = score.sum(1, keepdim=True)
-    left = total - (taken.cumsum(1) - taken)
-    return (index >= 0) & (total > tolerance) & (left > left_out * total)
-
-
 def reducible_share(score: Tensor, index: Tensor, after: Tensor) -> Tensor:
     """[B, 1] in [0, 1]: the share of the expected error that the picks `index` [B, K] mended, so that others might.
 
