@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from icseg.sparse.patches import PatchInputs
-from icseg_kernels import selected_attention
+from icseg_kernels import BlockWeights, selected_attention, transformer_block
 
 FREQUENCIES = 12
 
@@ -93,6 +94,8 @@ class Block(nn.Module):
 
         index [B, N + all M]: rows of the keys (the memory's, then the tokens' own), -1 for one that is not to be seen.
         """
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type):
+            return transformer_block(tokens, memory, self._weights(), heads=self.heads, index=index)
         x = self.norm_attention(tokens)
         own = self.key_value(x)
         keys, values = torch.cat([*(other.to(own.dtype) for other in memory), own], 1).chunk(2, -1)
@@ -100,6 +103,15 @@ class Block(nn.Module):
         attended = attention(query, self._split(keys), self._split(values), index=index)
         tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm_mlp(tokens)), own
+
+    def _weights(self) -> BlockWeights:
+        """Straight from the dictionaries of modules: nn.Module's attributes take as long as a quarter of the block."""
+        modules: dict[str, Any] = self._modules
+        mlp = modules["mlp"]._modules
+        norm = modules["norm_attention"]
+        layers = norm, modules["query"], modules["key_value"], modules["out"], modules["norm_mlp"], mlp["0"], mlp["2"]
+        tensors = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
+        return BlockWeights._make([*tensors, norm.eps])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
