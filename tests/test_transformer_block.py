@@ -453,7 +453,7 @@ def test_the_reference_serves_what_wants_a_gradient():
 
 
 @needs_native
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_the_reference_serves_transforms():
     tokens, memory, block, heads = case("several")
     run = lambda x: transformer_block(x, memory, block, heads=heads)[0]  # noqa: E731

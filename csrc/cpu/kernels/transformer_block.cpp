@@ -69,20 +69,25 @@ void tile(const Product& product, int64_t row, const float* panel) {
         }
     }
     float* to = product.to + row * product.to_row;
-    const int64_t last = product.width - (Vectors - 1) * kLane;
+    const int64_t to_row = product.to_row, last = product.width - (Vectors - 1) * kLane;
+    const Vector<float> factor = broadcast(product.factor);
+    const bool adds = product.adds;
+    if (last == kLane) {
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < Rows; ++r, to += product.to_row) {
+        for (int64_t r = 0; r < Rows; ++r, to += to_row) {
 #pragma GCC unroll 2
-        for (int64_t v = 0; v < Vectors; ++v) {
-            float* at = to + v * kLane;
-            Vector<float> value = sum[r][v] * product.factor;
-            if (v + 1 < Vectors || last == kLane) {
-                if (product.adds) value = load(at) + value;
-                store(at, value);
-            } else {
-                if (product.adds) value = load_first(at, last) + value;
-                store_first(at, value, last);
+            for (int64_t v = 0; v < Vectors; ++v) {
+                const Vector<float> value = sum[r][v] * factor;
+                store(to + v * kLane, adds ? load(to + v * kLane) + value : value);
             }
+        }
+        return;
+    }
+    for (int64_t r = 0; r < Rows; ++r, to += to_row) {
+        for (int64_t v = 0; v < Vectors; ++v) {
+            const int64_t some = v + 1 < Vectors ? kLane : last;
+            const Vector<float> value = sum[r][v] * factor;
+            store_up_to(to + v * kLane, adds ? load_up_to(to + v * kLane, some) + value : value, some);
         }
     }
 }
@@ -115,11 +120,67 @@ inline void multiply_panel(const Product& product, int64_t rows, const float* pa
     });
 }
 
+#ifdef __AVX2__
+// Four elements of each of kLane rows, from column(lane of 128 bits, row of four) on, as four vectors.
+template <typename Column>
+inline ICSEG_INLINE void transpose_four(const Column& column, float* to, int64_t stride) {
+    Vector<float> x[4];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+#ifdef __AVX512F__
+        x[i] = _mm512_castps128_ps512(_mm_loadu_ps(column(0, i)));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_loadu_ps(column(1, i)));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_loadu_ps(column(2, i)));
+        x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_loadu_ps(column(3, i)));
+#else
+        x[i] = _mm256_castps128_ps256(_mm_loadu_ps(column(0, i)));
+        x[i] = _mm256_insertf128_ps(x[i], _mm_loadu_ps(column(1, i)), 1);
+#endif
+    }
+#ifdef __AVX512F__
+    const __m512 a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpacklo_ps(x[2], x[3]);
+    const __m512 c = _mm512_unpackhi_ps(x[0], x[1]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    store(to, (Vector<float>)_mm512_unpacklo_pd((__m512d)a, (__m512d)b));
+    store(to + stride, (Vector<float>)_mm512_unpackhi_pd((__m512d)a, (__m512d)b));
+    store(to + 2 * stride, (Vector<float>)_mm512_unpacklo_pd((__m512d)c, (__m512d)d));
+    store(to + 3 * stride, (Vector<float>)_mm512_unpackhi_pd((__m512d)c, (__m512d)d));
+#else
+    const __m256 a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpacklo_ps(x[2], x[3]);
+    const __m256 c = _mm256_unpackhi_ps(x[0], x[1]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    store(to, (Vector<float>)_mm256_unpacklo_pd((__m256d)a, (__m256d)b));
+    store(to + stride, (Vector<float>)_mm256_unpackhi_pd((__m256d)a, (__m256d)b));
+    store(to + 2 * stride, (Vector<float>)_mm256_unpacklo_pd((__m256d)c, (__m256d)d));
+    store(to + 3 * stride, (Vector<float>)_mm256_unpackhi_pd((__m256d)c, (__m256d)d));
+#endif
+}
+#endif
+
 // A panel of `width` columns, each `depth` consecutive elements from rows[i] on, after a row of `bias` (NULL: zeros).
 void pack(const float* const* rows, int64_t width, int64_t depth, const float* bias, float* panel) {
     const int64_t stride = width <= kLane ? kLane : 2 * kLane;
     for (int64_t i = 0; i < stride; ++i) panel[i] = bias != nullptr && i < width ? bias[i] : 0.0f;
-    transpose<float>(rows, width, depth, 1, panel + stride, stride);
+    panel += stride;
+#ifdef __AVX2__
+    if (width == stride && depth % 4 == 0) {
+        for (int64_t first = 0; first < width; first += kLane) {
+            const int64_t step = rows[first + 1] - rows[first];
+            bool even = true;
+            for (int64_t i = 1; i < kLane; ++i) even = even && rows[first + i] - rows[first] == i * step;
+            const float *one[kLane / 4], *const* some = rows + first;
+            for (int64_t i = 0; i < kLane / 4; ++i) one[i] = rows[first + 4 * i];
+            for (int64_t d = 0; d < depth; d += 4) {
+                float* to = panel + first + d * stride;
+                if (even) {
+                    transpose_four([&](int64_t l, int64_t i) ICSEG_INLINE { return one[l] + i * step + d; }, to, stride);
+                } else {
+                    transpose_four([&](int64_t l, int64_t i) ICSEG_INLINE { return some[4 * l + i] + d; }, to, stride);
+                }
+            }
+        }
+        return;
+    }
+#endif
+    transpose<float>(rows, width, depth, 1, panel, stride);
 }
 
 void multiply(const Product& product, int64_t rows, const float* panel) {
