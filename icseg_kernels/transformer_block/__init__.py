@@ -88,13 +88,15 @@ def transformer_block(
     kind = tokens.device.type
     autocasting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     weights, eps = block[:14], block[14]
-    _check_weights(weights, tokens, autocasting)
+    plain = _check_weights(weights, tokens, autocasting)
     if type(eps) is not float or not 0 <= eps < 1:
         eps = checks.number("block.eps", eps, least=0.0)
     if type(memory) is not list and (not isinstance(memory, Sequence) or isinstance(memory, str)):
         raise TypeError(f"memory must be a sequence of tensors, got {type(memory).__name__}")
     for i, piece in enumerate(memory):
-        if not _follows(piece, tokens):
+        if not (type(piece) in _PLAIN and piece.dtype is tokens.dtype and piece.is_cpu and tokens.is_cpu) or (
+            piece.layout is not torch.strided
+        ):
             _check_tensor(f"memory[{i}]", piece, tokens, any_dtype=True)
         shape = piece.shape
         if len(shape) != 3 or shape[0] != samples or shape[2] != 2 * dim:
@@ -107,33 +109,42 @@ def transformer_block(
             raise ValueError(f"index must have shape [B, L] with B = {samples}, got {list(index.shape)}")
     if backends.select("transformer_block", backend, tokens, memory, weights, index, autocasting) == "reference":
         return reference.transformer_block(tokens, memory, block, heads, index, backend)
-    if backends.unwatched((tokens, index, *memory, *weights)):
+    # Weights that require gradients are the reference's by now.
+    if (
+        plain
+        and backends.unwatched((tokens, index, *memory))
+        and not any(map(Tensor.is_neg, weights))
+        and not any(map(Tensor._is_zerotensor, weights))
+    ):
         return native.apply(tokens, memory, weights, heads, index, eps)
     found, own = _transformer_block(tokens, list(memory), list(weights), heads, index, eps)
     return found, own
 
 
-def _check_weights(weights: Sequence[Any], tokens: Tensor, autocasting: bool) -> None:
-    for i, weight in enumerate(weights):
-        if not _follows(weight, tokens):
-            _check_tensor(f"block.{BlockWeights._fields[i]}", weight, tokens, any_dtype=autocasting)
-    first = weights[10].shape
-    if len(first) != 2 or first[0] < 1:
-        raise ValueError(f"block.mlp_in_weight must have shape [H, D] with H > 0, got {list(first)}")
-    for i, (weight, shape) in enumerate(zip(weights, native.shapes(tokens.shape[2], first[0]), strict=True)):
+def _check_weights(weights: Sequence[Any], tokens: Tensor, autocasting: bool) -> bool:
+    """Whether they are as usual: torch's own tensors such as `tokens`, on a CPU."""
+    first = weights[10]
+    checks.floating("block.mlp_in_weight", first)
+    if len(first.shape) != 2 or first.shape[0] < 1:
+        raise ValueError(f"block.mlp_in_weight must have shape [H, D] with H > 0, got {list(first.shape)}")
+    shapes, dtype = native.shapes(tokens.shape[2], first.shape[0]), tokens.dtype
+    for weight, shape in zip(weights, shapes, strict=True):
+        if not (
+            type(weight) in _PLAIN
+            and weight.shape == shape
+            and weight.dtype is dtype
+            and weight.is_cpu
+            and weight.layout is torch.strided
+        ):
+            break
+    else:
+        if tokens.is_cpu:
+            return True  # without building names
+    for name, weight, shape in zip(BlockWeights._fields, weights, shapes, strict=False):
+        _check_tensor(f"block.{name}", weight, tokens, any_dtype=autocasting)
         if weight.shape != shape:
-            name = BlockWeights._fields[i]
             raise ValueError(f"block.{name} must have shape {list(shape)}, got {list(weight.shape)}")
-
-
-def _follows(value: Any, tokens: Tensor) -> bool:
-    """Whether it is a tensor such as `tokens`, in the usual case; without building names."""
-    return (
-        type(value) in _PLAIN
-        and value.dtype == tokens.dtype
-        and value.device == tokens.device
-        and value.layout == tokens.layout
-    )
+    return False
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -108,12 +108,9 @@ def apply(
     if stride != 1:
         tokens = tokens.contiguous()
         stride_batch, stride_token, _ = tokens.stride()
+    if not all(map(Tensor.is_contiguous, weights)):
+        weights = [weight.contiguous() for weight in weights]
     copies = []  # must outlive the call
-    pointers = []
-    for weight in weights:
-        if not weight.is_contiguous():
-            copies.append(weight := weight.contiguous())
-        pointers.append(weight.data_ptr())
     pieces: list[int] = []
     keys = count
     for piece in memory:
@@ -134,7 +131,7 @@ def apply(
     workspace = torch.empty(size, dtype=torch.uint8)
     out, own = tokens.new_empty((samples, count, dim)), tokens.new_empty((samples, count, 2 * dim))
     call = _call_bytes(
-        *pointers,
+        *map(Tensor.data_ptr, weights),
         eps,
         dim,
         heads,

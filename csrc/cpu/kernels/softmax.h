@@ -22,7 +22,7 @@ inline Real exponentials(Real* scores, int64_t count, Real& most, Real& total) {
     Vector<Real> top = broadcast(most);
     for (int64_t j = 0; j < whole; j += lanes) top = larger(top, load(scores + j));  // NaN shows in the sum
     const Real before = most;
-    most = reduce<Real>(top, [](Real a, Real b) { return larger(a, b); });
+    most = largest_of_lanes<Real>(top);
     const Real origin = most == -infinity ? 0 : most;  // of no use against -inf: -inf - -inf is NaN
     Vector<Real> sum = {};
     for (int64_t j = 0; j < whole; j += lanes) {
