@@ -590,6 +590,23 @@ def test_the_module_is_the_same_with_and_without_gradients(hiding, half):
     assert [t.dtype for t in used] == [t.dtype for t in trained]
 
 
+def test_a_replaced_layer_of_the_module_is_called():
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    tokens, memory, _, heads = case("several")
+    block = module_of(tokens, heads, 256)
+    query, block.query = block.query, Doubled(128, 128)
+    block.query.load_state_dict(query.state_dict())
+    with torch.no_grad():
+        found = block(tokens, memory, None)
+    expected = block(tokens, memory, None)
+    torch.testing.assert_close(found, tuple(t.detach() for t in expected), rtol=1e-5, atol=1e-5)
+    block.query = query
+    assert not torch.allclose(found[0], block(tokens, memory, None)[0], atol=1e-3)
+
+
 def weights_of_module(block: Block) -> BlockWeights:
     layers = block.norm_attention, block.query, block.key_value, block.out, block.norm_mlp, block.mlp[0], block.mlp[2]
     return BlockWeights(*(t for layer in layers for t in (layer.weight, layer.bias)))
