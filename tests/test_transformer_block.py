@@ -341,7 +341,7 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.parametrize(
-    ("batch", "count", "pieces"), [(1, 20, [150]), (5, 31, [7, 0, 2]), (1, 150, []), (3, 1, [300])]
+    ("batch", "count", "pieces"), [(1, 20, [150]), (5, 31, [7, 0, 2]), (1, 150, []), (25, 1, [30])]
 )
 def test_threads_change_no_bit(isa, threads, batch, count, pieces):
     tokens, memory, block, heads = made(batch, count, pieces, 128, 4, 256)

@@ -32,7 +32,9 @@ int plan(TransformerBlock& block, int64_t* bytes) {
         return ICSEG_TOO_LARGE;
     }
     block.tokens = call.batch * call.count;
-    block.slots = std::max<int64_t>(std::min(call.slots, block.tokens), 1);
+    // A slot makes panels of all weights, which costs as much as multiplying about so many tokens with them.
+    constexpr int64_t least_tokens = 8;
+    block.slots = std::max<int64_t>(std::min(call.slots, block.tokens / least_tokens), 1);
     block.at_once = std::min((block.tokens + block.slots - 1) / block.slots, kMostTokens);
     block.pitch = padded(call.dim);
     block.hidden_pitch = padded(call.hidden);

@@ -18,7 +18,12 @@ inline Real exponentials(Real* scores, int64_t count, Real& most, Real& total) {
     constexpr int64_t lanes = kLanes<Real>;
     constexpr Real infinity = static_cast<Real>(INFINITY);
     const int64_t whole = (count + lanes - 1) / lanes * lanes;
-    for (int64_t j = count; j < whole; ++j) scores[j] = -infinity;
+    if (count < whole) {  // as one vector: its load would wait for stores of single elements
+        Vector<Real> place;
+        for (int64_t i = 0; i < lanes; ++i) place[i] = static_cast<Real>(i);
+        Real* last = scores + whole - lanes;
+        store(last, place < static_cast<Real>(count - (whole - lanes)) ? load(last) : broadcast(-infinity));
+    }
     Vector<Real> top = broadcast(most);
     for (int64_t j = 0; j < whole; j += lanes) top = larger(top, load(scores + j));  // NaN shows in the sum
     const Real before = most;
