@@ -7,6 +7,7 @@ import torch
 from harness import compare
 
 from icseg_kernels import (
+    BlockWeights,
     ConvLayer,
     gather_patches,
     group_norm_film,
@@ -15,7 +16,9 @@ from icseg_kernels import (
     scatter_patches,
     selected_attention,
     small_convolutions,
+    transformer_block,
 )
+from icseg_kernels.transformer_block.native import shapes
 
 SOURCE = torch.rand(1, 1, 8, 8)
 COORDS = torch.zeros(1, 1, 2, dtype=torch.int64)
@@ -24,6 +27,7 @@ LOGITS = torch.rand(1, 8)
 TOKENS = torch.rand(1, 1, 4, 8)
 MAPS, GAIN, BIAS = torch.rand(2, 8, 2, 2), torch.rand(8), torch.rand(8)
 LAYERS = [ConvLayer(torch.rand(2, 8, 1, 1), torch.rand(2)), ConvLayer(torch.rand(2, 2, 1, 1))]
+BLOCK, MEMORY = BlockWeights(*map(torch.rand, shapes(8, 8))), [torch.rand(1, 2, 16)]
 INDEX = torch.tensor([[0, 2]])
 CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "gather_patches": lambda backend: gather_patches(SOURCE, COORDS, 2, backend=backend),
@@ -37,6 +41,7 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
     "group_norm_film": lambda backend: group_norm_film(MAPS, 4, GAIN, BIAS, activation="gelu", backend=backend),
     "small_convolutions": lambda backend: small_convolutions(MAPS, LAYERS, backend=backend),
+    "transformer_block": lambda backend: transformer_block(TOKENS[0], MEMORY, BLOCK, heads=2, backend=backend)[0],
 }
 
 

@@ -30,6 +30,7 @@ enum icseg_code {
     ICSEG_WINDOWS = 12,
     ICSEG_RUNS = 13,
     ICSEG_LAYERS = 14,
+    ICSEG_BLOCK = 15,
 };
 
 #ifdef __cplusplus
@@ -408,6 +409,50 @@ ICSEG_API int icseg_small_convolutions_f32(const float* x, const icseg_convoluti
                                            int64_t images, int64_t height, int64_t width, int64_t stride_image,
                                            int64_t stride_channel, int64_t stride_y, int64_t stride_x, int64_t slots,
                                            void* workspace, int64_t workspace_bytes);
+
+/* Tokens in memory that a block attends to: a key and a value of dim channels each, one after the other. */
+typedef struct icseg_block_memory {
+    const float* data;
+    int64_t tokens, stride_batch, stride_token;
+} icseg_block_memory;
+
+/* A pre-norm transformer block whose keys and values are extended by those of other tokens; all fields are 8 bytes
+ * wide.
+ *
+ * x = norm(tokens, norm_attention); q = query x; own = key_value x: the tokens' keys, then their values
+ * tokens += out attention(q, memory and own); tokens += mlp_out gelu(mlp_in norm(tokens, norm_mlp))
+ *
+ * weights  [outputs, inputs] contiguous, biases [outputs]; dim from 1 to 512, heads divides it, hidden from 1 to 2048
+ * tokens   [batch, count, dim], the channels contiguous
+ * index    [batch, listed] of the keys to be seen, integers of index_bytes = 4 or 8; those outside [0, keys) are no
+ *          keys. index_bytes = 0: all are seen
+ * slots    how many shares the work is cut into, at least 1: as many as threads that may serve it
+ */
+typedef struct icseg_block {
+    const float *norm_attention_weight, *norm_attention_bias, *query_weight, *query_bias;
+    const float *key_value_weight, *key_value_bias, *out_weight, *out_bias;
+    const float *norm_mlp_weight, *norm_mlp_bias, *mlp_in_weight, *mlp_in_bias, *mlp_out_weight, *mlp_out_bias;
+    double eps;
+    int64_t dim, heads, hidden;
+    const float* tokens;
+    int64_t batch, count, stride_batch, stride_token;
+    const void* index;
+    int64_t index_bytes, listed, stride_index_batch, stride_index_entry;
+    void* workspace;
+    int64_t workspace_bytes, slots;
+} icseg_block;
+
+/* *bytes of workspace that a call needs, where tokens attend to `keys` keys in all, with or without an index. */
+ICSEG_API int icseg_transformer_block_workspace(int64_t batch, int64_t count, int64_t dim, int64_t heads,
+                                                int64_t hidden, int64_t keys, int64_t listed, int64_t slots,
+                                                int64_t* bytes);
+
+/* memory  `pieces` of them; the keys are theirs, in their order, then the tokens' own
+ * out     [batch, count, dim] contiguous, every element written: the tokens
+ * own     [batch, count, 2 dim] contiguous, every element written: their keys and values
+ */
+ICSEG_API int icseg_transformer_block_f32(const icseg_block* block, const icseg_block_memory* memory, int64_t pieces,
+                                          float* out, float* own);
 
 #ifdef __cplusplus
 }

@@ -10,9 +10,11 @@ from icseg_kernels.group_norm_film import group_norm_film
 from icseg_kernels.gumbel_topk import TopK, gumbel_topk
 from icseg_kernels.patches import PatchSample, Scatter, gather_patches, sample_patches, scatter_patches
 from icseg_kernels.small_convolutions import ConvLayer, small_convolutions
+from icseg_kernels.transformer_block import BlockWeights, transformer_block
 
 __all__ = [
     "BackendError",
+    "BlockWeights",
     "ConvLayer",
     "PatchSample",
     "Rotation",
@@ -28,5 +30,6 @@ __all__ = [
     "scatter_patches",
     "selected_attention",
     "small_convolutions",
+    "transformer_block",
     "use_backend",
 ]

@@ -184,6 +184,17 @@ def small_convolutions_bytes(
     return (elements + images * channels * height * width) * itemsize
 
 
+def transformer_block_flops(batch: int, tokens: int, keys: int, dim: int, hidden: int) -> int:
+    """FLOPs: those of the linear layers, of scores, and of weighted values; keys: all that a token may attend to."""
+    return 2 * batch * tokens * (4 * dim**2 + 2 * dim * hidden + 2 * keys * dim)
+
+
+def transformer_block_bytes(batch: int, tokens: int, memory: int, dim: int, hidden: int, itemsize: int = 4) -> int:
+    """Bytes: tokens, keys and values of `memory` tokens a sample and weights in; tokens, their keys and values out."""
+    weights = 4 * dim**2 + 2 * dim * hidden + 9 * dim + hidden
+    return (weights + batch * (tokens * 4 * dim + memory * 2 * dim)) * itemsize
+
+
 def register(overload: Any, formula: Formula) -> None:
     """Let torch.utils.flop_counter, and with it fvcore, count `overload` (what `backend.register` returned).
 

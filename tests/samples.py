@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import (
+    BlockWeights,
     ConvLayer,
     cross_conv2d,
     cross_conv2d_and_mean,
@@ -22,7 +23,9 @@ from icseg_kernels import (
     scatter_patches,
     selected_attention,
     small_convolutions,
+    transformer_block,
 )
+from icseg_kernels.transformer_block.native import shapes
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
 needs_native = pytest.mark.skipif(bool(library.missing()), reason="the native library is not built")
@@ -137,6 +140,18 @@ def _small_convolutions(large: bool) -> Run:
     return _run(lambda **named: small_convolutions(x, [first, second], **named))
 
 
+def _transformer_block(large: bool) -> Run:
+    """Of no inputs that get gradients, which are the reference's alone."""
+    count, dim = (50, 64) if large else (4, 12)
+    block = BlockWeights(*(_normal(*shape, seed=i) / dim**0.5 for i, shape in enumerate(shapes(dim, 2 * dim))))
+    tokens, memory = (
+        _normal(2, count, dim),
+        [_normal(2, 3 * count, 2 * dim, seed=1), _normal(1, 5, 2 * dim).expand(2, -1, -1)],
+    )
+    index = _integers(-1, 4 * count + 5, 2, 4 * count)
+    return _run(lambda **named: transformer_block(tokens, memory, block, heads=4, index=index, **named))
+
+
 SAMPLES: dict[str, Callable[[bool], Run]] = {
     "gumbel_topk": _gumbel_topk,
     "sample_patches": _sample_patches,
@@ -150,5 +165,6 @@ SAMPLES: dict[str, Callable[[bool], Run]] = {
     "cross_conv2d_and_mean": _cross_conv2d_and_mean,
     "group_norm_film": _group_norm_film,
     "small_convolutions": _small_convolutions,
+    "transformer_block": _transformer_block,
 }
 """prepare(large): inputs of one call, of a second's fraction; large: enough for several threads."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from icseg_kernels import (
+    BlockWeights,
     ConvLayer,
     checks,
     cross_conv2d,
@@ -24,8 +25,10 @@ from icseg_kernels import (
     scatter_patches,
     selected_attention,
     small_convolutions,
+    transformer_block,
 )
 from icseg_kernels.philox import gumbel_noise
+from icseg_kernels.transformer_block.native import shapes
 
 
 def valid(op: Callable[..., Any]) -> dict[str, Any]:
@@ -48,6 +51,13 @@ def valid(op: Callable[..., Any]) -> dict[str, Any]:
         cross_conv2d_and_mean: images(),
         group_norm_film: {"x": torch.zeros(2, 4, 3), "groups": 2, "gain": torch.zeros(4), "bias": torch.zeros(2, 4)},
         small_convolutions: {"x": torch.zeros(2, 3, 4, 4), "layers": [ConvLayer(torch.zeros(2, 3, 3, 3))]},
+        transformer_block: {
+            "tokens": torch.zeros(2, 3, 4),
+            "memory": [torch.zeros(2, 1, 8)],
+            "block": BlockWeights(*map(torch.zeros, shapes(4, 5))),
+            "heads": 2,
+            "index": torch.zeros(2, 4, dtype=torch.int64),
+        },
     }[op]
 
 
@@ -73,6 +83,7 @@ TENSORS = [
     *((op, name) for op in IMAGE_OPS for name in ("x", "y", "weight", "bias")),
     *((group_norm_film, name) for name in ("x", "gain", "bias")),
     (small_convolutions, "x"),
+    *((transformer_block, name) for name in ("tokens", "index")),
 ]
 # The first tensor of an op says where the others must be.
 FOLLOWING = [(op, name) for op, name in TENSORS if name != next(iter(valid(op)))]
@@ -85,6 +96,7 @@ INTEGERS = [
     (selected_attention, "kv_end"),
     *((op, name) for op in IMAGE_OPS for name in ("stride", "padding", "dilation")),
     (group_norm_film, "groups"),
+    (transformer_block, "heads"),
 ]
 NUMBERS = [
     (sample_patches, "temperature"),
@@ -200,6 +212,9 @@ def test_number_that_is_not_finite(op: Callable[..., Any], name: str, hostile: f
         (small_convolutions, "x", torch.zeros(3, 4, 4), ValueError),
         *((small_convolutions, "layers", hostile, TypeError) for hostile in (None, 1, "layers", {}, [None])),
         (small_convolutions, "layers", (), ValueError),
+        (transformer_block, "tokens", torch.zeros(3, 4), ValueError),
+        *((transformer_block, "memory", hostile, TypeError) for hostile in (None, 1, "memory", {}, [None])),
+        *((transformer_block, "block", hostile, TypeError) for hostile in (None, (), [torch.zeros(4)] * 14)),
     ],
     ids=label,
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from icseg.sparse.patches import PatchInputs
-from icseg_kernels import ConvLayer, selected_attention, small_convolutions
+from icseg_kernels import BlockWeights, ConvLayer, selected_attention, small_convolutions, transformer_block
 
 FREQUENCIES = 12
 
@@ -126,6 +127,10 @@ class Block(nn.Module):
 
         index [B, N + all M]: rows of the keys (the memory's, then the tokens' own), -1 for one that is not to be seen.
         """
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type):
+            weights = self._weights()
+            if weights is not None:
+                return transformer_block(tokens, memory, weights, heads=self.heads, index=index)
         x = self.norm_attention(tokens)
         own = self.key_value(x)
         keys, values = torch.cat([*(other.to(own.dtype) for other in memory), own], 1).chunk(2, -1)
@@ -134,8 +139,24 @@ class Block(nn.Module):
         tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm_mlp(tokens)), own
 
+    def _weights(self) -> BlockWeights | None:
+        """Those of plain layers; None where one was replaced, as by a quantised or adapted one.
+
+        Straight from the dictionaries of modules: attributes of nn.Module take as long as a quarter of the block.
+        """
+        modules: dict[str, Any] = self._modules
+        norm, mlp = modules["norm_attention"], modules["mlp"]._modules
+        layers = norm, modules["query"], modules["key_value"], modules["out"], modules["norm_mlp"], mlp["0"], mlp["2"]
+        if [type(layer) for layer in layers] != _PLAIN_LAYERS:
+            return None
+        tensors = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
+        return BlockWeights._make([*tensors, norm.eps])
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+_PLAIN_LAYERS = [nn.LayerNorm, *[nn.Linear] * 3, nn.LayerNorm, *[nn.Linear] * 2]
 
 
 def visible(valid: list[Tensor | None], lengths: list[int], batch: int, device: torch.device) -> Tensor | None:

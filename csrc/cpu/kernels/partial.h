@@ -21,7 +21,18 @@ template <typename Real>
 inline Real sum_of_lanes(Vector<Real> value) {
     return reduce<Real>(value, [](Real a, Real b) { return a + b; });
 }
+
+// The largest; not of NaN.
+template <typename Real>
+inline Real largest_of_lanes(Vector<Real> value) {
+    return reduce<Real>(value, [](Real a, Real b) { return larger(a, b); });
+}
+
 #ifdef __AVX512F__
+template <>
+inline float largest_of_lanes<float>(Vector<float> value) { return _mm512_reduce_max_ps(value); }
+template <>
+inline double largest_of_lanes<double>(Vector<double> value) { return _mm512_reduce_max_pd(value); }
 template <>
 inline float sum_of_lanes<float>(Vector<float> value) { return _mm512_reduce_add_ps(value); }
 template <>

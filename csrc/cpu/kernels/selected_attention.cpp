@@ -1,14 +1,12 @@
 #include "selected_attention.h"
 
 #include "../parallel.h"
-#include "exponential.h"
 #include "matrix.h"
+#include "softmax.h"
 
 namespace {
 
-// std::exp(float) is a weak function of the standard library's headers: see isa.h.
-inline float exp_of(float x) { return expf(x); }
-inline double exp_of(double x) { return exp(x); }
+// std::log(float) is a weak function of the standard library's headers: see isa.h.
 inline float log_of(float x) { return logf(x); }
 inline double log_of(double x) { return log(x); }
 
@@ -283,7 +281,7 @@ struct Forward {
             const bool last = first + count == tile.keys;
             multiply_keys(q, place + space.keys + first * call.dim, tile.rows, count, scores);
             for (int64_t r = 0; r < tile.rows; ++r) {
-                factor[r] = exponentials(scores + r * kScoresRow<Real>, count, most[r], total[r]);
+                factor[r] = exponentials<Real>(scores + r * kScoresRow<Real>, count, most[r], total[r]);
             }
             Real finish[kTileRows];
             for (int64_t r = 0; r < tile.rows; ++r) finish[r] = !last ? 1 : total[r] == 0 ? 0 : 1 / total[r];
@@ -312,29 +310,6 @@ struct Forward {
                 }
             });
         });
-    }
-
-    // Scores of one query become exp(score - most), and 0 up to whole vectors; `most` and `total` are brought up to
-    // date. Returns the factor of what was summed before.
-    static Real exponentials(Real* scores, int64_t count, Real& most, Real& total) {
-        constexpr int64_t lanes = kLanes<Real>;
-        constexpr Real infinity = static_cast<Real>(INFINITY);
-        const int64_t whole = (count + lanes - 1) / lanes * lanes;
-        for (int64_t j = count; j < whole; ++j) scores[j] = -infinity;
-        Vector<Real> top = broadcast(most);
-        for (int64_t j = 0; j < whole; j += lanes) top = larger(top, load(scores + j));  // NaN shows in the sum
-        const Real before = most;
-        most = reduce<Real>(top, [](Real a, Real b) { return larger(a, b); });
-        const Real origin = most == -infinity ? 0 : most;  // of no use against -inf: -inf - -inf is NaN
-        Vector<Real> sum = {};
-        for (int64_t j = 0; j < whole; j += lanes) {
-            const Vector<Real> e = exponential<Real>(load(scores + j) - origin);
-            store(scores + j, e);
-            sum += e;
-        }
-        const Real factor = before == most ? 1 : before == -infinity ? 0 : exp_of(before - most);
-        total = total * factor + sum_of_lanes<Real>(sum);
-        return factor;
     }
 
     // out[r] = (out[r] * factor[r] + sum of p[r][j] * value j) * finish[r]; no factor: out is not read.
