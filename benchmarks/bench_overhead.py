@@ -11,10 +11,12 @@ from icseg_kernels import (
     gather_patches,
     group_norm_film,
     gumbel_topk,
+    halvings,
     sample_patches,
     scatter_patches,
     selected_attention,
     small_convolutions,
+    upsample_with_patches,
 )
 
 SOURCE = torch.rand(1, 1, 8, 8)
@@ -37,6 +39,8 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "selected_attention": lambda backend: selected_attention(TOKENS, TOKENS, TOKENS, backend=backend),
     "group_norm_film": lambda backend: group_norm_film(MAPS, 4, GAIN, BIAS, activation="gelu", backend=backend),
     "small_convolutions": lambda backend: small_convolutions(MAPS, LAYERS, backend=backend),
+    "halvings": lambda backend: halvings(SOURCE, 1, backend=backend)[0][0],
+    "upsample_with_patches": lambda backend: upsample_with_patches(SOURCE, PATCHES, COORDS, (16, 16), backend=backend),
 }
 
 

@@ -20,10 +20,12 @@ from icseg_kernels import (
     gather_patches,
     group_norm_film,
     gumbel_topk,
+    halvings,
     sample_patches,
     scatter_patches,
     selected_attention,
     small_convolutions,
+    upsample_with_patches,
 )
 from icseg_kernels.philox import gumbel_noise
 
@@ -48,6 +50,13 @@ def valid(op: Callable[..., Any]) -> dict[str, Any]:
         cross_conv2d_and_mean: images(),
         group_norm_film: {"x": torch.zeros(2, 4, 3), "groups": 2, "gain": torch.zeros(4), "bias": torch.zeros(2, 4)},
         small_convolutions: {"x": torch.zeros(2, 3, 4, 4), "layers": [ConvLayer(torch.zeros(2, 3, 3, 3))]},
+        halvings: {"image": torch.zeros(2, 1, 4, 4), "count": 2, "deviations": 1},
+        upsample_with_patches: {
+            "coarser": torch.zeros(2, 1, 4, 4),
+            "patches": torch.zeros(2, 3, 1, 2, 2),
+            "coords": coords,
+            "size": (8, 8),
+        },
     }[op]
 
 
@@ -73,6 +82,8 @@ TENSORS = [
     *((op, name) for op in IMAGE_OPS for name in ("x", "y", "weight", "bias")),
     *((group_norm_film, name) for name in ("x", "gain", "bias")),
     (small_convolutions, "x"),
+    (halvings, "image"),
+    *((upsample_with_patches, name) for name in ("coarser", "patches", "coords")),
 ]
 # The first tensor of an op says where the others must be.
 FOLLOWING = [(op, name) for op, name in TENSORS if name != next(iter(valid(op)))]

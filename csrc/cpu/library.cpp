@@ -108,6 +108,8 @@ const char* icseg_error(int code) {
         case ICSEG_LAYERS:
             return "layers must be 1 to 16 convolutions, each of the channels that the one before gives, of kernels 1 to 5, "
                    "strides 1 or 2, paddings below the kernel, and maps of 1 to 128 channels and 1 to 32 pixels a side";
+        case ICSEG_HALVINGS: return "deviations must not outnumber the halvings";
+        case ICSEG_DOUBLE: return "height and width must be twice those of the coarser map, or one less";
         default: return "unknown error code";
     }
 }
