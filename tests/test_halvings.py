@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from icseg_kernels import BackendError, halvings, library
+from icseg_kernels import BackendError, flops, halvings, library
 from icseg_kernels.halvings import native, reference
 
 SIZES = [(1, 1), (1, 9), (70, 1), (2, 3), (5, 7), (64, 64), (37, 150), (130, 97)]
@@ -273,6 +273,12 @@ def test_no_flops(backend):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         halvings(image(1, 1, 8, 8), 2, deviations=1, backend=backend)
     assert counter.get_total_flops() == 0
+
+
+def test_bytes_are_those_of_the_tensors():
+    x = image(2, 3, 9, 14)
+    means, deviations = halvings(x, 4, deviations=2)
+    assert flops.halvings_bytes(2, 3, 9, 14, 4, 2) == 4 * sum(t.numel() for t in (x, *means, *deviations))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from icseg_kernels import BackendError, library, upsample_with_patches
+from icseg_kernels import BackendError, flops, library, upsample_with_patches
 from icseg_kernels.patches import upsample_native
 
 INT64 = torch.iinfo(torch.int64)
@@ -334,6 +334,12 @@ def test_no_flops(backend):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         upsample_with_patches(*case((20, 17)), backend=backend)
     assert counter.get_total_flops() == 0
+
+
+def test_bytes_are_those_of_the_tensors():
+    coarser, patches, coords, size = case((21, 16), count=5, patch=(4, 7))
+    tensors = coarser, patches, coords, upsample_with_patches(coarser, patches, coords, size)
+    assert flops.upsample_with_patches_bytes(2, 5, 3, 28, *size) == sum(t.nbytes for t in tensors)
 
 
 @pytest.mark.parametrize(
