@@ -12,11 +12,13 @@ from icseg_kernels import (
     gather_patches,
     group_norm_film,
     gumbel_topk,
+    halvings,
     sample_patches,
     scatter_patches,
     selected_attention,
     small_convolutions,
     transformer_block,
+    upsample_with_patches,
 )
 from icseg_kernels.transformer_block.native import shapes
 
@@ -42,6 +44,8 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
     "group_norm_film": lambda backend: group_norm_film(MAPS, 4, GAIN, BIAS, activation="gelu", backend=backend),
     "small_convolutions": lambda backend: small_convolutions(MAPS, LAYERS, backend=backend),
     "transformer_block": lambda backend: transformer_block(TOKENS[0], MEMORY, BLOCK, heads=2, backend=backend)[0],
+    "halvings": lambda backend: halvings(SOURCE, 1, backend=backend)[0][0],
+    "upsample_with_patches": lambda backend: upsample_with_patches(SOURCE, PATCHES, COORDS, (16, 16), backend=backend),
 }
 
 

@@ -31,6 +31,8 @@ enum icseg_code {
     ICSEG_RUNS = 13,
     ICSEG_LAYERS = 14,
     ICSEG_BLOCK = 15,
+    ICSEG_HALVINGS = 16,
+    ICSEG_DOUBLE = 17,
 };
 
 #ifdef __cplusplus
@@ -453,6 +455,33 @@ ICSEG_API int icseg_transformer_block_workspace(int64_t batch, int64_t count, in
  */
 ICSEG_API int icseg_transformer_block_f32(const icseg_block* block, const icseg_block_memory* memory, int64_t pieces,
                                           float* out, float* own);
+
+/* Halve images `count` times: each pixel the mean of the 2 x 2 of before, of those that exist; sizes are rounded up.
+ *
+ * image       [images, channels, height, width], strides given; the pixels of a row lie side by side
+ * means       of every halving, the largest first: [images, channels, ...] contiguous, every element written
+ * deviations  of the first `deviating` halvings, likewise: the standard deviation of the pixels of `image` inside each
+ *             pixel, at least 1e-6; a last row or column without a partner counts twice in a halving
+ * workspace   as many floats as the means of the first deviating - 1 halvings have. Not used (NULL) for deviating < 2.
+ */
+ICSEG_API int icseg_halvings_f32(const float* image, float* const* means, float* const* deviations, int64_t images,
+                                 int64_t channels, int64_t height, int64_t width, int64_t count, int64_t deviating,
+                                 int64_t stride_image, int64_t stride_channel, int64_t stride_y, float* workspace,
+                                 int64_t workspace_bytes);
+
+/* Double a map bilinearly (pixels are areas, the border is replicated), with patches in place of what lies under them.
+ *
+ * coarser  [batch, channels, coarse_height, coarse_width], strides given; the pixels of a row lie side by side
+ * patches  [batch, count, channels, patch_height, patch_width] contiguous
+ * coords   [batch, count, 2] contiguous: (y, x) of a patch's top-left corner, any value; what is outside is dropped
+ * out      [batch, channels, height, width] contiguous, every element written; where patches overlap, the last one's.
+ *          height and width are twice those of the coarser map, or one less.
+ */
+ICSEG_API int icseg_upsample_with_patches_f32(const float* coarser, const float* patches, const int64_t* coords,
+                                              float* out, int64_t batch, int64_t channels, int64_t coarse_height,
+                                              int64_t coarse_width, int64_t height, int64_t width, int64_t count,
+                                              int64_t patch_height, int64_t patch_width, int64_t stride_batch,
+                                              int64_t stride_channel, int64_t stride_y);
 
 #ifdef __cplusplus
 }

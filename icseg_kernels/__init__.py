@@ -8,7 +8,15 @@ from icseg_kernels.backend import BackendError, use_backend
 from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean
 from icseg_kernels.group_norm_film import group_norm_film
 from icseg_kernels.gumbel_topk import TopK, gumbel_topk
-from icseg_kernels.patches import PatchSample, Scatter, gather_patches, sample_patches, scatter_patches
+from icseg_kernels.halvings import halvings
+from icseg_kernels.patches import (
+    PatchSample,
+    Scatter,
+    gather_patches,
+    sample_patches,
+    scatter_patches,
+    upsample_with_patches,
+)
 from icseg_kernels.small_convolutions import ConvLayer, small_convolutions
 from icseg_kernels.transformer_block import BlockWeights, transformer_block
 
@@ -26,10 +34,12 @@ __all__ = [
     "gather_patches",
     "group_norm_film",
     "gumbel_topk",
+    "halvings",
     "sample_patches",
     "scatter_patches",
     "selected_attention",
     "small_convolutions",
     "transformer_block",
+    "upsample_with_patches",
     "use_backend",
 ]

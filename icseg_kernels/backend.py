@@ -119,6 +119,20 @@ def status() -> dict[str, dict[str, list[str]]]:
     return {op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())}
 
 
+def without_gradients(**tensors: Tensor) -> list[str]:
+    """Why an implementation that has no gradients cannot serve a call of `tensors`."""
+    reasons = []
+    if torch.is_grad_enabled():
+        wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        if wanting:
+            reasons.append(f"it has no gradients, and {' and '.join(wanting)} requires one")
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    ):
+        reasons.append("it has no rules for forward-mode differentiation and function transforms")
+    return reasons
+
+
 _library = torch.library.Library("icseg", "DEF")
 _implementations: dict[Any, Callable[..., Any]] = {}
 _tensor_arguments: dict[Any, tuple[bool, ...]] = {}

@@ -195,6 +195,25 @@ def transformer_block_bytes(batch: int, tokens: int, memory: int, dim: int, hidd
     return (weights + batch * (tokens * 4 * dim + memory * 2 * dim)) * itemsize
 
 
+def halvings_bytes(
+    images: int, channels: int, height: int, width: int, count: int, deviations: int = 0, itemsize: int = 4
+) -> int:
+    """Bytes: the image in, halvings and deviations out. They are no FLOPs."""
+    pixels = height * width
+    for level in range(count):
+        height, width = (height + 1) // 2, (width + 1) // 2
+        pixels += height * width * (2 if level < deviations else 1)
+    return images * channels * pixels * itemsize
+
+
+def upsample_with_patches_bytes(
+    batch: int, patches: int, channels: int, patch_area: int, height: int, width: int, itemsize: int = 4
+) -> int:
+    """Bytes: the map of half that size, patches and int64 coords in, the map out. It is no FLOPs."""
+    coarser = ((height + 1) // 2) * ((width + 1) // 2)
+    return batch * (channels * (coarser + height * width + patches * patch_area) * itemsize + patches * 2 * 8)
+
+
 def register(overload: Any, formula: Formula) -> None:
     """Let torch.utils.flop_counter, and with it fvcore, count `overload` (what `backend.register` returned).
 

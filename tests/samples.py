@@ -18,12 +18,14 @@ from icseg_kernels import (
     gather_patches,
     group_norm_film,
     gumbel_topk,
+    halvings,
     library,
     sample_patches,
     scatter_patches,
     selected_attention,
     small_convolutions,
     transformer_block,
+    upsample_with_patches,
 )
 from icseg_kernels.transformer_block.native import shapes
 
@@ -152,6 +154,22 @@ def _transformer_block(large: bool) -> Run:
     return _run(lambda **named: transformer_block(tokens, memory, block, heads=4, index=index, **named))
 
 
+def _halvings(large: bool) -> Run:
+    image = _normal(*((2, 1, 400, 301) if large else (2, 1, 9, 6)))
+
+    def halve(**named: Any) -> tuple[Tensor, ...]:
+        means, deviations = halvings(image, 3, deviations=2, **named)
+        return *means, *deviations
+
+    return _run(halve)
+
+
+def _upsample_with_patches(large: bool) -> Run:
+    coarser, patches = _normal(2, 1, *((150, 201) if large else (5, 6))), _normal(2, 6, 1, 4, 4, seed=1)
+    coords, size = _integers(-3, 9, 2, 6, 2), (300, 401) if large else (9, 12)
+    return _run(lambda **named: upsample_with_patches(coarser, patches, coords, size, **named))
+
+
 SAMPLES: dict[str, Callable[[bool], Run]] = {
     "gumbel_topk": _gumbel_topk,
     "sample_patches": _sample_patches,
@@ -166,5 +184,7 @@ SAMPLES: dict[str, Callable[[bool], Run]] = {
     "group_norm_film": _group_norm_film,
     "small_convolutions": _small_convolutions,
     "transformer_block": _transformer_block,
+    "halvings": _halvings,
+    "upsample_with_patches": _upsample_with_patches,
 }
 """prepare(large): inputs of one call, of a second's fraction; large: enough for several threads."""

@@ -21,11 +21,13 @@ from icseg_kernels import (
     gather_patches,
     group_norm_film,
     gumbel_topk,
+    halvings,
     sample_patches,
     scatter_patches,
     selected_attention,
     small_convolutions,
     transformer_block,
+    upsample_with_patches,
 )
 from icseg_kernels.philox import gumbel_noise
 from icseg_kernels.transformer_block.native import shapes
@@ -58,6 +60,13 @@ def valid(op: Callable[..., Any]) -> dict[str, Any]:
             "heads": 2,
             "index": torch.zeros(2, 4, dtype=torch.int64),
         },
+        halvings: {"image": torch.zeros(2, 1, 4, 4), "count": 2, "deviations": 1},
+        upsample_with_patches: {
+            "coarser": torch.zeros(2, 1, 4, 4),
+            "patches": torch.zeros(2, 3, 1, 2, 2),
+            "coords": coords,
+            "size": (8, 8),
+        },
     }[op]
 
 
@@ -84,6 +93,8 @@ TENSORS = [
     *((group_norm_film, name) for name in ("x", "gain", "bias")),
     (small_convolutions, "x"),
     *((transformer_block, name) for name in ("tokens", "index")),
+    (halvings, "image"),
+    *((upsample_with_patches, name) for name in ("coarser", "patches", "coords")),
 ]
 # The first tensor of an op says where the others must be.
 FOLLOWING = [(op, name) for op, name in TENSORS if name != next(iter(valid(op)))]

@@ -17,7 +17,7 @@ from icseg.sparse.config import SparseConfig
 from icseg.sparse.cost import target_flops
 from icseg.sparse.patches import OUTSIDE, context_corner, coords_of, cut, grid_size
 from icseg.sparse.propagation import cells, pixels
-from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, double, finest_size, halve, level_count, to_size
+from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, level_count, to_size
 from icseg_kernels import use_backend
 
 SMALL = SparseConfig(
@@ -705,7 +705,8 @@ def test_patches_lie_where_their_coords_say():
 def test_prior_patches_are_those_of_the_doubled_map():
     coarser = torch.randn(1, 2, 16, 16)
     coords = coords_of(torch.tensor([[5, 10]]), 4)
-    whole = cut(double(coarser, (32, 32)), coords - 4, 16)
+    doubled = F.interpolate(coarser, scale_factor=2, mode="bilinear")
+    whole = cut(doubled, coords - 4, 16)
     torch.testing.assert_close(cut(coarser, coords // 2 - 2, 8, 16), whole)
 
 
@@ -729,14 +730,6 @@ def test_details_of_the_half_types_do_not_cancel(dtype):
     for found, expected in zip(Pyramid.of(image, 3).details, Pyramid.of(image.float(), 3).details, strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=0.01)
-
-
-@pytest.mark.parametrize("size", [(5, 7), (6, 1), (1, 1), (8, 8)])
-def test_halve_is_the_mean_of_the_pixels_that_exist(size):
-    x = torch.rand(2, 3, *size)
-    expected = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-    torch.testing.assert_close(halve(x), expected)
-    assert double(expected, size).shape == x.shape
 
 
 def test_to_size_keeps_means_and_proportions():

@@ -110,6 +110,8 @@ const char* icseg_error(int code) {
                    "strides 1 or 2, paddings below the kernel, and maps of 1 to 128 channels and 1 to 32 pixels a side";
         case ICSEG_BLOCK:
             return "a block must have 1 to 512 channels, heads that divide them, and 1 to 2048 hidden channels";
+        case ICSEG_HALVINGS: return "deviations must not outnumber the halvings";
+        case ICSEG_DOUBLE: return "height and width must be twice those of the coarser map, or one less";
         default: return "unknown error code";
     }
 }

@@ -50,7 +50,7 @@ class SparseConfig(PatchICLConfig):
     exploration: tuple[int, ...] = (16, 40, 24, 6)
     trial: int = 24
     tolerance: float = 0.04
-    patches_of_tolerance: int = 800
+    patches_of_tolerance: int = 1000
     foreground_share: float = 0.6
     dim: int = 128
     depth: int = 4

@@ -31,7 +31,7 @@ from icseg.sparse.patches import (
     patch_inputs,
 )
 from icseg.sparse.propagation import LabelPropagation
-from icseg.sparse.pyramid import Pyramid, double, finest_size, level_count, to_size
+from icseg.sparse.pyramid import Pyramid, finest_size, level_count, to_size
 from icseg.sparse.support import (
     BUDGET_DRAW,
     ORACLE_DRAW,
@@ -41,7 +41,7 @@ from icseg.sparse.support import (
     SupportEncoder,
     memory_levels,
 )
-from icseg_kernels import scatter_patches
+from icseg_kernels import scatter_patches, upsample_with_patches
 
 CHUNK = 16  # support images that go through the patch encoder together
 LEAST_FOREGROUND = 0.002  # share of the image that an expected foreground counts at least
@@ -240,8 +240,7 @@ class SparseNetwork(nn.Module):
         coords = torch.cat([r.coords for r in rounds], 1)
         patch_logits = torch.cat([r.logits for r in rounds], 1)
         errors = torch.cat([r.error for r in rounds], 1)
-        whole = all(r.valid is None for r in rounds)
-        logits = _refined(state.logits, patch_logits, coords, task.size, whole)
+        logits = _refined(state.logits, patch_logits, coords, task.size)
         state.logits = logits.detach()
         if task.level < len(task.pyramid.details):
             state.error = _next_error(state.error, errors.detach(), coords, task.pyramid.image(task.level + 1))
@@ -327,7 +326,8 @@ class SparseNetwork(nn.Module):
         if task.target_mask is None or task.seed is None or state.logits is None:
             return score
         config = self.config
-        prior = double(state.logits, task.size).sigmoid()
+        doubled = F.interpolate(state.logits, scale_factor=2.0, mode="bilinear", align_corners=False)
+        prior = doubled[..., : task.size[0], : task.size[1]].sigmoid()
         error = (prior - level_mask(task.target_mask.to(prior.dtype), task.size, 0.0)).abs().mean(1, keepdim=True)
         oracle = F.avg_pool2d(error, PATCH, ceil_mode=True).flatten(1)
         chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device).view(-1, 1)
@@ -341,20 +341,11 @@ def _expected_foreground(logits: Tensor) -> Tensor:
     return logits.float().sigmoid().mean((2, 3), keepdim=True).clamp_min(LEAST_FOREGROUND)
 
 
-def _refined(coarser: Tensor | None, patches: Tensor, coords: Tensor, size: tuple[int, int], whole: bool) -> Tensor:
-    """The coarser map [B, C, h, w] at `size`, with the patches [B, K, C, 8, 8] in place of it where they lie.
-
-    whole: no entry of `coords` is no patch.
-    """
-    tiled = size[0] % PATCH == 0 and size[1] % PATCH == 0
-    if coarser is not None and whole and tiled and not patches.requires_grad and not _static():
-        logits = double(coarser, size)  # a new map: write into it, and touch no pixel twice
-        cells = logits.view(*logits.shape[:2], size[0] // PATCH, PATCH, size[1] // PATCH, PATCH)
-        batch = torch.arange(len(patches), device=patches.device).unsqueeze(1)
-        cells.permute(0, 2, 4, 1, 3, 5)[batch, coords[..., 0] // PATCH, coords[..., 1] // PATCH] = patches
-        return logits
-    written = scatter_patches(patches, coords, size, fill=0.0)
-    return written.mean if coarser is None else torch.where(written.coverage, written.mean, double(coarser, size))
+def _refined(coarser: Tensor | None, patches: Tensor, coords: Tensor, size: tuple[int, int]) -> Tensor:
+    """The coarser map [B, C, h, w] at `size`, with the patches [B, K, C, 8, 8] in place of it where they lie."""
+    if coarser is None:
+        return scatter_patches(patches, coords, size, fill=0.0).mean
+    return upsample_with_patches(coarser, patches, coords, size)
 
 
 def _next_error(error: Tensor | None, patches: Tensor, coords: Tensor, finer: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from icseg.sparse import selection
 from icseg.sparse.encoder import visible
 from icseg.sparse.patches import CONTEXT, CROP, HALO, PATCH, context_corner, coords_of, cut, grid_size, patch_inputs
 from icseg.sparse.propagation import CELLS
-from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, halvings, level_count, to_size
+from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, level_count, to_size
+from icseg_kernels import halvings
 
 if TYPE_CHECKING:
     from icseg.sparse.network import SparseNetwork
@@ -72,7 +73,8 @@ class SupportEncoder:
         count = level_count(height, width, config.levels)
         size = finest_size(height, width, config.levels[count - 1])
         pyramid = Pyramid.of(to_size(images.flatten(0, 1), size), count)
-        mask_levels = halvings(to_size(masks.flatten(0, 1), size), count - 1 + CONTEXT_STEPS)
+        finest = to_size(masks.flatten(0, 1), size)
+        mask_levels = [*halvings(finest, count - 1 + CONTEXT_STEPS)[0][::-1], finest]
         self.levels += [_LevelPatches() for _ in range(count - len(self.levels))]
         for level in range(count):
             self._add_level(level, pyramid, mask_levels, images.shape[:2], valid)

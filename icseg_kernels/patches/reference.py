@@ -1,4 +1,4 @@
-"""gather_patches and scatter_patches in plain PyTorch: the definition that every other backend must match.
+"""Ops on patches in plain PyTorch: the definition that every other backend must match.
 
 Deterministic on every device: equal inputs give equal bits, whatever the number of threads.
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icseg_kernels.numerics import accumulation_dtype, deterministic_add
@@ -102,6 +103,24 @@ def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor
     share = torch.where(total > 0, grad.to(total.dtype) / total, 0)
     shares = gather(share, coords, patch_size)
     return (shares if weight is None else torch.where(weight > 0, shares * weight, 0)).to(grad.dtype)
+
+
+def upsample_with_patches(coarser: Tensor, patches: Tensor, coords: Tensor, height: int, width: int) -> Tensor:
+    """[B, C, h, w], [B, K, C, p, q], [B, K, 2] -> [B, C, H, W], contiguous; with torch's own gradients."""
+    doubled = F.interpolate(coarser, scale_factor=2.0, mode="bilinear", align_corners=False)
+    doubled = doubled[..., :height, :width].to(coarser.dtype)  # float32 under autocast
+    batch, count, channels, patch_height, patch_width = patches.shape
+    rows, rows_inside = _pixels_along(coords[..., 0], patch_height, height)
+    cols, cols_inside = _pixels_along(coords[..., 1], patch_width, width)
+    inside = rows_inside[..., :, None] & cols_inside[..., None, :]  # [B, K, p, q]
+    pixels = (rows[..., :, None] * width + cols[..., None, :]).flatten(1)
+    numbers = torch.arange(count, dtype=torch.int32, device=coords.device).view(-1, 1, 1)
+    numbers = torch.where(inside, numbers, -1).flatten(1)
+    last = numbers.new_full((batch, height * width), -1).scatter_reduce_(1, pixels, numbers, "amax")  # at each pixel
+    hidden = (numbers < 0) | (numbers < last.gather(1, pixels))
+    values = patches.transpose(1, 2).flatten(2).masked_fill(hidden.unsqueeze(1), 0)  # [B, C, K * p * q]
+    written = deterministic_add(values.new_zeros(batch, channels, height * width), pixels, values).view(doubled.shape)
+    return torch.where(last.view(batch, 1, height, width) >= 0, written, doubled)
 
 
 def _ones(patches: Tensor) -> Tensor:

@@ -68,30 +68,6 @@ inline ICSEG_INLINE void multiply(const Real* left, const Real* right, int64_t s
     }
 }
 
-#ifdef __clang__
-#define ICSEG_SHUFFLE(Real, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define ICSEG_SHUFFLE(Real, a, b, ...) __builtin_shuffle(a, b, typename Integers<Real>::type{__VA_ARGS__})
-#endif
-
-// a0 b0 a1 b1 ..., the first halves and the second.
-template <typename Real>
-inline ICSEG_INLINE void interleave(Vector<Real> a, Vector<Real> b, Vector<Real>& first, Vector<Real>& second) {
-    if constexpr (kLanes<Real> == 2) {
-        first = ICSEG_SHUFFLE(Real, a, b, 0, 2);
-        second = ICSEG_SHUFFLE(Real, a, b, 1, 3);
-    } else if constexpr (kLanes<Real> == 4) {
-        first = ICSEG_SHUFFLE(Real, a, b, 0, 4, 1, 5);
-        second = ICSEG_SHUFFLE(Real, a, b, 2, 6, 3, 7);
-    } else if constexpr (kLanes<Real> == 8) {
-        first = ICSEG_SHUFFLE(Real, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-        second = ICSEG_SHUFFLE(Real, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-    } else {
-        first = ICSEG_SHUFFLE(Real, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        second = ICSEG_SHUFFLE(Real, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-}
-
 // to[d * stride + r] = rows[r][d] * factor for d < depth. Columns from `count` up to whole vectors are zero.
 template <typename Real>
 inline void transpose(const Real* const* rows, int64_t count, int64_t depth, Real factor, Real* to, int64_t stride) {

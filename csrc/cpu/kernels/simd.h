@@ -170,4 +170,60 @@ inline Element reduce(Vector<Element> value, const Operation& operation) {
     return element[0];
 }
 
+#ifdef __clang__
+#define ICSEG_SHUFFLE(Real, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ICSEG_SHUFFLE(Real, a, b, ...) __builtin_shuffle(a, b, typename Integers<Real>::type{__VA_ARGS__})
+#endif
+
+// a0 b0 a1 b1 ..., the first halves and the second.
+template <typename Real>
+inline ICSEG_INLINE void interleave(Vector<Real> a, Vector<Real> b, Vector<Real>& first, Vector<Real>& second) {
+    if constexpr (kLanes<Real> == 2) {
+        first = ICSEG_SHUFFLE(Real, a, b, 0, 2);
+        second = ICSEG_SHUFFLE(Real, a, b, 1, 3);
+    } else if constexpr (kLanes<Real> == 4) {
+        first = ICSEG_SHUFFLE(Real, a, b, 0, 4, 1, 5);
+        second = ICSEG_SHUFFLE(Real, a, b, 2, 6, 3, 7);
+    } else if constexpr (kLanes<Real> == 8) {
+        first = ICSEG_SHUFFLE(Real, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+        second = ICSEG_SHUFFLE(Real, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    } else {
+        first = ICSEG_SHUFFLE(Real, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        second = ICSEG_SHUFFLE(Real, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+}
+
+// The reverse: of the two vectors a and b, one after the other, the elements at even places and those at odd ones.
+template <typename Real>
+inline ICSEG_INLINE void deinterleave(Vector<Real> a, Vector<Real> b, Vector<Real>& even, Vector<Real>& odd) {
+    if constexpr (kLanes<Real> == 2) {
+        even = ICSEG_SHUFFLE(Real, a, b, 0, 2);
+        odd = ICSEG_SHUFFLE(Real, a, b, 1, 3);
+    } else if constexpr (kLanes<Real> == 4) {
+        even = ICSEG_SHUFFLE(Real, a, b, 0, 2, 4, 6);
+        odd = ICSEG_SHUFFLE(Real, a, b, 1, 3, 5, 7);
+    } else if constexpr (kLanes<Real> == 8) {
+        even = ICSEG_SHUFFLE(Real, a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+        odd = ICSEG_SHUFFLE(Real, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    } else {
+        even = ICSEG_SHUFFLE(Real, a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        odd = ICSEG_SHUFFLE(Real, a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    }
+}
+
+inline float square_root(float a) { return __builtin_sqrtf(a); }
+#if defined(__AVX512F__)
+inline Vector<float> square_root(Vector<float> a) { return _mm512_sqrt_ps(a); }
+#elif defined(__AVX2__)
+inline Vector<float> square_root(Vector<float> a) { return _mm256_sqrt_ps(a); }
+#elif defined(__SSE2__)
+inline Vector<float> square_root(Vector<float> a) { return _mm_sqrt_ps(a); }
+#else
+inline Vector<float> square_root(Vector<float> a) {
+    for (int64_t i = 0; i < kLanes<float>; ++i) a[i] = square_root(a[i]);
+    return a;
+}
+#endif
+
 }  // namespace
