@@ -497,6 +497,17 @@ def test_patches_that_mend_little_are_not_taken():
     assert patches_of(few)[1] < patches_of(many)[1]
 
 
+def test_levels_beyond_those_of_training_are_explored_where_the_one_before_was_worth_it():
+    inputs = make_inputs(1)
+    config = dataclasses.replace(SMALL, exploration=(4, 2, 2), distinct_levels=2, patches_of_tolerance=1)
+    model = make_model(config)
+    worthless = patches_of(model(*inputs, budget=Budget(tolerance=0.2)))
+    assert worthless == [4, 2, 0]
+    worth = patches_of(model(*inputs, budget=Budget(tolerance=0.01)))
+    assert worth[1] > 2
+    assert worth[2] > 0
+
+
 def test_constant_images_and_masks_stay_finite(model):
     target, images, masks = make_inputs()
     for value in (0.0, 1.0):

@@ -21,7 +21,7 @@ class SparseConfig(PatchICLConfig):
     most_support_patches: of a whole support set, a level.
     most_patches:      most target patches a level and round that an adaptive budget takes.
     exploration:       patches of the first round at each level of an adaptive budget (the coarsest is tiled; the last
-                       entry serves finer levels too), and
+                       entry serves finer levels too, which are explored only where the one before took more), and
     trial:             of the second. The share of the expected error that a round mends tells whether the next is
                        worth its cost; the last takes all that are.
     tolerance:         adaptive budget: where the expected error that more patches of a level could mend is at most

@@ -54,6 +54,7 @@ class _Cascade:
     logits:  [B, C, h, w] the combined map; None before the first level.
     error:   [B, C, rows, columns] mean error that is expected in each cell of the coming level.
     uncovered: [B] expected error where the last level has no patch, as a share of twice the expected foreground.
+    worthwhile: [B, 1] whether the last level took more than its exploration, or is covered by it; None: it was tiled.
     blocks:  for each block the keys and values [B, n, 2D] of all target tokens so far.
     valid:   for each of those the tokens that are patches [B, n], None for all; lengths: their n.
     """
@@ -64,6 +65,7 @@ class _Cascade:
     logits: Tensor | None = None
     error: Tensor | None = None
     uncovered: Tensor | None = None
+    worthwhile: Tensor | None = None
 
 
 @dataclass
@@ -255,12 +257,17 @@ class SparseNetwork(nn.Module):
         expected = (error * share_of_mean).amax(1).flatten(1)
         worth = self._training_score(task, state, expected) if self.training else expected
         covered = torch.zeros_like(expected, dtype=torch.bool)
+        worthwhile = torch.full_like(covered[:, :1], task.cells <= plan.rounds[0])
         for number, slots in enumerate(plan.rounds):
             least = plan.tolerance / config.patches_of_tolerance if plan.tolerance is not None and number else 0.0
             left = torch.where(covered | (worth < least), -1.0, worth)
-            enough = None if plan.tolerance is None else left.clamp_min(0).sum(1, keepdim=True) > plan.tolerance
-            if enough is not None and not _static() and not enough.any():
-                break
+            enough: Tensor | None = None
+            if plan.tolerance is not None:
+                enough = left.clamp_min(0).sum(1, keepdim=True) > plan.tolerance
+                if number == 0 and task.level >= config.distinct_levels and state.worthwhile is not None:
+                    enough = enough & state.worthwhile
+                if not _static() and not enough.any():
+                    break
             draw = None if task.seed is None else derived_seed(task.seed, ROUND_DRAW, number)
             index = selection.target_patches(left, slots, config.selection_power, draw)
             valid: Tensor | None = None
@@ -268,6 +275,8 @@ class SparseNetwork(nn.Module):
                 index, valid = _kept(index, (index >= 0) & enough)
             if index.shape[1] == 0:
                 break
+            if number:
+                worthwhile = worthwhile | (index >= 0).any(1, keepdim=True)
             picked = self._round(task, state, index, valid)
             rounds.append(picked)
             covered = covered | (selection.on_grid(torch.ones_like(index), index, task.cells) > 0)
@@ -277,7 +286,7 @@ class SparseNetwork(nn.Module):
                 mended = selection.reducible_share(expected, index, (after * selection.at(share, index)).amax(1))
                 change = picked.change * selection.at(share.amax(1), index)
                 worth = mended * selection.second_look(expected, change, index, task.grid)
-        state.uncovered = expected.masked_fill(covered, 0).sum(1)
+        state.uncovered, state.worthwhile = expected.masked_fill(covered, 0).sum(1), worthwhile
         return rounds or [_no_patches(task)]
 
     def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
