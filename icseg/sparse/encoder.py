@@ -28,12 +28,11 @@ class SmallConvolutions(nn.Sequential):
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         layers: list[ConvLayer] = []
-        for module in self:
+        modules = list(self._modules.values())
+        for module, follower in zip(modules, [*modules[1:], None], strict=True):
             if isinstance(module, nn.Conv2d):
-                layers.append(_conv_layer(module))
-            elif isinstance(module, nn.LeakyReLU) and layers:
-                layers[-1] = layers[-1]._replace(negative_slope=module.negative_slope)
-            else:
+                layers.append(_conv_layer(module, follower))
+            elif not layers or not isinstance(module, nn.LeakyReLU):
                 x = module(small_convolutions(x, layers) if layers else x)
                 layers = []
         return small_convolutions(x, layers) if layers else x
@@ -46,9 +45,11 @@ def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return small_convolutions(x, [_conv_layer(conv)])
 
 
-def _conv_layer(conv: nn.Conv2d) -> ConvLayer:
-    stride, padding = conv.stride[0], int(conv.padding[0])
-    return ConvLayer(conv.weight, conv.bias, stride, padding, conv.padding_mode == "replicate")
+def _conv_layer(conv: nn.Conv2d, follower: nn.Module | None = None) -> ConvLayer:
+    slope = follower.negative_slope if isinstance(follower, nn.LeakyReLU) else None
+    return ConvLayer(
+        conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]), conv.padding_mode == "replicate", slope
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, index: Tensor | None, scale: float | None = None) -> Tensor:
