@@ -238,7 +238,7 @@ class SparseNetwork(nn.Module):
             rounds = [self._round(task, state, index, None)]
             state.uncovered = torch.zeros(batch, device=index.device)
         else:
-            rounds = self._picked_rounds(task, state, state.error, _expected_foreground(state.logits))
+            rounds = self._picked_rounds(task, state, state.error, expected_foreground(state.logits))
         coords = torch.cat([r.coords for r in rounds], 1)
         patch_logits = torch.cat([r.logits for r in rounds], 1)
         errors = torch.cat([r.error for r in rounds], 1)
@@ -345,7 +345,7 @@ class SparseNetwork(nn.Module):
 
 
 @torch.no_grad()
-def _expected_foreground(logits: Tensor) -> Tensor:
+def expected_foreground(logits: Tensor) -> Tensor:
     """[B, C, 1, 1]: share of the image, at least LEAST_FOREGROUND."""
     return logits.float().sigmoid().mean((2, 3), keepdim=True).clamp_min(LEAST_FOREGROUND)
 
