@@ -5,6 +5,7 @@ number of patches.
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from models import SUPPORT, median_case, peak_megabytes, rivals, synthetic_case
 from torch.utils.flop_counter import FlopCounterMode
 
 import icseg
+from icseg.evaluation import Case
 from icseg.sparse.network import expected_foreground
 from icseg.sparse.pyramid import Pyramid
 from icseg_kernels import upsample_with_patches, use_backend
@@ -25,23 +27,36 @@ def counted(run) -> float:
     return float(counter.get_total_flops())
 
 
+@pytest.fixture
+def pack(request) -> Path | None:
+    return request.config.getoption("--pack")
+
+
+def case_of(pack: Path | None, side: int) -> tuple[str, Case]:
+    """Its name in the results, and the target with its support set."""
+    name = f"{side} px S{SUPPORT}"
+    if pack is None:
+        return name, synthetic_case(side)
+    return f"{name} {pack.stem}", median_case(pack, side, icseg.PatchICL.from_pretrained())
+
+
 @pytest.mark.parametrize("side", [128, 256, 512, 1024])
 @torch.inference_mode()
-def bench_model(record, request, side):
-    pack = request.config.getoption("--pack")
-    runs = rivals(side, pack)
+def bench_model(record, pack, side):
+    name, case = case_of(pack, side)
+    runs = rivals(case)
     same = {
         "UniverSeg, factorised": "UniverSeg, as published",
         "PatchICL, sparse, support encoded before": "PatchICL, sparse",
     }
     flops = {name: counted(run) for name, run in runs.items()}
-    memory = {name: peak_megabytes(side, name, pack) for name in runs}
+    memory = {name: peak_megabytes(name, side, case, pack) for name in runs}
     row = compare(
         "model",
-        f"{side} px S{SUPPORT}" if pack is None else f"{side} px S{SUPPORT} {pack.stem}",
+        name,
         runs,
         rounds=5 if side < 1024 else 3,
-        repeats={name: 10 for name in runs if "sparse" in name},  # one of a series of targets, as in a folder
+        warm=True,
         tolerance=1e-4,
         same=same,
         flops=flops,
@@ -52,11 +67,10 @@ def bench_model(record, request, side):
 
 @pytest.mark.parametrize("side", [256, 512, 1024])
 @torch.inference_mode()
-def bench_whole_image_work(record, request, side):
-    """What a target's path does to whole images (resizing, pooling, mean, write-back), beside that path."""
+def bench_whole_image_work(record, pack, side):
+    """The work on whole images of a target's path (pyramid, expected foreground, write-back, final map), beside it."""
+    name, case = case_of(pack, side)
     model = icseg.PatchICL.from_pretrained()
-    pack = request.config.getoption("--pack")
-    case = synthetic_case(side) if pack is None else median_case(pack, side, model)
     target = case.target[None]
     memory = model.encode_support(case.support_images[None], case.support_masks[None])
     levels = model(target, memory=memory).levels
@@ -69,5 +83,4 @@ def bench_whole_image_work(record, request, side):
         return map_ / model.network.temperature
 
     runs = {"a target": lambda: model(target, memory=memory).logits, "its work on whole images": work}
-    case_name = f"{side} px S{SUPPORT}" if pack is None else f"{side} px S{SUPPORT} {pack.stem}"
-    record(compare("whole-image work", case_name, runs, tolerance=1e-5, repeats=10), work)
+    record(compare("whole-image work", name, runs, tolerance=1e-5, repeats=10), work)

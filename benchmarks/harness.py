@@ -61,7 +61,8 @@ def compare(
     flops: dict[str, float] | None = None,
     bytes: int = 0,
     megabytes: dict[str, float] | None = None,
-    repeats: int | dict[str, int] = 1,
+    repeats: int = 1,
+    warm: bool = False,
 ) -> Row:
     """Time the rivals round by round, after checking their outputs (which also warms them up, and compiles).
 
@@ -69,7 +70,9 @@ def compare(
     threads:   of torch, for this case; None leaves them as they are.
     rounds:    None: as many as take about half a second, from 7 to 300.
     same:      which rival each rival's output must equal; None: all of them the first one's.
-    repeats:   calls a timing, whose mean it is: of all rivals, or of those that it names.
+    repeats:   calls a timing, for what takes microseconds.
+    warm:      before each timing that rival is called once, so that it does not find the cache as the one before left
+               it; not where it takes more than a second, to which that makes no difference.
     """
     with using_threads(threads or torch.get_num_threads()):
         outputs = {name: _tensors(run()) for name, run in rivals.items()}
@@ -81,12 +84,14 @@ def compare(
         if wrong:
             raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
         del outputs
-        calls = {name: repeats if isinstance(repeats, int) else repeats.get(name, 1) for name in rivals}
-        rounds = rounds or _rounds(sum(_once(run, calls[name]) * calls[name] for name, run in rivals.items()))
+        once = {name: _once(run, repeats) for name, run in rivals.items()}
+        rounds = rounds or _rounds(sum(once.values()) * repeats)
         times: dict[str, list[float]] = {name: [] for name in rivals}
         for _ in range(rounds):
             for name, run in rivals.items():
-                times[name].append(_once(run, calls[name]))
+                if warm and once[name] < 1:
+                    run()
+                times[name].append(_once(run, repeats))
         return Row(
             subject,
             case,

@@ -1,11 +1,12 @@
 """The whole models that are compared, on one task at a size; and, as a program, the peak memory of one of them.
 
-`python benchmarks/models.py SIDE NAME [PACK]` prints the most megabytes that one call holds beyond the model and its
-inputs (on Linux).
+`python benchmarks/models.py NAME SIDE [PACK NUMBER]` prints the most megabytes that one call holds beyond the model and
+its inputs (on Linux).
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import subprocess
 import sys
@@ -24,6 +25,13 @@ from icseg.evaluation import Case, Pack, pack_cases
 SUPPORT = 3
 TASK = pool_task_seed(EVALUATION_SEED, 0)
 FAMILY = "lesion"
+NAMES = (
+    "UniverSeg, as published",
+    "UniverSeg, factorised",
+    "PatchICL, published",
+    "PatchICL, sparse",
+    "PatchICL, sparse, support encoded before",
+)
 
 
 def synthetic_case(side: int) -> Case:
@@ -35,45 +43,58 @@ def synthetic_case(side: int) -> Case:
 
 def median_case(pack: Path, side: int, model: icseg.PatchICL) -> Case:
     """The target of a pack's first class, resized to `side` pixels, that takes the median number of patches."""
-    cases = list(pack_cases(Pack.load(pack), 1, support=SUPPORT, size=side)[1])
 
     def patches(case: Case) -> int:
         output = model(case.target[None], case.support_images[None], case.support_masks[None])
         return sum(level.coords.shape[1] for level in output.levels)
 
-    return sorted(cases, key=patches)[len(cases) // 2]
+    cases = sorted(_cases(pack, side), key=patches)
+    return cases[len(cases) // 2]
+
+
+def _cases(pack: Path, side: int) -> list[Case]:
+    return list(pack_cases(Pack.load(pack), 1, support=SUPPORT, size=side)[1])
 
 
 @torch.inference_mode()
-def rivals(side: int, pack: Path | None = None) -> dict[str, Callable[[], Tensor]]:
-    """One target and its support set of `side` pixels through each model; ours last."""
-    sparse = icseg.PatchICL.from_pretrained()
-    case = synthetic_case(side) if pack is None else median_case(pack, side, sparse)
+def built(name: str, case: Case) -> Callable[[], Tensor]:
+    """A model, of random weights where none are bundled, and a call of it on one target and its support set."""
     target, images, masks = case.target[None], case.support_images[None], case.support_masks[None]
     torch.manual_seed(0)
-    published = icseg.PatchICL(icseg.PatchICLConfig.published(side)).eval()
-    dense, unfactorised = (UniverSeg(factorised=f).eval() for f in (True, False))
-    unfactorised.load_state_dict(dense.state_dict())
+    if name.startswith("UniverSeg"):
+        dense = UniverSeg(factorised=name.endswith("factorised")).eval()
+        return lambda: dense(target, images, masks)
+    if name == "PatchICL, published":
+        published = icseg.PatchICL(icseg.PatchICLConfig.published(target.shape[-1])).eval()
+        return lambda: published(target, images, masks).logits
+    sparse = icseg.PatchICL.from_pretrained()
+    if name == "PatchICL, sparse":
+        return lambda: sparse(target, images, masks).logits
     memory = sparse.encode_support(images, masks)
-    return {
-        "UniverSeg, as published": lambda: unfactorised(target, images, masks),
-        "UniverSeg, factorised": lambda: dense(target, images, masks),
-        "PatchICL, published": lambda: published(target, images, masks).logits,
-        "PatchICL, sparse": lambda: sparse(target, images, masks).logits,
-        "PatchICL, sparse, support encoded before": lambda: sparse(target, memory=memory).logits,
-    }
+    return lambda: sparse(target, memory=memory).logits
 
 
-def peak_megabytes(side: int, name: str, pack: Path | None = None) -> float:
-    """Of one call, in a process of its own."""
-    command = [sys.executable, __file__, str(side), name, *([] if pack is None else [str(pack)])]
+def rivals(case: Case) -> dict[str, Callable[[], Tensor]]:
+    """All models on a case; ours last."""
+    return {name: built(name, case) for name in NAMES}
+
+
+def peak_megabytes(name: str, side: int, case: Case, pack: Path | None = None) -> float:
+    """Of one call, in a process of its own that holds no other model; `case` is of `pack`, or the synthetic one."""
+    command = [sys.executable, __file__, name, str(side), *([] if pack is None else [str(pack), str(case.number)])]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @torch.inference_mode()
-def main(side: str, name: str, pack: str | None = None) -> None:
-    run = rivals(int(side), None if pack is None else Path(pack))[name]
+def main(name: str, side: str, pack: str | None = None, number: str = "0") -> None:
+    if pack is None:
+        case = synthetic_case(int(side))
+    else:
+        case = next(case for case in _cases(Path(pack), int(side)) if case.number == int(number))
+    run = built(name, case)
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed before must not hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     before = _kilobytes("VmRSS")
     run()

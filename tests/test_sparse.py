@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import icseg
@@ -15,6 +16,7 @@ from icseg.sparse import selection
 from icseg.sparse.budget import Budget, shared_out
 from icseg.sparse.config import SparseConfig
 from icseg.sparse.cost import target_flops
+from icseg.sparse.encoder import SmallConvolutions, activation
 from icseg.sparse.patches import OUTSIDE, context_corner, coords_of, cut, grid_size
 from icseg.sparse.propagation import cells, pixels
 from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, level_count, to_size
@@ -515,6 +517,42 @@ def test_constant_images_and_masks_stay_finite(model):
         assert out.logits.isfinite().all()
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+STACKS = {
+    "plain": [nn.Conv2d(3, 5, 3), activation(), nn.Conv2d(5, 4, 4, 2, 1)],
+    "activation first": [activation(), nn.Conv2d(3, 4, 3)],
+    "two activations": [nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.5), nn.LeakyReLU(0.5)],
+    "a linear layer": [nn.Conv2d(3, 4, 3), activation(), nn.Flatten(), nn.Linear(4 * 36, 5)],
+    "nearest border": [nn.Conv2d(3, 4, 3, padding=1, padding_mode="replicate")],
+    "reflected border": [nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), activation()],
+    "dilation": [nn.Conv2d(3, 4, 3, dilation=2), activation()],
+    "groups": [nn.Conv2d(3, 6, 3, groups=3), activation()],
+    "same": [nn.Conv2d(3, 4, 3, padding="same")],
+    "large kernel": [nn.Conv2d(3, 4, 7), activation(), nn.Conv2d(4, 2, (1, 2))],
+    "another class": [Doubled(3, 4, 3), activation()],
+}
+
+
+@pytest.mark.parametrize("modules", STACKS.values(), ids=STACKS.keys())
+def test_stacks_of_convolutions_are_the_same_with_and_without_gradients(modules):
+    stack, x = SmallConvolutions(*modules), torch.randn(2, 3, 8, 8)
+    expected = stack(x.clone()).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(stack(x.clone()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_of_convolutions_are_called():
+    stack, x = SmallConvolutions(nn.Conv2d(3, 4, 3), activation()), torch.randn(2, 3, 8, 8)
+    stack[0].register_forward_hook(lambda module, arguments, output: output + 1)
+    expected = stack(x).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(stack(x), expected, atol=1e-5, rtol=1e-5)
+
+
 # ---- Graphs and half precision.
 
 
@@ -528,13 +566,11 @@ def tensors_only(model, classes, names, **options):
     return run
 
 
-@pytest.mark.parametrize("budget", [None, 18])
+@pytest.mark.parametrize("budget", [Budget(tolerance=0.001), Budget(tolerance=0.2), 18])
 def test_compiles_whole_and_equals_eager(budget):
     """Static rounds are as wide as the eager ones may become, so that both take the same patches."""
-    model = make_model(
-        dataclasses.replace(SMALL, target_patches=(4, 16, 64), most_patches=64, exploration=(4, 2, 2), trial=3)
-    )
-    budget = Budget(tolerance=0.001) if budget is None else budget
+    config = dataclasses.replace(SMALL, target_patches=(4, 16, 64), most_patches=64, exploration=(4, 2, 2), trial=3)
+    model = make_model(dataclasses.replace(config, distinct_levels=2, patches_of_tolerance=10))
     target, images, masks = make_inputs(2, 2)
     memory = model.encode_support(images[:1], masks[:1])
     run = tensors_only(model, 1, memory.tensors, budget=budget)

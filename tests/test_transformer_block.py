@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from samples import BACKENDS, needs_native
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -605,6 +606,32 @@ def test_a_replaced_layer_of_the_module_is_called():
     torch.testing.assert_close(found, tuple(t.detach() for t in expected), rtol=1e-5, atol=1e-5)
     block.query = query
     assert not torch.allclose(found[0], block(tokens, memory, None)[0], atol=1e-3)
+
+
+def doubled(module, arguments, output):
+    return 2 * output
+
+
+CHANGES = {
+    "activation": lambda block: setattr(block.mlp, "1", nn.ReLU()),
+    "another eps": lambda block: setattr(block.norm_mlp, "eps", 0.5),
+    "a hook": lambda block: block.query.register_forward_hook(doubled),
+    "no bias": lambda block: setattr(block.query, "bias", None),
+    "pruned": lambda block: prune.l1_unstructured(block.query, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_layer_of_the_module_is_called(change):
+    tokens, memory, _, heads = case("several")
+    block = module_of(tokens, heads, 256)
+    before = block(tokens, memory, None)[0]
+    change(block)
+    with torch.no_grad():
+        found = block(tokens, memory, None)
+    expected = block(tokens, memory, None)
+    torch.testing.assert_close(found, tuple(t.detach() for t in expected), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0], before, atol=1e-5)
 
 
 def weights_of_module(block: Block) -> BlockWeights:

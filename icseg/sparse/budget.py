@@ -16,8 +16,9 @@ class Budget:
 
     patches:   so many in all, the coarsest level's included (which is tiled completely, however few they are).
     gflops:    as many as fit into so many GFLOPs a target (10^9 multiplications and additions), the support set aside.
-    tolerance: adaptive, as many as it takes: the expected error that may stay uncovered at each level, as a share of
-               twice the expected foreground. 0 covers everything.
+    tolerance: adaptive, as many as seem worth it: where the expected error that more patches of a level could mend,
+               by what those before have mended, is at most this share of twice the expected foreground, they are not
+               taken; more than that may stay uncovered. 0 covers everything.
     """
 
     patches: int | None = None
@@ -52,7 +53,7 @@ def as_budget(value: Any) -> Budget:
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """rounds: patches of each round at a level; tolerance: fewer where the error left uncovered is below it."""
+    """rounds: patches of each round at a level; tolerance: of an adaptive budget, None: all of them are taken."""
 
     rounds: tuple[int, ...]
     tolerance: float | None = None

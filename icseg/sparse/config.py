@@ -20,13 +20,14 @@ class SparseConfig(PatchICLConfig):
     support_patches:   patches a level and support image; fewer where S of them exceed `most_support_patches`.
     most_support_patches: of a whole support set, a level.
     most_patches:      most target patches a level and round that an adaptive budget takes.
-    exploration:       patches of the first round at each level of an adaptive budget (the coarsest is tiled; the last
-                       entry serves finer levels too, which are explored only where the one before took more), and
+    exploration:       patches of the first round at each level of an adaptive budget (the coarsest is tiled, the last
+                       entry serves finer levels too; levels from `distinct_levels` on are explored only where the one
+                       before took more than its exploration), and
     trial:             of the second. The share of the expected error that a round mends tells whether the next is
                        worth its cost; the last takes all that are.
     tolerance:         adaptive budget: where the expected error that more patches of a level could mend is at most
                        this share of twice the expected foreground (so about that of Dice), they are not taken.
-    patches_of_tolerance: nor is a patch that could mend less than the tolerance over this number.
+    patches_of_tolerance: nor, from the second round on, is a patch that could mend less than the tolerance over this.
     foreground_share:  share of a support image's patches that is spent on its foreground and boundary.
     dim, depth, heads, mlp_ratio: width, blocks, attention heads and hidden layer of the transformer.
     registers:         tokens without a patch, as many on the support's side as on the target's.

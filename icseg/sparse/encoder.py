@@ -21,18 +21,24 @@ def activation() -> nn.Module:
 class SmallConvolutions(nn.Sequential):
     """nn.Sequential whose convolutions, each with the leaky ReLU after it, are `small_convolutions` in inference.
 
-    With gradients or under autocast they are torch's own. A convolution pads with zeros or the nearest pixels.
+    With gradients, under autocast, and where a module is not torch's own or has hooks, the modules themselves run.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if not _fusible(x):
             return super().forward(x)
         layers: list[ConvLayer] = []
+        absorbed: nn.Module | None = None
         modules = list(self._modules.values())
         for module, follower in zip(modules, [*modules[1:], None], strict=True):
-            if isinstance(module, nn.Conv2d):
-                layers.append(_conv_layer(module, follower))
-            elif not layers or not isinstance(module, nn.LeakyReLU):
+            assert module is not None
+            layer = _conv_layer(module, follower)
+            if layer is not None:
+                layers.append(layer)
+                absorbed = follower if layer.negative_slope is not None else None
+            elif module is absorbed:
+                absorbed = None
+            else:
                 x = module(small_convolutions(x, layers) if layers else x)
                 layers = []
         return small_convolutions(x, layers) if layers else x
@@ -40,16 +46,33 @@ class SmallConvolutions(nn.Sequential):
 
 def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x), as `SmallConvolutions` computes it."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return conv(x)
-    return small_convolutions(x, [_conv_layer(conv)])
+    layer = _conv_layer(conv) if _fusible(x) else None
+    return conv(x) if layer is None else small_convolutions(x, [layer])
 
 
-def _conv_layer(conv: nn.Conv2d, follower: nn.Module | None = None) -> ConvLayer:
-    slope = follower.negative_slope if isinstance(follower, nn.LeakyReLU) else None
-    return ConvLayer(
-        conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]), conv.padding_mode == "replicate", slope
-    )
+def _fusible(x: Tensor) -> bool:
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _conv_layer(conv: nn.Module, follower: nn.Module | None = None) -> ConvLayer | None:
+    """A convolution with the leaky ReLU that follows; None if it is another module, or does what the op does not."""
+    if type(conv) is not nn.Conv2d or not _plain(conv) or conv.groups != 1 or conv.dilation != (1, 1):
+        return None
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    if isinstance(padding, str) or any(pair[0] != pair[1] for pair in (kernel, stride, padding)):
+        return None
+    if kernel[0] > 5 or stride[0] > 2 or padding[0] >= kernel[0]:
+        return None
+    if conv.padding_mode not in ("zeros", "replicate"):
+        return None
+    slope = follower.negative_slope if type(follower) is nn.LeakyReLU and _plain(follower) else None
+    return ConvLayer(conv.weight, conv.bias, stride[0], padding[0], conv.padding_mode == "replicate", slope)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether it computes what its class says: without hooks, and with parameters that are not computed from others."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and module._parameters.keys() <= {"weight", "bias"}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, index: Tensor | None, scale: float | None = None) -> Tensor:
@@ -141,23 +164,25 @@ class Block(nn.Module):
         return tokens + self.mlp(self.norm_mlp(tokens)), own
 
     def _weights(self) -> BlockWeights | None:
-        """Those of plain layers; None where one was replaced, as by a quantised or adapted one.
+        """Those of plain layers; None where one was replaced or changed, as by a quantised or adapted one, or hooked.
 
         Straight from the dictionaries of modules: attributes of nn.Module take as long as a quarter of the block.
         """
         modules: dict[str, Any] = self._modules
-        norm, mlp = modules["norm_attention"], modules["mlp"]._modules
-        layers = norm, modules["query"], modules["key_value"], modules["out"], modules["norm_mlp"], mlp["0"], mlp["2"]
-        if [type(layer) for layer in layers] != _PLAIN_LAYERS:
+        norm, norm_mlp, mlp = modules["norm_attention"], modules["norm_mlp"], modules["mlp"]
+        layers = norm, modules["query"], modules["key_value"], modules["out"], norm_mlp, *mlp._modules.values()
+        if [type(layer) for layer in layers] != _PLAIN_LAYERS or not all(map(_plain, (*layers, mlp))):
             return None
-        tensors = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
-        return BlockWeights._make([*tensors, norm.eps])
+        if layers[6].approximate != "none" or norm.eps != norm_mlp.eps:
+            return None
+        tensors = [layer._parameters[name] for layer in (*layers[:6], layers[7]) for name in ("weight", "bias")]
+        return None if any(t is None for t in tensors) else BlockWeights._make([*tensors, norm.eps])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-_PLAIN_LAYERS = [nn.LayerNorm, *[nn.Linear] * 3, nn.LayerNorm, *[nn.Linear] * 2]
+_PLAIN_LAYERS = [nn.LayerNorm, *[nn.Linear] * 3, nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]
 
 
 def visible(valid: list[Tensor | None], lengths: list[int], batch: int, device: torch.device) -> Tensor | None:

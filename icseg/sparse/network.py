@@ -54,7 +54,7 @@ class _Cascade:
     logits:  [B, C, h, w] the combined map; None before the first level.
     error:   [B, C, rows, columns] mean error that is expected in each cell of the coming level.
     uncovered: [B] expected error where the last level has no patch, as a share of twice the expected foreground.
-    worthwhile: [B, 1] whether the last level took more than its exploration, or is covered by it; None: it was tiled.
+    worthwhile: [B, 1] whether the last level took more than its exploration, or is covered; None before any picked.
     blocks:  for each block the keys and values [B, n, 2D] of all target tokens so far.
     valid:   for each of those the tokens that are patches [B, n], None for all; lengths: their n.
     """
@@ -257,7 +257,7 @@ class SparseNetwork(nn.Module):
         expected = (error * share_of_mean).amax(1).flatten(1)
         worth = self._training_score(task, state, expected) if self.training else expected
         covered = torch.zeros_like(expected, dtype=torch.bool)
-        worthwhile = torch.full_like(covered[:, :1], task.cells <= plan.rounds[0])
+        worthwhile = torch.zeros_like(covered[:, :1])
         for number, slots in enumerate(plan.rounds):
             least = plan.tolerance / config.patches_of_tolerance if plan.tolerance is not None and number else 0.0
             left = torch.where(covered | (worth < least), -1.0, worth)
@@ -286,7 +286,8 @@ class SparseNetwork(nn.Module):
                 mended = selection.reducible_share(expected, index, (after * selection.at(share, index)).amax(1))
                 change = picked.change * selection.at(share.amax(1), index)
                 worth = mended * selection.second_look(expected, change, index, task.grid)
-        state.uncovered, state.worthwhile = expected.masked_fill(covered, 0).sum(1), worthwhile
+        state.uncovered = expected.masked_fill(covered, 0).sum(1)
+        state.worthwhile = worthwhile | covered.all(1, keepdim=True)
         return rounds or [_no_patches(task)]
 
     def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
