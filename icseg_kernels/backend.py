@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,11 @@ def status() -> dict[str, dict[str, list[str]]]:
     return {op: {name: b.missing() for name, b in declared.items()} for op, declared in sorted(_registry.items())}
 
 
-def without_gradients(**tensors: Tensor) -> list[str]:
-    """Why an implementation that has no gradients cannot serve a call of `tensors`."""
+def without_gradients(names: str, tensors: Iterable[Tensor | None]) -> list[str]:
+    """Why an implementation that has no gradients cannot serve `tensors`, which are the arguments `names`."""
     reasons = []
-    if torch.is_grad_enabled():
-        wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
-        if wanting:
-            reasons.append(f"it has no gradients, and {' and '.join(wanting)} requires one")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        reasons.append(f"it has no gradients, and {names} requires one")
     if not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     ):

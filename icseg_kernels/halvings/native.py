@@ -23,7 +23,7 @@ def unsupported(image: Tensor) -> list[str]:
         reasons.append(f"it runs on the CPU, and image is on {image.device}")
     if image.dtype != torch.float32:
         reasons.append(f"it computes in float32, and image is {image.dtype}")
-    return reasons + without_gradients(image=image)
+    return reasons + without_gradients("image", (image,))
 
 
 def halvings(image: Tensor, count: int, deviations: int) -> list[Tensor]:

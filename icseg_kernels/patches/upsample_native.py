@@ -21,7 +21,7 @@ def unsupported(coarser: Tensor, patches: Tensor) -> list[str]:
         reasons.append(f"it runs on the CPU, and coarser is on {coarser.device}")
     if coarser.dtype != torch.float32:
         reasons.append(f"it computes in float32, and coarser is {coarser.dtype}")
-    return reasons + without_gradients(coarser=coarser, patches=patches)
+    return reasons + without_gradients("coarser or patches", (coarser, patches))
 
 
 def upsample_with_patches(coarser: Tensor, patches: Tensor, coords: Tensor, height: int, width: int) -> Tensor:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from icseg_kernels import library
+from icseg_kernels.backend import without_gradients
 
 if TYPE_CHECKING:
     from icseg_kernels.small_convolutions import ConvLayer
@@ -36,12 +36,8 @@ def unsupported(x: Tensor, layers: Sequence[ConvLayer], sizes: Sequence[tuple[in
         reasons.append(f"it runs on the CPU, and x is on {x.device}")
     if x.dtype != torch.float32:
         reasons.append(f"it computes in float32, and x is {x.dtype}")
-    if torch.is_grad_enabled() and (x.requires_grad or any(_requires_grad(layer) for layer in layers)):
-        reasons.append("it has no gradients, and x, a weight or a bias requires one")
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
-        reasons.append("it has no rules for forward-mode differentiation and function transforms")
+    tensors = (tensor for layer in layers for tensor in (layer.weight, layer.bias))
+    reasons += without_gradients("x, a weight or a bias", (x, *tensors))
     if len(layers) > MOST_LAYERS:
         reasons.append(f"it takes at most {MOST_LAYERS} layers, got {len(layers)}")
     for channels, height, width in sizes:
@@ -52,10 +48,6 @@ def unsupported(x: Tensor, layers: Sequence[ConvLayer], sizes: Sequence[tuple[in
             )
             break
     return reasons
-
-
-def _requires_grad(layer: ConvLayer) -> bool:
-    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
 
 
 def small_convolutions(

@@ -9,9 +9,9 @@ from ctypes import byref, c_char_p, c_int64, c_void_p
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from icseg_kernels import library
+from icseg_kernels.backend import without_gradients
 
 # B, N, D, heads, hidden, keys, listed, slots, bytes
 _workspace = library.function("icseg_transformer_block_workspace", [c_int64] * 8 + [c_void_p])
@@ -38,14 +38,7 @@ def unsupported(
     for i, piece in enumerate(memory):
         if piece.dtype != torch.float32:
             reasons.append(f"it computes in float32, and memory[{i}] is {piece.dtype}")
-    if torch.is_grad_enabled() and (
-        tokens.requires_grad or any(t.requires_grad for t in memory) or any(t.requires_grad for t in weights)
-    ):
-        reasons.append("it has no gradients, and tokens, memory or a weight requires one")
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
-        reasons.append("it has no rules for forward-mode differentiation and function transforms")
+    reasons += without_gradients("tokens, memory or a weight", (tokens, *memory, *weights))
     width, hidden = tokens.shape[2], weights[10].shape[0]
     if width > MOST_CHANNELS or hidden > MOST_HIDDEN:
         reasons.append(
