@@ -5,7 +5,7 @@ python benchmarks/adaptive.py --out rows.jsonl --tasks 100 PACK.npz...
 ```
 
 Packs are scored by the protocol of `icseg evaluate`, at their own size or at `--size`; GFLOPs are of the target alone,
-by formula, as if each level were one round (1 % or 2 % less than torch's FLOP counter finds). `--counted` adds those
+by formula, as if each level were one round (up to 2 % less than torch's FLOP counter finds). `--counted` adds those
 that the counter finds under the reference backend, of the target and of its support set. Writes one row a data set,
 class and tolerance, and prints their table.
 """

@@ -11,6 +11,7 @@ import pytest
 import torch
 from samples import SAMPLES
 from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -225,16 +226,11 @@ def test_lazy_views_are_resolved(short: list[str]) -> None:
 
 def test_compiled_code_names_the_op(short: list[str]) -> None:
     torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def keep(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    recorder = EagerAndRecordGraphs()
     with torch.no_grad():
-        assert torch.equal(torch.compile(cut, fullgraph=True, backend=keep)(SOURCE), CUT)
-    assert "icseg" in graphs[0].code
-    assert graphs[0].code.count("gather_patches") > 0
+        assert torch.equal(torch.compile(cut, fullgraph=True, backend=recorder)(SOURCE), CUT)
+    assert "icseg" in recorder.graphs[0].code
+    assert recorder.graphs[0].code.count("gather_patches") > 0
 
 
 @pytest.mark.parametrize("sample", SAMPLES)

@@ -74,13 +74,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def check_against_torch(shape, kinds, activation, dtype, backend: str) -> None:
     """Errors against float64 no larger than torch's own in the same dtype, but for a few roundings."""
     samples, channels, spatial, groups = shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import BACKENDS, needs_native
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from icseg_kernels import BackendError, flops, halvings, library
@@ -39,13 +38,6 @@ def assert_same(found: tuple[list[Tensor], list[Tensor]], expected: tuple[list[T
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_by_hand(backend):
@@ -224,21 +216,17 @@ def test_opcheck(count, deviations):
 @needs_native
 def test_compile_is_one_node():
     torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def keep(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    recorder = EagerAndRecordGraphs()
 
     def run(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return halvings(x, 3, deviations=2)
 
-    compiled = torch.compile(run, fullgraph=True, backend=keep)
+    compiled = torch.compile(run, fullgraph=True, backend=recorder)
     for height in (16, 16, 20, 27):
         x = image(2, 1, height, 16)
         assert_same(compiled(x), run(x))
-    assert len(graphs) <= 2
-    for graph in graphs:
+    assert len(recorder.graphs) <= 2
+    for graph in recorder.graphs:
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert targets.count("icseg.halvings.default") == 1
         assert not [target for target in targets if "add" in target]

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,6 @@ WINDOWS = [  # p, stride, before, after, temperature, blur_sigma
     Windows(19, 20, 0, 0, 1e8, 1.0),
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random_map(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

@@ -47,13 +47,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def scattered_by_loop(
     patches: Tensor, coords: Tensor, size: tuple[int, int], weight: Tensor, fill: float
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import BACKENDS, needs_native
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,13 +99,6 @@ def assert_near(found: Tensor, x: Tensor, layers: list[ConvLayer]) -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("side", [16, 11])
@@ -393,21 +386,16 @@ def test_opcheck(name):
 def test_compile_is_one_node():
     """Whole graphs; new values do not compile anew, and new numbers of images at most once."""
     torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def keep(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    recorder = EagerAndRecordGraphs()
     run = lambda x, layers: small_convolutions(x, layers)  # noqa: E731
-    compiled = torch.compile(run, fullgraph=True, backend=keep)
+    compiled = torch.compile(run, fullgraph=True, backend=recorder)
     for context in (torch.no_grad, torch.enable_grad):
         for count, seed in ((3, 0), (3, 1), (4, 0), (5, 0), (6, 2)):
             x, layers = images("stem", count), stack("stem", seed=seed)
             with context():
                 assert torch.equal(compiled(x, layers), run(x, layers))
-    assert len(graphs) <= 4
-    for graph in graphs:
+    assert len(recorder.graphs) <= 4
+    for graph in recorder.graphs:
         called = [node for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
         assert [str(node.target) for node in called if "small_convolutions" in str(node.target)] == [
             "icseg.small_convolutions.default"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import BACKENDS, needs_native
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -116,13 +116,6 @@ def assert_near(
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("hiding", [False, True])
@@ -510,14 +503,9 @@ def test_opcheck(hiding):
 def test_compile_is_one_node():
     """Whole graphs; new values do not compile anew, and new numbers of tokens at most once."""
     torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def keep(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    recorder = EagerAndRecordGraphs()
     run = lambda tokens, memory, block, index: transformer_block(tokens, memory, block, heads=4, index=index)  # noqa: E731
-    compiled = torch.compile(run, fullgraph=True, backend=keep)
+    compiled = torch.compile(run, fullgraph=True, backend=recorder)
     for count, seed in ((4, 0), (4, 1), (5, 0), (6, 2)):
         tokens, memory, block, _ = made(2, count, [7, 3], 32, 4, 48, seed=seed)
         index = some_hidden(2, count + 10)
@@ -525,8 +513,8 @@ def test_compile_is_one_node():
             found, expected = compiled(tokens, memory, block, index), run(tokens, memory, block, index)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
-    assert len(graphs) <= 2
-    for graph in graphs:
+    assert len(recorder.graphs) <= 2
+    for graph in recorder.graphs:
         called = [str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
         assert [name for name in called if "transformer_block" in name] == ["icseg.transformer_block.default"]
         assert not [name for name in called if "linear" in name]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import BACKENDS, needs_native
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from icseg_kernels import BackendError, flops, library, upsample_with_patches
@@ -67,13 +67,6 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_by_hand(backend):
@@ -291,21 +284,17 @@ def test_opcheck(count):
 @needs_native
 def test_compile_is_one_node():
     torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def keep(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    recorder = EagerAndRecordGraphs()
 
     def run(coarser: Tensor, patches: Tensor, coords: Tensor) -> Tensor:
         return upsample_with_patches(coarser, patches, coords, (2 * coarser.shape[2], 2 * coarser.shape[3]))
 
-    compiled = torch.compile(run, fullgraph=True, backend=keep)
+    compiled = torch.compile(run, fullgraph=True, backend=recorder)
     for count in (3, 3, 4, 7):
         call = case((24, 30), count=count)[:3]
         assert torch.equal(compiled(*call), run(*call))
-    assert len(graphs) <= 2
-    for graph in graphs:
+    assert len(recorder.graphs) <= 2
+    for graph in recorder.graphs:
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert targets.count("icseg.upsample_with_patches.default") == 1
         assert not [target for target in targets if "interpolate" in target]

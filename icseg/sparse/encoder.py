@@ -151,10 +151,9 @@ class Block(nn.Module):
 
         index [B, N + all M]: rows of the keys (the memory's, then the tokens' own), -1 for one that is not to be seen.
         """
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type):
-            weights = self._weights()
-            if weights is not None:
-                return transformer_block(tokens, memory, weights, heads=self.heads, index=index)
+        weights = self._weights() if _fusible(tokens) else None
+        if weights is not None:
+            return transformer_block(tokens, memory, weights, heads=self.heads, index=index)
         x = self.norm_attention(tokens)
         own = self.key_value(x)
         keys, values = torch.cat([*(other.to(own.dtype) for other in memory), own], 1).chunk(2, -1)
