@@ -37,7 +37,8 @@ from icseg.training import (
     calibration,
     train,
 )
-from icseg.training.batches import Batch, Tasks, augment, batches_ahead, repeat_memory, training_batch, validation_batch
+from icseg.training.augmentation import augment
+from icseg.training.batches import Batch, Tasks, batches_ahead, repeat_memory, training_batch, validation_batch
 from icseg.training.calibration import fit_temperature
 from icseg.training.log import LOG_FILE, read_rows
 from icseg.training.optimisation import autocast, make_optimiser, update_average
