@@ -1,58 +1,93 @@
-"""Random fields on the pixel grid: smooth noise of a chosen coarseness, and Gaussian blur."""
+"""Random fields on the pixel grid, and Gaussian blur: batches of tasks, one set of parameters a task."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-Array = NDArray[np.float32]
+from icseg.data.synthetic.random import Draws
+
+MOST_COARSE = 64
+USUALLY_COARSE = 16
 
 
-@lru_cache(maxsize=1024)
-def _cubic_upsampling(resolution: int, size: int) -> Array:
-    """[size, resolution] matrix of cubic convolution (Keys 1981, a = -0.75) with clamped edges."""
-    position = (np.arange(size) + 0.5) * resolution / size - 0.5
-    first = np.floor(position).astype(int) - 1
-    matrix = np.zeros((size, resolution))
+@lru_cache(maxsize=256)
+def _cubic_upsampling(resolution: int, size: int) -> Tensor:
+    """[size, MOST_COARSE] matrix of cubic convolution (Keys 1981, a = -0.75) from `resolution` points, edges clamped."""
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) * resolution / size - 0.5
+    first = position.floor() - 1
+    matrix = torch.zeros(size, MOST_COARSE, dtype=torch.float64)
     for tap in range(4):
-        x = np.abs(position - (first + tap))
+        x = (position - (first + tap)).abs()
         near = 1.25 * x**3 - 2.25 * x**2 + 1
         far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-        column = np.clip(first + tap, 0, resolution - 1)
-        np.add.at(matrix, (np.arange(size), column), np.where(x <= 1, near, far))
-    return matrix.astype(np.float32)
+        column = (first + tap).clamp(0, resolution - 1).long().unsqueeze(1)
+        matrix.scatter_add_(1, column, torch.where(x <= 1, near, far).unsqueeze(1))
+    return matrix.float()
 
 
-def smooth_noise(rng: np.random.Generator, count: int, resolution: int, size: int) -> Array:
-    """[count, size, size] noise of unit deviation that varies over about size / resolution pixels."""
-    if resolution >= size:
-        return rng.standard_normal((count, size, size), dtype=np.float32)
-    up = _cubic_upsampling(resolution, size)
-    coarse: Array = rng.standard_normal((count, resolution, resolution), dtype=np.float32)
-    noise: Array = np.matmul(up @ coarse, up.T)
-    noise /= noise[:, ::3, ::3].std() + 1e-6
-    return noise
+@lru_cache(maxsize=64)
+def _upsamplings(size: int, most: int, device: torch.device) -> Tensor:
+    """[most + 1, size, most]: the matrix for every resolution up to `most`."""
+    return torch.stack([_cubic_upsampling(min(max(r, 1), size), size)[:, :most] for r in range(most + 1)]).to(device)
 
 
-def fractal_noise(rng: np.random.Generator, count: int, resolution: int, octaves: int, size: int) -> Array:
-    """Sum of `octaves` smooth noises, each twice as fine as the one before and 0.6 times as strong."""
-    total = smooth_noise(rng, count, resolution, size)
-    for octave in range(1, octaves):
-        total += np.float32(0.6**octave) * smooth_noise(rng, count, resolution * 2**octave, size)
-    total /= total[:, ::3, ::3].std() + 1e-6
-    return total
+def smooth_noise(draws: Draws, count: int, resolution: Tensor, size: int, most: int = USUALLY_COARSE) -> Tensor:
+    """[T, count, size, size] noise of unit deviation that varies over about size / resolution pixels.
+
+    resolution: int64 [T], at most `most`, which is at most MOST_COARSE.
+    """
+    up = _upsamplings(size, most, draws.device)[resolution].unsqueeze(1)
+    coarse = draws.normal(1.0, count, most, most)
+    noise = up @ coarse @ up.mT
+    return noise / (noise[..., ::3, ::3].std((1, 2, 3), keepdim=True) + 1e-6)
 
 
-def blur(image: Array, sigma: float) -> Array:
-    """Gaussian blur of [N, H, H] images, `sigma` in pixels; weights are renormalised at the border.
+def smooth_curves(draws: Draws, count: int, resolution: Tensor, size: int) -> Tensor:
+    """[T, count, size] one-dimensional noise of about unit deviation; resolution: int64 [T]."""
+    up = _upsamplings(size, USUALLY_COARSE, draws.device)[resolution]
+    return draws.normal(1.0, count, USUALLY_COARSE) @ up.mT
+
+
+def banded_noise(
+    draws: Draws, count: int, size: int, frequency: Tensor, octaves: Tensor, angle: Tensor, alignment: Tensor
+) -> Tensor:
+    """[T, count, size, size] noise of unit deviation in a band of spatial frequencies.
+
+    frequency: [T] cycles an image; octaves: [T] deviation of its logarithm; angle: [T] of the waves; alignment: [T],
+    how closely they keep it: 0 is any direction.
+    """
+    y = torch.fft.fftfreq(size, 1 / size, device=draws.device).unsqueeze(1)
+    x = torch.fft.rfftfreq(size, 1 / size, device=draws.device)
+    frequency, octaves, angle, alignment = (t.view(-1, 1, 1) for t in (frequency, octaves, angle, alignment))
+    radius = (y * y + x * x).sqrt().clamp_min(0.25)
+    gain = torch.exp(-(((radius / frequency).log2() / octaves) ** 2) / 2)
+    gain = gain * torch.exp(alignment * ((2 * (torch.atan2(y, x) - angle)).cos() - 1))
+    gain[:, 0, 0] = 0
+    energy = 2 * gain.square().sum((1, 2)) - gain[..., 0].square().sum(1) - gain[..., -1].square().sum(1)
+    gain = gain / (energy.sqrt() / size + 1e-6).view(-1, 1, 1)
+    spectrum = torch.fft.rfft2(draws.white(count, size, size))
+    return torch.fft.irfft2(spectrum * gain.unsqueeze(1), (size, size))
+
+
+def blur(image: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of [T, N, H, H] images, sigma [T] in pixels; weights are renormalised at the border.
 
     Two matrix products cost the same for every sigma.
     """
-    if sigma < 0.2:
-        return image
-    offset = np.arange(image.shape[-1], dtype=np.float32)
-    kernel = np.exp(-((offset[:, None] - offset[None]) ** 2) / np.float32(2 * sigma * sigma))
-    kernel /= kernel.sum(1, keepdims=True)
-    return kernel @ image @ kernel.T
+    offset = torch.arange(image.shape[-1], device=image.device, dtype=torch.float32)
+    distance = (offset.unsqueeze(1) - offset) ** 2
+    kernel = torch.exp(-distance / (2 * sigma.clamp_min(0.1).view(-1, 1, 1) ** 2))
+    kernel = (kernel / kernel.sum(2, keepdim=True)).unsqueeze(1)
+    return kernel @ image @ kernel.mT
+
+
+def pixel_axis(size: int, device: torch.device) -> Tensor:
+    """[size] pixel centres, from -1/2 to 1/2 of the image's side."""
+    return (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size - 0.5
+
+
+TURN = 2 * math.pi

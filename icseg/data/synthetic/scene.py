@@ -1,122 +1,138 @@
-"""The structures of a task before rendering: label maps, their backgrounds, and the warp between subjects."""
+"""The structures of tasks before rendering: label maps, their backgrounds, and the warp between subjects."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from icseg.data.synthetic.fields import smooth_noise
+from icseg.data.synthetic.fields import pixel_axis, smooth_curves, smooth_noise
+from icseg.data.synthetic.random import Draws
 from icseg.data.synthetic.shapes import DESIGN_SIZE, Canvas
 
 # Labels below FIRST_OBJECT are background; object k owns the three labels from object_label(k) on.
 FIRST_OBJECT = 16
-LABELS = 48
-
-Labels = NDArray[np.uint8]
-Shade = NDArray[np.float32]
+LABELS = 49
+MOST_LAYERS = 7
 
 
 def object_label(index: int) -> int:
-    """The first of the three labels (body, core, rim) that object `index` owns."""
+    """The first of the three labels (body, core, rim) that object `index`, below 11, owns."""
     return FIRST_OBJECT + 3 * index
 
 
 @dataclass
 class Scene:
-    """Label maps of all subjects, and what may be asked for in them.
+    """Structures of T tasks of one family, and what may be asked for in them.
 
-    labels:      [N, H, W], below LABELS.
-    shade:       [N, H, W] intensity offset of single objects.
-    candidates:  sets of labels of which one becomes the foreground.
-    deformation: strength of the further warp between subjects.
-    faint:       probability that the foreground is rendered with a low contrast.
+    canvas:      the objects; background: [T, N, H, H] int64, what lies under them.
+    background_shade: [T, N, H, H], or None for none: an offset of the background's intensity.
+    lookalikes:  (label, label, probability): the second is rendered like the first.
+    candidates:  ([T, LABELS] bool, [T] weight): sets of labels of which one becomes class 1, each with how often.
+    deformation: [T] strength of the further warp between subjects.
     """
 
-    labels: Labels
-    shade: Shade
-    candidates: list[tuple[int, ...]]
-    deformation: float
-    faint: float = 0.2
+    canvas: Canvas
+    background: Tensor
+    candidates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    background_shade: Tensor | None = None
+    lookalikes: list[tuple[int, int, float]] = field(default_factory=list)
+    deformation: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def alike(self, label: int, other: int, probability: float) -> None:
+        """Let `other` be rendered like `label`, so that only place or surroundings tell them apart."""
+        self.lookalikes.append((label, other, probability))
+
+    def offer(self, weight: Tensor | float, *labels: int) -> None:
+        """Offer a set of labels as class 1 with a weight ([T] or one number; 0 is never)."""
+        tasks, device = len(self.background), self.background.device
+        table = torch.zeros(tasks, LABELS, dtype=torch.bool, device=device)
+        table[:, list(labels)] = True
+        self.candidates.append((table, torch.as_tensor(weight, device=device).float().expand(tasks)))
 
 
-def noise_regions(
-    rng: np.random.Generator, subjects: int, regions: int, resolution: int, size: int, shared: bool
-) -> Labels:
-    """Where which of `regions` smooth noises is largest; the same map for every subject if `shared`."""
-    maps = 1 if shared else subjects
-    best = smooth_noise(rng, maps, resolution, size)
-    labels = np.zeros(best.shape, np.uint8)
-    for region in range(1, regions):
-        field = smooth_noise(rng, maps, resolution, size)
-        labels[field > best] = region
-        np.maximum(best, field, out=best)
-    return np.repeat(labels, subjects, 0) if shared else labels
-
-
-def layer_maps(rng: np.random.Generator, subjects: int, layers: int, variability: float, size: int) -> Labels:
-    """Stacked bands 0 to `layers`, bent alike in all subjects, shifted and rippled differently."""
-    scale = size / DESIGN_SIZE
-    depth = np.sort(rng.uniform(0.15, 0.85, layers)) * size
-    amplitude = rng.uniform(3, 25) * scale
-    bend = smooth_noise(rng, 1, 3, size)[0, 0] * amplitude
-    ripple = rng.uniform(0.5, 3) * scale
-    rows = np.arange(size)[:, None]
-    labels = np.zeros((subjects, size, size), np.uint8)
-    for subject in labels:
-        own = smooth_noise(rng, 1, int(rng.integers(2, 6)), size)[0, 0] * amplitude * variability * 0.6
-        curve = bend * rng.uniform(0.3, 1) + own + rng.normal(0, 15 * variability * scale)
-        small = smooth_noise(rng, layers, int(rng.integers(3, 12)), size)[:, 0] * ripple
-        shift = rng.normal(0, 3 * variability * scale, layers)
-        for i in range(layers):
-            subject[rows > (depth[i] + shift[i] + curve + small[i])[None]] = i + 1
+def noise_regions(draws: Draws, subjects: int, count: Tensor, resolution: Tensor, size: int, shared: Tensor) -> Tensor:
+    """[T, N, H, H]: where which of `count` [T] smooth noises is largest; one map for all subjects where `shared` [T]."""
+    best = torch.full((len(draws), subjects, size, size), -torch.inf, device=draws.device)
+    labels = torch.zeros(best.shape, dtype=torch.int64, device=draws.device)
+    everyone = torch.arange(len(draws), device=draws.device)
+    for region in range(int(count.max())):  # those beyond draw nothing, whatever the batch: draws of their own
+        noise = smooth_noise(draws.of(everyone, region), subjects, resolution, size)
+        noise = torch.where(shared.view(-1, 1, 1, 1), noise[:, :1], noise)
+        larger = (noise > best) & (region < count).view(-1, 1, 1, 1)
+        labels = torch.where(larger, region, labels)
+        best = torch.where(larger, noise, best)
     return labels
 
 
-def background(rng: np.random.Generator, subjects: int, size: int, shared: float) -> Labels:
-    """Plain, patchy or layered backgrounds; `shared`: the probability of the same patches in all subjects."""
-    kind = rng.random()
-    if kind < 0.4:
-        return np.zeros((subjects, size, size), np.uint8)
-    if kind < 0.52:
-        return layer_maps(rng, subjects, int(rng.integers(2, 6)), 1, size)
-    resolution = int(rng.integers(2, 10))
-    regions = int(rng.integers(2, 6))
-    return noise_regions(rng, subjects, regions, resolution, size, rng.random() < shared)
+def layer_maps(draws: Draws, subjects: int, count: Tensor, variability: Tensor, size: int) -> Tensor:
+    """[T, N, H, H] stacked bands 0 to `count` [T], at most MOST_LAYERS, bent alike in all subjects, shifted and rippled differently."""
+    most = MOST_LAYERS
+    number = torch.arange(most, device=draws.device)
+    depth = draws.uniform(0.15, 0.85, most).masked_fill(number >= count.unsqueeze(1), 9.0).sort(1).values
+    amplitude = draws.uniform(3, 25) / DESIGN_SIZE
+    variability = variability.view(-1, 1, 1)
+    three = torch.full((len(draws),), 3, device=draws.device)
+    bend = smooth_curves(draws, 1, three, size) * amplitude.view(-1, 1, 1) * draws.uniform(0.3, 1, subjects, 1)
+    own = smooth_curves(draws, subjects, draws.integers(2, 6), size) * amplitude.view(-1, 1, 1) * variability * 0.6
+    shift = draws.normal(15 / DESIGN_SIZE, subjects, 1) * variability
+    ripple = smooth_curves(draws, subjects * most, draws.integers(3, 12), size).unflatten(1, (subjects, most))
+    ripple = ripple * (draws.uniform(0.5, 3) / DESIGN_SIZE).view(-1, 1, 1, 1)
+    apart = draws.normal(3 / DESIGN_SIZE, subjects, most) * variability
+    boundary = (depth.unsqueeze(1) + apart).unsqueeze(3) + ripple + (bend + own + shift).unsqueeze(2)
+    rows = (pixel_axis(size, draws.device) + 0.5).view(-1, 1)
+    labels = torch.zeros(len(draws), subjects, size, size, dtype=torch.int64, device=draws.device)
+    for layer in range(int(count.max())):
+        labels += rows > boundary[:, :, layer, None]
+    return labels
 
 
-def collect(canvases: list[Canvas]) -> tuple[Labels, Shade]:
-    """The label maps and shades of all subjects' canvases, [N, H, W] each."""
-    return np.stack([c.labels() for c in canvases]), np.stack([c.shade() for c in canvases])
+def backgrounds(draws: Draws, subjects: int, size: int, shared: float) -> Tensor:
+    """[T, N, H, H] plain, patchy or layered; `shared`: the probability of the same patches in all subjects."""
+    labels = torch.zeros(len(draws), subjects, size, size, dtype=torch.int64, device=draws.device)
+    kind = draws.uniform(0, 1)
+    layered = ((kind >= 0.4) & (kind < 0.52)).nonzero().squeeze(1)
+    if len(layered):
+        some = draws.of(layered, 0)
+        labels[layered] = layer_maps(some, subjects, some.integers(2, 6), torch.ones(len(some)), size)
+    patchy = (kind >= 0.52).nonzero().squeeze(1)
+    if len(patchy):
+        some = draws.of(patchy, 1)
+        count, resolution = some.integers(2, 6), some.integers(2, 10)
+        labels[patchy] = noise_regions(some, subjects, count, resolution, size, some.chance(shared))
+    return labels
 
 
-def warp(rng: np.random.Generator, labels: Labels, shade: Shade, strength: float) -> tuple[Labels, Shade]:
-    """Deform each subject on its own: rotation, scale, shift and smooth displacement of three finenesses."""
-    subjects, size, _ = labels.shape
-    angle = rng.normal(0, 0.12 * strength, subjects)
-    stretch = np.exp(rng.normal(0, 0.1 * strength, (2, subjects)))
-    if rng.random() < 0.12:
-        stretch *= np.exp(np.clip(rng.normal(-0.2, 0.35, subjects), -0.8, 0.2))
-    shift = rng.normal(0, 0.05 * strength, (2, subjects))
-    axis = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-    y, x = axis[:, None], axis[None]
-    source = []
-    for i, (u, v, sine) in enumerate(((y, x, 1), (x, y, -1))):
-        flow = (
-            0.036 * smooth_noise(rng, subjects, 3, size)
-            + 0.016 * smooth_noise(rng, subjects, 6, size)
-            + 0.005 * smooth_noise(rng, subjects, 14, size)
+def warp_index(draws: Draws, subjects: int, strength: Tensor, size: int) -> Tensor:
+    """[T, N, H * H] pixels that each subject's pixels come from: rotation, scale, shift, smooth displacement.
+
+    strength: [T]. What would lie outside is mirrored at the border.
+    """
+    strength = strength.view(-1, 1)
+    angle = draws.normal(0.12 * strength, subjects)
+    stretch = draws.normal(0.1 * strength.unsqueeze(1), 2, subjects).exp()
+    distant = draws.chance(0.15).view(-1, 1, 1)  # a task whose subjects were taken from near and far
+    stretch = stretch * torch.where(distant, draws.normal(0.4, 1, subjects).sub(0.2).clamp(-0.9, 0.3), 0.0).exp()
+    shift = draws.normal(0.05 * strength.unsqueeze(1), 2, subjects)
+    axis = pixel_axis(size, draws.device)
+    y, x = axis.view(-1, 1), axis.view(1, -1)
+    places = []
+    for i, (u, v, sign) in enumerate(((y, x, 1.0), (x, y, -1.0))):
+        flow = torch.zeros(())
+        for amplitude, resolution in ((0.036, 3), (0.016, 6), (0.005, 14)):
+            constant = torch.full((len(draws),), resolution, device=draws.device)
+            flow = flow + amplitude * smooth_noise(draws, subjects, constant, size)
+        along, across, moved = (
+            t.unsqueeze(-1).unsqueeze(-1)
+            for t in (angle.cos() * stretch[:, i], sign * angle.sin() * stretch[:, i], shift[:, i])
         )
-        along = (np.cos(angle) * stretch[i]).astype(np.float32)[:, None, None] * u
-        across = (sine * np.sin(angle)).astype(np.float32)[:, None, None] * v
-        place = along + across + shift[i].astype(np.float32)[:, None, None] + np.float32(strength) * flow
-        source.append(_reflected(np.rint((place + 0.5) * (size - 1)).astype(np.int32), size))
-    index = np.arange(subjects)[:, None, None], source[0], source[1]
-    return labels[index], shade[index]
+        place = along * u + across * v + moved + strength.view(-1, 1, 1, 1) * flow
+        places.append(_reflected(((place + 0.5) * size - 0.5).round().long(), size))
+    return (places[0] * size + places[1]).flatten(2)
 
 
-def _reflected(index: NDArray[np.int32], size: int) -> NDArray[np.int32]:
+def _reflected(index: Tensor, size: int) -> Tensor:
     """Indices outside [0, size) mirrored at the border."""
     index = index % (2 * size)
-    return np.minimum(index, 2 * size - 1 - index)
+    return torch.minimum(index, 2 * size - 1 - index)
