@@ -78,12 +78,9 @@ def fit_band(images: Tensor, masks: Tensor) -> tuple[int, int]:
     images, masks: of one shape, in [0, 1]. It has the largest Dice of all bands, pixels of all images taken together.
     Of bands that are equally good (levels that no pixel has) the ends are in the middle.
     """
-    inside = torch.bincount(_levels(images[masks > 0.5]), minlength=_LEVELS)
-    every = torch.bincount(_levels(images).flatten(), minlength=_LEVELS)
-    # [low, high]: pixels of levels low to high, by their cumulative counts
-    overlap, size = (
-        (c := F.pad(counts.cumsum(0).double(), (1, 0)))[None, 1:] - c[:-1, None] for counts in (inside, every)
-    )
+    levels = _levels(images) + _LEVELS * (masks > 0.5).to(torch.uint8)
+    outside, inside = torch.bincount(levels.flatten(), minlength=2 * _LEVELS).double().view(2, _LEVELS)
+    overlap, size = _sums(inside), _sums(inside + outside)
     scores = 2 * overlap / (size + inside.sum()).clamp_min(1)
     scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).tril(-1), -1)
     best = scores == scores.max()
@@ -92,8 +89,14 @@ def fit_band(images: Tensor, masks: Tensor) -> tuple[int, int]:
     return low, _middle(best[low])
 
 
+def _sums(counts: Tensor) -> Tensor:
+    """[low, high]: the sum of counts[low] to counts[high]."""
+    cumulative = F.pad(counts.cumsum(0), (1, 0))
+    return cumulative[None, 1:] - cumulative[:-1, None]
+
+
 def _levels(image: Tensor) -> Tensor:
-    return (image * _LEVELS).long().clamp(0, _LEVELS - 1)
+    return (image * _LEVELS).to(torch.uint8).clamp(max=_LEVELS - 1)
 
 
 def _middle(chosen: Tensor) -> int:

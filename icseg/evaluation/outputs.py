@@ -91,7 +91,7 @@ def _above(row: Row) -> str:
 
 
 def _signed(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.mean:+.3f} {interval.bounds('+.3f')}"
+    return "" if interval is None else f"{interval.mean:+z.3f} {interval.bounds('+z.3f')}"
 
 
 _Columns = dict[str, Callable[[Row], str]]
