@@ -351,10 +351,7 @@ def evaluate(
 
         if seed and seeds:
             raise ValueError("seeds must be given by --seed or by --seeds, got both")
-        pixels = _size(size)
-        protocol = EvaluationProtocol(
-            None if pixels is ... else pixels, support, tuple(seed or range(seeds or 1)), limit
-        )
+        protocol = EvaluationProtocol(_pixels(size), support, tuple(seed or range(seeds or 1)), limit)
         _use_threads(threads)
         report = evaluate_datasets(
             datasets or [],
@@ -371,8 +368,10 @@ def evaluate(
 
 
 def _size(text: str | None) -> int | EllipsisType | None:
-    if text is None:
-        return ...
+    return ... if text is None else _pixels(text)
+
+
+def _pixels(text: str) -> int | None:
     if text == "own":
         return None
     try:

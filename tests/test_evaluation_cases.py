@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_pack import SIZE, write_pack, write_varied_pack
+from toy_pack import write_pack, write_varied_pack
 
 from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
 from icseg.evaluation import EvaluationProtocol, Pack, load_dataset, pack_cases, synthetic_cases
@@ -125,6 +125,7 @@ def test_bad_protocols(fields: dict[str, object], message: str) -> None:
 def test_bad_arguments(pack: Pack) -> None:
     with pytest.raises(ValueError, match="support must be at least 1, got 0"):
         pack_cases(pack, 1, support=0)
+    with pytest.raises(ValueError, match="seeds must be at least one number"):
+        pack_cases(pack, 1, seeds=())
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         synthetic_cases(0)
-    assert pack.images.shape[1:] == (SIZE, SIZE)

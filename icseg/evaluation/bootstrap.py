@@ -38,6 +38,7 @@ class Interval:
         return f"{self.mean:.3f} {self.bounds()}"
 
     def bounds(self, form: str = ".3f") -> str:
+        """Both in brackets."""
         return "[-]" if self.low is None or self.high is None else f"[{self.low:{form}}, {self.high:{form}}]"
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from icseg.data.frame import SIDES
@@ -85,10 +84,10 @@ class Cases(Sequence[Case]):
 class PackCases(Cases):
     """Those of one class of a pack; see `pack_cases`."""
 
-    def __init__(self, pack: Pack, class_id: int, support: int, seeds: Sequence[int], limit: int | None) -> None:
+    def __init__(self, pack: Pack, class_id: int, protocol: EvaluationProtocol) -> None:
         self._pack, self._class_id = pack, class_id
         self._sources = pack.sources()
-        self._draws = list(self._drawn(support, seeds, limit))
+        self._draws = list(self._drawn(protocol))
 
     def __len__(self) -> int:
         return len(self._draws)
@@ -96,20 +95,22 @@ class PackCases(Cases):
     def of(self, number: int) -> Case:
         return self[[target for target, _ in self._draws].index(number)]
 
-    def _drawn(self, support: int, seeds: Sequence[int], limit: int | None) -> list[tuple[int, NDArray[np.int64]]]:
-        """(target, supports), once a seed for each target that has an image to support it."""
+    def _drawn(self, protocol: EvaluationProtocol) -> Iterator[tuple[int, list[int]]]:
+        """(target, supports), once a seed; nothing where all images are of one patient."""
         holders, class_id = self._pack.holders(self._class_id), self._class_id
-        others = {t: holders[self._sources[holders] != self._sources[t]] for t in holders.tolist()}
-        order = np.random.default_rng((seeds[0], class_id)).permutation(holders).tolist()
-        return [
-            (target, np.random.default_rng((seed, class_id, target)).permutation(others[target])[:support])
-            for target in [t for t in order if len(others[t])][:limit]
-            for seed in seeds
-        ]
+        sources = self._sources[holders]
+        if len(np.unique(sources)) < 2:
+            return
+        order = np.random.default_rng((protocol.seeds[0], class_id)).permutation(holders)
+        for target in order[: protocol.limit].tolist():
+            others = holders[sources != self._sources[target]]
+            for seed in protocol.seeds:
+                drawn = np.random.default_rng((seed, class_id, target)).permutation(others)
+                yield target, drawn[: protocol.support].tolist()
 
     def _case(self, index: int) -> Case:
         pack, (target, supports) = self._pack, self._draws[index]
-        chosen = np.concatenate([[target], supports])
+        chosen = [target, *supports]
         images, masks = as_tensors(pack.images[chosen], pack.masks[chosen], (self._class_id,))
         return Case(
             images[0],
@@ -120,7 +121,7 @@ class PackCases(Cases):
             source=int(self._sources[target]),
             class_name=pack.class_names[self._class_id],
             patient=None if pack.patient is None else str(pack.patient[target]),
-            supports=tuple(supports.tolist()),
+            supports=tuple(supports),
         )
 
 
@@ -148,11 +149,10 @@ def pack_cases(
     """The targets of a class, each once a seed with a support set.
 
     A target contains the class. Its supports are `support` images that contain it too, of other patients (other
-    images, where patients are not known), drawn by (seed, target); fewer, where fewer exist. A target without any is
-    left out. limit: targets at most, drawn by the first seed.
+    images, where patients are not known), drawn by (seed, target); fewer, where fewer exist. A class that one
+    patient alone has gives no cases. limit: targets at most, drawn by the first seed.
     """
-    check_least(1, support=support, limit=limit)
-    return PackCases(pack, class_id, support, seeds, limit)
+    return PackCases(pack, class_id, EvaluationProtocol(None, support, tuple(seeds), limit))
 
 
 def synthetic_cases(tasks: int, *, support: int = 3, size: int = 256) -> SyntheticCases:

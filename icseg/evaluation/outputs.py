@@ -20,7 +20,7 @@ LEGEND = (
     "Floors, by their Dice: copy, the mean of the support masks; Otsu, his threshold with the better polarity by the "
     "true mask; band, the grey levels that fit the supports best. Over floor: Dice minus that of the best floor."
 )
-TABLE, DIFFERENCES = "table.md", "Dice minus that of the compared model, on the same cases:"
+DIFFERENCES = "Dice minus that of the compared model, on the same cases:"
 
 
 def json_text(report: Report) -> str:
@@ -66,7 +66,7 @@ def write_folder(report: Report, folder: Path) -> None:
     """Write scores.json, scores.csv and table.md into an existing folder, each whole or not at all."""
     write_json(report, folder / "scores.json")
     _write(folder / "scores.csv", csv_text(report.rows))
-    _write(folder / TABLE, markdown(report))
+    _write(folder / "table.md", markdown(report))
 
 
 def _write(path: str | Path, text: str) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icseg.baselines.floors import copy_support, intensity_band, otsu
+from icseg.data.synthetic import GENERATOR_VERSION
 from icseg.evaluation.bootstrap import Sample
 from icseg.evaluation.cases import (
     SYNTHETIC,
     Case,
     Cases,
     EvaluationProtocol,
-    pack_cases,
+    PackCases,
     synthetic_cases,
 )
 from icseg.evaluation.packs import Pack, load_dataset
@@ -100,19 +101,14 @@ class Unit:
 def pack_units(pack: Pack, protocol: EvaluationProtocol) -> list[Unit]:
     """The classes of a pack (at the protocol's size) that have a target."""
     digest = pack.digest()
-    return [
-        Unit(pack.name, name, cases, digest)
-        for class_id, name in list(enumerate(pack.class_names))[1:]
-        if len(
-            cases := pack_cases(pack, class_id, support=protocol.support, seeds=protocol.seeds, limit=protocol.limit)
-        )
-    ]
+    by_class = {name: PackCases(pack, i, protocol) for i, name in enumerate(pack.class_names) if i > 0}
+    return [Unit(pack.name, name, cases, digest) for name, cases in by_class.items() if len(cases)]
 
 
 def synthetic_unit(tasks: int, protocol: EvaluationProtocol) -> Unit:
     """One target and one support set a task, whatever the protocol's seeds and limit."""
     cases = synthetic_cases(tasks, support=protocol.support, size=protocol.size or 256)
-    return Unit(SYNTHETIC, "tasks", cases, f"{tasks} tasks")
+    return Unit(SYNTHETIC, "tasks", cases, f"{tasks} tasks of generator version {GENERATOR_VERSION}")
 
 
 def model_predictor(model: PatchICL) -> Predictor:
