@@ -25,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from icseg.evaluation import Case, Pack, pack_cases, synthetic_cases
+from icseg.evaluation import Case, load_dataset, pack_cases, synthetic_cases
 from icseg.files import written_whole
 from icseg.metrics import dice
 from icseg.model import PatchICL
@@ -114,13 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = PatchICL.from_pretrained(given.checkpoint)
     rows: list[dict[str, Any]] = []
     if given.tasks:
-        cases = (case for _, case in tqdm(synthetic_cases(given.tasks), "synthetic", given.tasks, leave=False))
+        cases = tqdm(synthetic_cases(given.tasks), "synthetic", leave=False)
         rows += rows_of(model, "synthetic", "", cases, given.tolerances, counted=given.counted)
     for path in given.packs:
-        pack = Pack.load(path)
+        pack = load_dataset(path, given.size)
         for class_id, name in list(enumerate(pack.class_names))[1:]:
-            count, cases = pack_cases(pack, class_id, size=given.size, limit=given.limit)
-            bar = tqdm(cases, f"{path.stem} {name}", count, leave=False)
+            bar = tqdm(pack_cases(pack, class_id, limit=given.limit), f"{path.stem} {name}", leave=False)
             found = rows_of(model, pack.name, name, bar, given.tolerances, counted=given.counted)
             rows += [{**row, "size": given.size} for row in found] if given.size else found
     with written_whole(given.out) as temporary:

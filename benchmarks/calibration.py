@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icseg.evaluation import Case, Pack, pack_cases, synthetic_cases
+from icseg.evaluation import Case, load_dataset, pack_cases, synthetic_cases
 from icseg.metrics import dice
 from icseg.model import PatchICL
 
@@ -70,13 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = PatchICL.from_pretrained(given.checkpoint)
     print(f"temperature {float(model.network.get_buffer('temperature')):.3f}\n")
     print("| data set | class | raw | temperature | draws |\n|---|---|---|---|---|")
-    jobs: list[tuple[str, str, Iterable[Case]]] = [
-        ("synthetic", "", (case for _, case in synthetic_cases(given.tasks)))
-    ]
+    jobs: list[tuple[str, str, Iterable[Case]]] = [("synthetic", "", synthetic_cases(given.tasks))]
     for path in given.packs:
-        pack = Pack.load(path)
+        pack = load_dataset(path)
         for class_id, name in list(enumerate(pack.class_names))[1:]:
-            jobs.append((pack.name, name, pack_cases(pack, class_id, limit=given.limit)[1]))
+            jobs.append((pack.name, name, pack_cases(pack, class_id, limit=given.limit)))
     for dataset, name, cases in jobs:
         found = measure(model, cases).values()
         cells = [f"{c.error():.3f} (Dice {sum(c.dice) / len(c.dice):.3f})" for c in found]

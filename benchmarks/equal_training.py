@@ -30,7 +30,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from icseg.evaluation import Case, Pack, model_predictor, pack_cases, synthetic_cases
+from icseg.evaluation import Case, Pack, load_dataset, model_predictor, pack_cases, synthetic_cases
 from icseg.files import written_whole
 from icseg.metrics import dice as dice_of
 from icseg.model import PatchICL
@@ -129,21 +129,20 @@ def training_record(directory: Path) -> dict[str, Any]:
 # Evaluation
 
 
-def cases_of(pack: Pack, limit: int | None = None) -> Iterator[tuple[str, Case]]:
-    """(class, case) of the targets and support sets that `icseg evaluate` takes at SIZE."""
-    for class_id, class_name in list(enumerate(pack.class_names))[1:]:
-        for case in pack_cases(pack, class_id, support=SUPPORT, size=SIZE, limit=limit)[1]:
-            yield class_name, case
+def cases_of(pack: Pack, limit: int | None = None) -> Iterator[Case]:
+    """The targets and support sets that `icseg evaluate` takes."""
+    for class_id in range(1, len(pack.class_names)):
+        yield from pack_cases(pack, class_id, support=SUPPORT, limit=limit)
 
 
-def score(models: dict[str, PatchICL], dataset: str, cases: Iterable[tuple[str, Case]]) -> Iterator[Row]:
+def score(models: dict[str, PatchICL], dataset: str, cases: Iterable[Case]) -> Iterator[Row]:
     """Rows of every model on every case."""
     predictors = {name: model_predictor(model) for name, model in models.items()}
-    for class_name, case in tqdm(cases, dataset, leave=False):
+    for case in tqdm(cases, dataset, leave=False):
         for name, predict in predictors.items():
             mask = predict(case.target[None], case.support_images[None], case.support_masks[None])
             dice = dice_of(mask, case.mask[None] > 0.5).item()
-            yield Row(name, dataset, class_name, case.number, case.source, dice)
+            yield Row(name, dataset, case.class_name, case.number, case.source, dice)
 
 
 def cost_of(name: str, model: PatchICL, directory: Path, cases: Sequence[Case]) -> Cost:
@@ -264,14 +263,14 @@ def evaluate_models(
     names: Sequence[str], out: Path, packs: Sequence[Path], tasks: int, limit: int | None, unit: str
 ) -> str:
     """Score the models trained in `out`, write rows.jsonl and table.md there; the table."""
-    opened = [Pack.load(path) for path in packs]  # all are checked before the first is scored
+    opened = [load_dataset(path, SIZE) for path in packs]  # all are checked before the first is scored
     models = {name: PatchICL.from_pretrained(out / name / MODEL_FILE) for name in names}
     rows = list(score(models, "synthetic", synthetic_cases(tasks, support=SUPPORT, size=SIZE)))
     for pack in opened:
         rows += score(models, pack.name, cases_of(pack, limit))
     with written_whole(out / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows), encoding="utf-8")
-    cases = [case for _, case in synthetic_cases(COUNTED, support=SUPPORT, size=SIZE)]
+    cases = list(synthetic_cases(COUNTED, support=SUPPORT, size=SIZE))
     table = report(rows, [cost_of(name, model, out / name, cases) for name, model in models.items()], unit)
     with written_whole(out / "table.md") as temporary:
         temporary.write_text(table, encoding="utf-8")

@@ -20,7 +20,7 @@ import icseg
 from icseg.baselines.universeg import UniverSeg
 from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
 from icseg.data.tensors import as_tensors
-from icseg.evaluation import Case, Pack, pack_cases
+from icseg.evaluation import Case, load_dataset, pack_cases
 
 SUPPORT = 3
 TASK = pool_task_seed(EVALUATION_SEED, 0)
@@ -53,7 +53,7 @@ def median_case(pack: Path, side: int, model: icseg.PatchICL) -> Case:
 
 
 def _cases(pack: Path, side: int) -> list[Case]:
-    return list(pack_cases(Pack.load(pack), 1, support=SUPPORT, size=side)[1])
+    return list(pack_cases(load_dataset(pack, side), 1, support=SUPPORT))
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ TERMINATED = 143
 
 OUT_OF_MEMORY = "out of memory: a smaller --size, --batch-size or --budget, or for training smaller batches, needs less"
 
-PACK_HELP = "Files .npz with images and masks (class ids) [N, H, W], both uint8, and class_names."
+DATASET_HELP = "Files .npz with images and masks (class ids) [N, H, W], both uint8, and class_names."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 SUPPORT_IMAGES = typer.Option(help="Folder of annotated images.")
@@ -316,48 +316,62 @@ def train(
 
 @app.command()
 def evaluate(
-    packs: Annotated[list[Path] | None, typer.Argument(metavar="PACK", help=PACK_HELP)] = None,
+    datasets: Annotated[list[Path] | None, typer.Argument(metavar="DATASET", help=DATASET_HELP)] = None,
     synthetic: Annotated[
         int, typer.Option(min=0, metavar="N", help="Score on N synthetic tasks that training never holds, too.")
     ] = 0,
     checkpoint: Checkpoint = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Weights of a second model, scored on the same cases.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for scores, table and pictures; or a .json file for the scores.")
+    ] = None,
     support: Annotated[int, typer.Option(min=1, help="Support pairs a target.")] = 3,
-    size: Annotated[int | None, typer.Option(min=32, help="Pixels of a side; the pack's own if left out.")] = None,
+    size: Annotated[
+        str, typer.Option(metavar="PIXELS|own", help="Pixels of a side, 32 to 4096; own: the data set's own.")
+    ] = "256",
     limit: Annotated[int | None, typer.Option(min=1, help="Targets a class, at most.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the support sets.")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Draws the support sets; repeatable: a set a seed. 0 if left out.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="In place of --seed: seeds 0 to N - 1.")] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Targets a class to draw, worst to best; 3 with a folder as --out."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier, equal run has scored.")] = False,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Score a model on labelled packs or synthetic tasks, beside two floors that need no model."""
+    """Score a model on labelled data sets or synthetic tasks, beside floors that need no model."""
     with _exit_codes():
-        from icseg.evaluation import LEGEND, evaluate_packs, markdown_table, write_json
-        from icseg.files import check_file
+        from icseg.evaluation import EvaluationProtocol, evaluate_datasets, markdown
         from icseg.inference import resolve_device
 
-        if not packs and not synthetic:
-            raise ValueError("evaluate needs a PACK or --synthetic N to score on, got neither")
-        if out is not None:
-            check_file(out)
+        if seed and seeds:
+            raise ValueError("seeds must be given by --seed or by --seeds, got both")
+        protocol = EvaluationProtocol(_pixels(size), support, tuple(seed or range(seeds or 1)), limit)
         _use_threads(threads)
-        rows = evaluate_packs(
-            packs or [],
+        report = evaluate_datasets(
+            datasets or [],
+            protocol,
             checkpoint=checkpoint,
-            support=support,
-            seed=seed,
-            size=size,
-            limit=limit,
+            compare=compare,
             synthetic_tasks=synthetic,
+            out=out,
+            pictures=pictures,
+            resume=resume,
             device=resolve_device(device),
         )
-        if out is not None:
-            write_json(rows, out)
-    typer.echo(f"{markdown_table(rows)}\n{LEGEND}")
+    typer.echo(markdown(report), nl=False)
 
 
 def _size(text: str | None) -> int | EllipsisType | None:
-    if text is None:
-        return ...
+    return ... if text is None else _pixels(text)
+
+
+def _pixels(text: str) -> int | None:
     if text == "own":
         return None
     try:

@@ -693,20 +693,21 @@ def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, che
     )
     assert code == 0
     assert "| pack | bright | 2 |" in out
-    assert json.loads(Path("scores.json").read_text())[0]["class_name"] == "bright"
+    assert json.loads(Path("scores.json").read_text())["classes"][0]["class_name"] == "bright"
     code, _, err = command(capsys, "evaluate", "none.npz", "--checkpoint", checkpoint)
     assert (code, err) == (2, "icseg: error: pack must be an existing .npz file, got none.npz\n")
 
 
 def test_evaluate_checks_before_it_scores(here, capsys, monkeypatch, checkpoint):
-    monkeypatch.setattr(icseg.evaluation, "evaluate_packs", None)  # nothing may be computed
+    monkeypatch.setattr(icseg.evaluation.run, "score_unit", None)  # nothing may be computed
     evaluate = ("evaluate", "--checkpoint", checkpoint)
     code, _, err = command(capsys, *evaluate)
-    assert (code, err) == (2, "icseg: error: evaluate needs a PACK or --synthetic N to score on, got neither\n")
+    assert (code, err) == (2, "icseg: error: evaluate needs a data set or synthetic tasks to score on, got neither\n")
     code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--out", "none/scores.json")
     assert (code, err) == (2, "icseg: error: path must lie in an existing folder, got none/scores.json\n")
-    code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--out", "t")
-    assert (code, err) == (2, "icseg: error: path must be that of a file, got the folder t\n")
+    Path("t.json").mkdir()
+    code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--out", "t.json")
+    assert (code, err) == (2, "icseg: error: path must be that of a file, got the folder t.json\n")
     code, _, err = command(capsys, *evaluate, "--synthetic", "2", "--seed", "-1")
     assert code == 2
     assert "Invalid value for '--seed'" in err
@@ -717,7 +718,7 @@ def test_evaluate_on_synthetic_tasks_alone(here, capsys, checkpoint):
     code, out, _ = command(capsys, "evaluate", *arguments)
     assert code == 0
     assert "| synthetic |" in out
-    assert out.endswith(f"|\n\n{icseg.evaluation.LEGEND}\n")
+    assert out.endswith(f"|\n\n{icseg.evaluation.outputs.LEGEND}\n")
 
 
 def test_a_pack_without_a_class_to_score_is_one_sentence(here, capsys, checkpoint):

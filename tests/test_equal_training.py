@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from icseg.config import PatchICLConfig
-from icseg.evaluation import Pack, evaluate, evaluate_synthetic, model_predictor
+from icseg.evaluation import EvaluationProtocol, evaluate, evaluate_synthetic, load_dataset, model_predictor
 from icseg.model import PatchICL
 from icseg.training import TrainingConfig, TrainingResult
 
@@ -138,21 +138,20 @@ def write_pack(path: Path) -> Path:
     return path
 
 
-def test_the_targets_are_those_of_evaluate(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "SIZE", 24)
+def test_the_targets_are_those_of_evaluate(script: ModuleType, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = PatchICL(PatchICLConfig.universeg(channels=(4, 4), image_size=16)).eval()
-    pack = Pack.load(write_pack(tmp_path / "squares.npz"))
+    pack = load_dataset(write_pack(tmp_path / "squares.npz"), 40)
     rows = list(script.score({"sparse": model}, "squares", script.cases_of(pack, limit=3)))
-    expected = evaluate(model_predictor(model), pack, size=24, limit=3)
-    assert [(row.class_name, row.targets) for row in expected] == [("a", 3), ("b", 3)]
-    for row in expected:
-        assert np.mean([r.dice for r in rows if r.class_name == row.class_name]) == pytest.approx(row.dice)
+    expected = evaluate(model_predictor(model), pack, EvaluationProtocol(size=40, limit=3))
+    assert [(scores.class_name, len(scores.targets)) for scores in expected] == [("a", 3), ("b", 3)]
+    for scores in expected:
+        assert [row.dice for row in rows if row.class_name == scores.class_name] == [t.dice for t in scores.targets]
     assert [row.patient for row in rows] == [row.target // 2 for row in rows]
 
     rows = list(script.score({"sparse": model}, "synthetic", script.synthetic_cases(4, size=32)))
-    for row in evaluate_synthetic(model_predictor(model), 4, size=32):
-        assert np.mean([r.dice for r in rows if r.class_name == row.class_name]) == pytest.approx(row.dice)
+    for scores in evaluate_synthetic(model_predictor(model), 4, EvaluationProtocol(size=32)):
+        assert [row.dice for row in rows if row.class_name == scores.class_name] == [t.dice for t in scores.targets]
 
 
 # Statistics

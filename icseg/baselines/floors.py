@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icseg.metrics import dice
 
 _BINS = 256
+_LEVELS = 64  # of the intensity band: finer ones would fit the noise of three images
 
 
 def copy_support(support_masks: Tensor) -> Tensor:
@@ -52,3 +54,51 @@ def otsu(target: Tensor, target_mask: Tensor) -> Tensor:
     bright = target > otsu_threshold(target).view(-1, 1, 1, 1)
     better = dice(bright, target_mask) >= dice(~bright, target_mask)
     return torch.where(better.view(-1, 1, 1, 1), bright, ~bright)
+
+
+def intensity_band(target: Tensor, support_images: Tensor, support_masks: Tensor) -> Tensor:
+    """The pixels of each target whose grey level lies in the band that fits its supports best: bool [B, 1, H, W].
+
+    target: [B, 1, H, W] in [0, 1]; support_images, support_masks: [B, S, 1, h, w] in [0, 1], S > 0.
+    """
+    if support_images.ndim != 5 or support_images.shape[1] == 0 or support_images.shape != support_masks.shape:
+        raise ValueError(
+            "support_images and support_masks must have one shape [B, S, 1, H, W] with S > 0, "
+            f"got {list(support_images.shape)} and {list(support_masks.shape)}"
+        )
+    bands = torch.tensor([fit_band(*pair) for pair in zip(support_images, support_masks, strict=True)])
+    low, high = bands.to(target.device).view(-1, 2, 1, 1, 1).unbind(1)
+    levels = _levels(target)
+    return (levels >= low) & (levels <= high)
+
+
+def fit_band(images: Tensor, masks: Tensor) -> tuple[int, int]:
+    """The lowest and the highest of 64 grey levels between which lies what is most like the masks.
+
+    images, masks: of one shape, in [0, 1]. It has the largest Dice of all bands, pixels of all images taken together.
+    Of bands that are equally good (levels that no pixel has) the ends are in the middle.
+    """
+    levels = _levels(images) + _LEVELS * (masks > 0.5).to(torch.uint8)
+    outside, inside = torch.bincount(levels.flatten(), minlength=2 * _LEVELS).double().view(2, _LEVELS)
+    overlap, size = _sums(inside), _sums(inside + outside)
+    scores = 2 * overlap / (size + inside.sum()).clamp_min(1)
+    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).tril(-1), -1)
+    best = scores == scores.max()
+    high = int(best.any(0).nonzero()[0])
+    low = _middle(best[:, high])
+    return low, _middle(best[low])
+
+
+def _sums(counts: Tensor) -> Tensor:
+    """[low, high]: the sum of counts[low] to counts[high]."""
+    cumulative = F.pad(counts.cumsum(0), (1, 0))
+    return cumulative[None, 1:] - cumulative[:-1, None]
+
+
+def _levels(image: Tensor) -> Tensor:
+    return (image * _LEVELS).to(torch.uint8).clamp(max=_LEVELS - 1)
+
+
+def _middle(chosen: Tensor) -> int:
+    indices = chosen.nonzero().flatten()
+    return int(indices[len(indices) // 2])
