@@ -95,23 +95,22 @@ def organs(draws: Draws, subjects: int, size: int) -> Scene:
     place = torch.stack([cos * x - sin * y, sin * x + cos * y], -1) * scale.unsqueeze(-1) + shift
     number = torch.arange(_ORGANS, device=draws.device)
     exists = number < count.unsqueeze(1)
+    groups = []
+    for side in (1.0, -1.0):
+        active = (exists if side > 0 else exists & mirrored).unsqueeze(1).expand(-1, subjects, -1)
+        outline = own if side > 0 else own.mirrored()
+        at = middle.unsqueeze(2) + place * torch.tensor([side, 1.0], device=draws.device)
+        label = object_label(1) + 3 * number
+        groups.append(Objects(at, outline, label, active))
+        has_core = active & (core > 0).unsqueeze(1)
+        groups.append(Objects(at, outline.scaled(core.unsqueeze(1)), label + 1, has_core))
+    scene.canvas.blobs(*groups)
+    choice = draws.integers(0, 3, _ORGANS)
     for organ in range(_ORGANS):
-        part = slice(organ, organ + 1)
-        label = object_label(1 + organ)
-        one = own.part(organ)
-        for side in (1.0, -1.0):
-            active = exists[:, part] if side > 0 else exists[:, part] & mirrored[:, part]
-            outline = one if side > 0 else one.mirrored()
-            at = middle.unsqueeze(2) + place[:, :, part] * torch.tensor([side, 1.0], device=draws.device)
-            active = active.unsqueeze(1).expand(-1, subjects, -1)
-            scene.canvas.blobs(Objects(at, outline, label, active=active))
-            inner = outline.scaled(core[:, part].unsqueeze(1))
-            scene.canvas.blobs(Objects(at, inner, label + 1, active=active & (core[:, part] > 0).unsqueeze(1)))
-        has_core = exists[:, organ] & (core[:, organ] > 0)
-        choice = draws.integers(0, 3)
-        scene.offer((exists[:, organ] & (~has_core | (choice == 0))).float(), label)
-        scene.offer((has_core & (choice == 1)).float(), label + 1)
-        scene.offer((has_core & (choice == 2)).float(), label, label + 1)
+        label, cored = object_label(1 + organ), exists[:, organ] & (core[:, organ] > 0)
+        scene.offer((exists[:, organ] & (~cored | (choice[:, organ] == 0))).float(), label)
+        scene.offer((cored & (choice[:, organ] == 1)).float(), label + 1)
+        scene.offer((cored & (choice[:, organ] == 2)).float(), label, label + 1)
     scene.deformation = 0.8 * spread
     return scene
 

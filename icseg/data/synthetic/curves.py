@@ -10,7 +10,7 @@ from icseg.data.synthetic.anatomy import CENTRE, new_scene
 from icseg.data.synthetic.fields import TURN, smooth_noise
 from icseg.data.synthetic.objects import anywhere
 from icseg.data.synthetic.random import Draws
-from icseg.data.synthetic.scene import Scene, backgrounds, object_label
+from icseg.data.synthetic.scene import Scene, backgrounds, noise_regions, object_label
 from icseg.data.synthetic.shapes import DESIGN_SIZE, Blob, Objects, walk
 
 STRUCTURE = object_label(1)
@@ -141,8 +141,8 @@ def membranes(draws: Draws, subjects: int, size: int) -> Scene:
     background = torch.zeros(len(draws), subjects, size, size, dtype=torch.int64, device=draws.device)
     scene = new_scene(draws, background)
     resolution = draws.integers(6, 16)
-    noise = torch.stack([smooth_noise(draws, subjects, resolution, size) for _ in range(8)], 2)
-    cell = noise.argmax(2)
+    everyone = torch.ones(len(draws), dtype=torch.bool, device=draws.device)
+    cell = noise_regions(draws, subjects, 8 * everyone.long(), resolution, size, ~everyone)
     scene.background_shade = draws.normal(0.06, subjects, 8).gather(2, cell.flatten(2)).view(cell.shape)
     most = 40
     kind = torch.zeros(len(draws), subjects, most, dtype=torch.int64, device=draws.device)

@@ -86,13 +86,13 @@ def _dome(draws: Draws, picture: Picture) -> Tensor:
 
 def _relief(draws: Draws, picture: Picture) -> Tensor:
     """A lit surface: the structure bulges out of a folded ground, its sides lit from one direction."""
-    height = blur(picture.mask, picture.sigma(draws, 2, 9)) * _per_task(draws.uniform(4, 14))
+    height = blur(picture.mask, picture.sigma(draws, 3, 14)) * _per_task(draws.uniform(3, 10))
     folds = smooth_noise(draws, picture.subjects, draws.integers(3, 10), picture.size)
     height = height + folds * _per_task(draws.uniform(0, 6))
     light = draws.uniform(0, TURN, picture.subjects).unsqueeze(-1).unsqueeze(-1)
     slope_y, slope_x = torch.gradient(height, dim=(2, 3))
     slope = (slope_x * light.cos() + slope_y * light.sin()) / picture.scale
-    return picture.image + _per_task(draws.uniform(0.15, 0.6)) * slope
+    return picture.image + _per_task(draws.uniform(0.1, 0.4)) * slope
 
 
 def _outlines(draws: Draws, picture: Picture) -> Tensor:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from icseg.data.synthetic.shapes import DESIGN_SIZE
-from icseg.data.synthetic.task import GENERATOR_VERSION, SyntheticTask, check_arguments, generate_task
+from icseg.data.synthetic.task import GENERATOR_VERSION, SyntheticTask, check_arguments, generate_tasks
 from icseg.files import written_whole
 
 SHARD_TASKS = 50
@@ -46,6 +47,8 @@ class _Shard:
     subjects: int
     size: int
     seed: int
+    absent: float
+    device: str
 
     def _path(self, part: str, ending: str) -> Path:
         return self.directory / f"{part}-{self.index:05d}.{ending}"
@@ -58,13 +61,13 @@ class _Shard:
     def write(self, count: int) -> list[str]:
         """Make its first `count` tasks and write them; their families."""
         first = self.index * SHARD_TASKS
-        tasks = [generate_task(pool_task_seed(self.seed, first + i), self.subjects, self.size) for i in range(count)]
-        families = [task.family for task in tasks]
-        self._save("images", np.stack([task.images for task in tasks]))
-        self._save("masks", np.stack([task.masks for task in tasks]))
+        seeds = [pool_task_seed(self.seed, first + i) for i in range(count)]
+        tasks = generate_tasks(seeds, self.subjects, self.size, absent=self.absent, device=self.device)
+        self._save("images", tasks.images.cpu().numpy())
+        self._save("masks", tasks.masks.cpu().numpy())
         with written_whole(self._path("families", "json")) as path:
-            path.write_text(json.dumps(families))
-        return families
+            path.write_text(json.dumps(tasks.families))
+        return tasks.families
 
     def _save(self, part: str, array: NDArray[np.uint8]) -> None:
         with written_whole(self._path(part, "npy")) as path:
@@ -84,8 +87,9 @@ class TaskPool:
     ```
 
     An interrupted pool goes on where it stopped, and a larger `count` adds to the tasks that exist. Pools of
-    different `seed` share no task: hold out by seed. `workers` processes share the making (0: this process
-    alone); they are spawned, so the calling script needs the usual `if __name__ == "__main__"`.
+    different `seed` share no task: hold out by seed. Every `fine_every`-th run of SHARD_TASKS tasks has twice the
+    `size` (0: none). `absent`: see `generate_tasks`. `workers` processes share the making (0: this process alone); they
+    are spawned, so the calling script needs the usual `if __name__ == "__main__"`. `device` makes the tasks.
 
     Raises ValueError for an argument out of range or a directory of tasks made with other parameters.
     """
@@ -98,19 +102,27 @@ class TaskPool:
         size: int = DESIGN_SIZE,
         seed: int = 0,
         *,
+        fine_every: int = 0,
+        absent: float = 0.0,
         workers: int = 0,
+        device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
         if not 1 <= count <= _MOST_TASKS:
             raise ValueError(f"count must be between 1 and 2**31, got {count}")
-        if workers < 0:
-            raise ValueError(f"workers must not be negative, got {workers}")
+        if workers < 0 or fine_every < 0:
+            raise ValueError(f"workers and fine_every must not be negative, got {workers} and {fine_every}")
         check_arguments(seed, subjects, size)
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        _check_parameters(self.directory / "pool.json", subjects, size, seed)
-        shards = -(-count // SHARD_TASKS)
-        self._shards = [_Shard(self.directory, i, subjects, size, seed) for i in range(shards)]
+        _check_parameters(
+            self.directory / "pool.json",
+            {"subjects": subjects, "size": size, "seed": seed, "fine_every": fine_every, "absent": absent},
+        )
+        self._shards = [
+            _Shard(self.directory, i, subjects, size * (1 + is_fine(i, fine_every)), seed, absent, str(device))
+            for i in range(-(-count // SHARD_TASKS))
+        ]
         self.families = self._complete(count, workers, progress)
 
     def _complete(self, count: int, workers: int, progress: bool) -> list[str]:
@@ -142,6 +154,11 @@ class TaskPool:
         return SyntheticTask(shard.read("images", position), shard.read("masks", position), self.families[index])
 
 
+def _write(shard: _Shard, count: int) -> list[str]:
+    torch.set_num_threads(1)  # the workers are as many as there is to use
+    return shard.write(count)
+
+
 def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int, list[str]]]:
     """Write each shard of `jobs` (shard, number of tasks); yields a job's index and families as it ends."""
     if not workers or not jobs:
@@ -149,7 +166,7 @@ def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as executor:
-        futures = {executor.submit(shard.write, count): i for i, (shard, count) in enumerate(jobs)}
+        futures = {executor.submit(_write, shard, count): i for i, (shard, count) in enumerate(jobs)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -157,15 +174,14 @@ def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _check_parameters(path: Path, subjects: int, size: int, seed: int) -> None:
+def is_fine(shard: int, fine_every: int) -> bool:
+    """Whether the tasks of a shard have twice the pool's size."""
+    return fine_every > 0 and shard % fine_every == fine_every - 1
+
+
+def _check_parameters(path: Path, parameters: dict[str, float]) -> None:
     """Record what the pool's tasks are made from, or compare it with what the directory records."""
-    wanted = {
-        "generator": GENERATOR_VERSION,
-        "shard_tasks": SHARD_TASKS,
-        "subjects": subjects,
-        "size": size,
-        "seed": seed,
-    }
+    wanted = {"generator": GENERATOR_VERSION, "shard_tasks": SHARD_TASKS, **parameters}
     if not path.is_file():
         if any(path.parent.glob("families-*.json")):
             raise ValueError(f"directory must hold the pool.json of its tasks, got {path.parent} without one")

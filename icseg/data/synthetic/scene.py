@@ -54,16 +54,15 @@ class Scene:
 
 def noise_regions(draws: Draws, subjects: int, count: Tensor, resolution: Tensor, size: int, shared: Tensor) -> Tensor:
     """[T, N, H, H]: where which of `count` [T] smooth noises is largest; one map for all subjects where `shared` [T]."""
-    best = torch.full((len(draws), subjects, size, size), -torch.inf, device=draws.device)
-    labels = torch.zeros(best.shape, dtype=torch.int64, device=draws.device)
     everyone = torch.arange(len(draws), device=draws.device)
-    for region in range(int(count.max())):  # those beyond draw nothing, whatever the batch: draws of their own
+    best = smooth_noise(draws, subjects, resolution, size)
+    labels = torch.zeros(best.shape, dtype=torch.int64, device=draws.device)
+    for region in range(1, int(count.max())):  # draws of their own: how many are drawn must not change what follows
         noise = smooth_noise(draws.of(everyone, region), subjects, resolution, size)
-        noise = torch.where(shared.view(-1, 1, 1, 1), noise[:, :1], noise)
         larger = (noise > best) & (region < count).view(-1, 1, 1, 1)
-        labels = torch.where(larger, region, labels)
-        best = torch.where(larger, noise, best)
-    return labels
+        labels.masked_fill_(larger, region)
+        torch.where(larger, noise, best, out=best)
+    return torch.where(shared.view(-1, 1, 1, 1), labels[:, :1], labels)
 
 
 def layer_maps(draws: Draws, subjects: int, count: Tensor, variability: Tensor, size: int) -> Tensor:

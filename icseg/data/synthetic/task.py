@@ -59,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     "cells": Family(cells, 0.12),
     "stained cells": Family(cells, 0.06, effects=_TRANSMISSION),
     "lesions": Family(lesions, 0.12),
-    "polyps": Family(lesions, 0.06, faint=0.5, effects=_ENDOSCOPY),
+    "polyps": Family(lesions, 0.06, faint=0.7, effects=_ENDOSCOPY),
     "echoes": Family(echoes, 0.08, faint=0.35, sector=0.35, effects=_SONOGRAPHY),
     "trees": Family(trees, 0.04, faint=0.5),
     "worms": Family(worms, 0.03, faint=0.3),
