@@ -37,8 +37,8 @@ def save_curves(runs: Sequence[str | Path], path: str | Path, *, minutes: bool =
     """Draw the logs of the folders `runs` into one picture, in the format of the ending of `path` (.png, .pdf, .svg).
 
     A panel each for the loss and its terms, the validation Dice and that of each level, the learning rate and the
-    targets a second, against steps or `minutes`. From SMOOTHED_FROM rows on, a line is the running mean over a twentieth
-    of them, drawn over the rows themselves in a lighter shade.
+    targets a second, against steps or `minutes`. From SMOOTHED_FROM rows on, a line is the running mean over a
+    twentieth of them, drawn over the rows themselves in a lighter shade.
 
     Raises FileNotFoundError or ValueError for a run without a log, ModuleNotFoundError without matplotlib.
     """

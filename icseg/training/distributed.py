@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # The first process may make tasks or validate for hours while the others wait; torchrun ends them all if one dies.
 _LONGEST_WAIT = timedelta(days=7)
 
@@ -61,17 +61,17 @@ class Processes:
 
 def is_first_process() -> bool:
     """Whether this process is the one that speaks for all that torchrun started, or is alone."""
-    return os.environ.get("RANK", "0") == "0"
+    return not _several() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
 def connected(device: torch.device) -> Iterator[Processes]:
     """The processes of the run, connected while the context lasts; a group that exists already is used, and kept.
 
-    device: a CUDA device without a number becomes the one of LOCAL_RANK. Raises ValueError for one with a number where
-    a machine runs several processes, or if there are fewer GPUs than processes.
+    device: "cuda" becomes the GPU of LOCAL_RANK. Raises ValueError, where there are several processes, for a device with
+    a number, or if there are fewer GPUs than processes on this machine.
     """
-    if not all(name in os.environ for name in VARIABLES) or int(os.environ["WORLD_SIZE"]) == 1:
+    if not _several():
         yield Processes(0, 1, device)
         return
     device = _own_device(device, int(os.environ["LOCAL_RANK"]))
@@ -84,6 +84,10 @@ def connected(device: torch.device) -> Iterator[Processes]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _several() -> bool:
+    return all(name in os.environ for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _own_device(device: torch.device, local_rank: int) -> torch.device:

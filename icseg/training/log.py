@@ -117,4 +117,5 @@ def _event_writer(directory: Path, step: int) -> SummaryWriter:
 
 
 def _number(text: str) -> float:
-    return int(text) if text.isdecimal() else float(text)
+    number = float(text)
+    return int(number) if text.isdecimal() else number

@@ -68,7 +68,8 @@ def train(
     pools:  training and validation tasks in place of the generated ones.
 
     Processes that torchrun started share out the micro-batches of a step (`[optimiser] accumulate`) and end with the
-    weights that one process would have; only the first writes, validates and shows progress.
+    weights that one process would have (but for the running statistics of batch normalisation, which are those of the
+    first one's micro-batches). Only the first writes, validates and shows progress.
 
     One SIGINT (Ctrl-C) or SIGTERM, to any process, ends the run after the current step, with a checkpoint. Raises
     FileExistsError if the folder holds a run and `resume` is not given, FileNotFoundError or ValueError if it
