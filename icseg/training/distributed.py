@@ -68,8 +68,8 @@ def is_first_process() -> bool:
 def connected(device: torch.device) -> Iterator[Processes]:
     """The processes of the run, connected while the context lasts; a group that exists already is used, and kept.
 
-    device: "cuda" becomes the GPU of LOCAL_RANK. Raises ValueError, where there are several processes, for a device with
-    a number, or if there are fewer GPUs than processes on this machine.
+    device: "cuda" becomes the GPU of LOCAL_RANK. Raises ValueError, where there are several processes, for a GPU with a
+    number, or if there are fewer GPUs than processes on this machine.
     """
     if not _several():
         yield Processes(0, 1, device)
