@@ -63,7 +63,8 @@ def main(out: Path) -> None:
     budget = tiny(10**6, optimiser={"accumulate": 2}, schedule={"steps": 10**6, "max_minutes": 0.3 / 60})
     results["budget"] = run(budget, out / "budget")
     (out / f"results-{RANK}.json").write_text(json.dumps(results))
-    cli.app(["train", "--config", str(out / "run.toml"), "--out", str(out / "command")], standalone_mode=False)
+    command = ["train", "--config", str(out / "run.toml"), "--out", str(out / "command"), "--device", "cpu"]
+    cli.app(command, standalone_mode=False)
 
 
 if __name__ == "__main__":
