@@ -35,7 +35,7 @@ from icseg.files import written_whole
 from icseg.metrics import dice as dice_of
 from icseg.model import PatchICL
 from icseg.training import TrainingConfig, train
-from icseg.training.loop import MODEL_FILE
+from icseg.training.reports import MODEL_FILE
 from icseg.training.state import STATE_FILE
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -85,7 +85,7 @@ def _terminate(number: int, frame: Any) -> None:
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
         _fail(str(error), BAD_INPUT, error)
     except FloatingPointError as error:
         _fail(str(error), FAILED, error)
@@ -294,24 +294,48 @@ def doctor(
 @app.command()
 def train(
     config: Annotated[Path, typer.Option(help="TOML file with the model, the tasks and the schedule.")],
-    out: Annotated[Path, typer.Option(help="Folder for the weights, the checkpoints and the log.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the weights, the checkpoints and the log (train.csv, validation.csv).")
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Train a model on synthetic tasks."""
+    """Train a model on synthetic tasks.
+
+    In several processes, one a GPU: torchrun --nproc-per-node N -m icseg train ...; the configuration's
+    [optimiser] accumulate must be a multiple of N.
+    """
     with _exit_codes():
         from icseg.inference import resolve_device
         from icseg.training import train_from_file
+        from icseg.training.distributed import is_first_process
 
         _use_threads(threads)
         result = train_from_file(config, out, resume=resume, device=resolve_device(device))
-    dice = "" if result.dice is None else f", validation Dice {result.dice:.3f}"
-    typer.echo(f"{result.steps} steps in {result.minutes:.1f} minutes{dice}")
+    if is_first_process():
+        dice = "" if result.dice is None else f", validation Dice {result.dice:.3f}"
+        typer.echo(f"{result.steps} steps in {result.minutes:.1f} minutes{dice}")
+        if result.finished:
+            typer.echo(str(result.model))
+        else:
+            typer.echo(f"icseg: interrupted; --resume goes on in {out}", err=True)
     if not result.finished:
-        typer.echo(f"icseg: interrupted; --resume goes on in {out}", err=True)
         raise typer.Exit(INTERRUPTED)
-    typer.echo(str(result.model))
+
+
+@app.command()
+def curves(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of `icseg train`.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")],
+    minutes: Annotated[bool, typer.Option("--minutes", help="Draw against minutes in place of steps.")] = False,
+) -> None:
+    """Draw the losses, validation Dice, learning rate and speed of training runs into one picture."""
+    with _exit_codes():
+        from icseg.training.curves import save_curves
+
+        save_curves(runs, out, minutes=minutes)
+    typer.echo(str(out))
 
 
 @app.command()

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import icseg
-from icseg.checkpoint import load_checkpoint
+from icseg.checkpoint import load_checkpoint, save_checkpoint, save_half_precision, training_record
 from icseg.config import PatchICLConfig
 from icseg.sparse.config import SparseConfig
 
@@ -31,6 +31,28 @@ def test_weights_without_a_dimension(tmp_path):
     config = icseg.PatchICLConfig.from_dict({**icseg.PatchICLConfig.published(32).to_dict(), "features": features})
     icseg.PatchICL(config).save_pretrained(tmp_path / "model.safetensors")
     assert icseg.PatchICL.from_pretrained(tmp_path / "model.safetensors").config == config
+
+
+def test_a_copy_in_half_precision(tmp_path):
+    model, source, target = icseg.PatchICL(TINY), tmp_path / "model.safetensors", tmp_path / "half.safetensors"
+    save_checkpoint(source, TINY, model.state_dict(), {"training": '{"step": 3}', "license": "MIT"})
+    save_half_precision(source, target)
+    assert target.stat().st_size < 0.6 * source.stat().st_size
+    loaded = icseg.PatchICL.from_pretrained(target).state_dict()
+    for name, weight in model.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], weight.half().float())
+    assert training_record(target) == training_record(source) == {"step": 3}
+    with safetensors.safe_open(target, "pt") as file:
+        assert file.metadata()["license"] == "MIT"
+
+
+def test_the_record_of_training(tmp_path):
+    assert training_record()["config"]["model"]["architecture"] == "sparse"  # the bundled weights
+    icseg.PatchICL(TINY).save_pretrained(tmp_path / "model.safetensors")
+    assert training_record(tmp_path / "model.safetensors") == {}
+    with pytest.raises(FileNotFoundError, match="checkpoint must be an existing"):
+        training_record(tmp_path / "none.safetensors")
 
 
 def test_missing_file(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -686,6 +687,11 @@ def test_train_and_evaluate_pass_their_options_on(here, capsys, monkeypatch, che
     assert [call[2]["resume"] for call in calls] == [False, True]
     assert calls[0][:2] == (Path("c.toml"), Path("out"))
 
+    with monkeypatch.context() as second:
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+            second.setenv(name, value)
+        assert command(capsys, "train", "--config", "c.toml", "--out", "out") == (0, "", "")
+
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32)).astype(np.uint8)
     np.savez("pack.npz", images=images, masks=(images > 128).astype(np.uint8), class_names=["no", "bright"])
     code, out, _ = command(
@@ -788,3 +794,25 @@ def test_supports_are_paired_by_name(here):
         ("x.png", "x.png"),
         ("x_mask.png", "x_mask.png"),
     ]
+
+
+def test_curves(here, capsys, monkeypatch):
+    Path("run").mkdir()
+    Path("run/train.csv").write_text("step,minutes,total\n1,0.1,2.0\n2,0.2,1.0\n")
+    assert command(capsys, "curves", "run", "--out", "curves.png", "--minutes") == (0, "curves.png\n", "")
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = command(capsys, "curves", "run", "none", "--out", "curves.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run must be a folder of icseg train with rows in train.csv, got none" in err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = command(capsys, "curves", "run", "--out", "curves.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pip install 'icseg[train]'" in err
+
+
+def test_the_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["icseg", "--version"])
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("icseg", run_name="__main__")
+    assert (end.value.code, capsys.readouterr().out) == (0, f"icseg {icseg.__version__}\n")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
-from icseg.files import check_file, written_whole
+from icseg.files import check_file, remove_partial_files, written_whole
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
@@ -34,6 +35,35 @@ def test_a_finished_write_replaces_the_old_file_with_usual_permissions(tmp_path)
     assert path.read_text() == "new"
     assert path.stat().st_mode == usual.stat().st_mode
     assert sorted(tmp_path.iterdir()) == [path, usual]
+
+
+def test_a_durable_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    path, events, fsync, replace = tmp_path / "file", [], os.fsync, Path.replace
+
+    def synchronise(handle: int) -> None:
+        events.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def rename(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synchronise)
+    monkeypatch.setattr(Path, "replace", rename)
+    with written_whole(path, durable=True) as temporary:
+        temporary.write_text("new")
+    assert events == [path.stat().st_ino, "rename", tmp_path.stat().st_ino]
+    with written_whole(path):
+        pass
+    assert events[3:] == ["rename"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    with written_whole(tmp_path / "file") as temporary:
+        other = temporary.with_name(temporary.name + "0")
+        other.write_text("half")
+    remove_partial_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_messages_name_the_path_that_was_given(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Training on synthetic tasks: configuration, data order, loop, checkpoints."""
+"""Training on synthetic tasks: configuration, data order, loop, checkpoints, log."""
 
 from icseg.training.config import (
     DataConfig,
@@ -7,7 +7,9 @@ from icseg.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from icseg.training.loop import ScheduledNetwork, TrainingResult, train, train_from_file, validate
+from icseg.training.loop import TrainingResult, train, train_from_file
+from icseg.training.trainer import ScheduledNetwork
+from icseg.training.validation import validate
 
 __all__ = [
     "DataConfig",

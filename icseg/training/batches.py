@@ -1,4 +1,7 @@
-"""Training batches: a pure function of (configuration, seed, step), so that a resumed run sees the same."""
+"""Training batches: a pure function of (configuration, seed, step, place in the step).
+
+So a resumed run, and one of several processes, sees the same.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +48,7 @@ class Batch:
 
     support_images: [T, S, 1, H, W]; support_masks: [T, S, C, H, W].
     targets:        [T * Q, 1, H, W]; target_masks: [T * Q, C, H, W], task by task.
-    seed:           for the model's draws in this step.
+    seed:           for the model's draws.
     """
 
     support_images: Tensor
@@ -64,12 +67,18 @@ class Batch:
         )
 
 
-def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int) -> Batch:
-    """The batch of one step. Each pass through the pool takes the tasks in a new order."""
+def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int, part: int = 0, accumulate: int = 1) -> Batch:
+    """Micro-batch `part` of the `accumulate` that make up one step, all of one support size and image size.
+
+    Each pass through the pool takes the tasks in a new order.
+    """
     rng = np.random.default_rng((seed, step))
     support = int(rng.integers(config.min_support, config.max_support + 1))
     size = int(rng.choice(config.sizes)) if config.sizes else None
-    numbers = range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step)
+    if part:  # a stream of its own; the first goes on with that of the step
+        rng = np.random.default_rng((seed, step, part))
+    place = step * accumulate + part
+    numbers = range(place * config.tasks_per_step, (place + 1) * config.tasks_per_step)
     tasks = [pool[int(_order(len(pool), seed, i // len(pool))[i % len(pool)])] for i in numbers]
     images, masks = [], []
     for task, classes in zip(tasks, _classes_asked_for(tasks, config, rng), strict=True):
@@ -91,14 +100,20 @@ def _classes_asked_for(tasks: Sequence[Task], config: DataConfig, rng: np.random
     return [[int(rng.integers(2, n + 1)) if other and n > 1 else 1] for n, other in zip(present, further, strict=True)]
 
 
-def batches_ahead(pool: Tasks, config: DataConfig, seed: int, step: int) -> Generator[Batch, None, None]:
-    """The training batches from `step` on; a thread makes the next one while the caller works on this one."""
+def batches_ahead(
+    pool: Tasks, config: DataConfig, seed: int, step: int, parts: Sequence[int] = (0,), accumulate: int = 1
+) -> Generator[Batch, None, None]:
+    """The micro-batches `parts` of every step from `step` on, of `accumulate` each.
+
+    A thread makes the next one while the caller works on this one.
+    """
     with ThreadPoolExecutor(1, "icseg-batches") as executor:
-        coming = executor.submit(training_batch, pool, config, seed, step)
-        for following in itertools.count(step + 1):
-            batch = coming.result()
-            coming = executor.submit(training_batch, pool, config, seed, following)
-            yield batch
+        coming: Future[Batch] | None = None
+        for number, part in ((number, part) for number in itertools.count(step) for part in parts):
+            following = executor.submit(training_batch, pool, config, seed, number, part, accumulate)
+            if coming is not None:
+                yield coming.result()
+            coming = following
 
 
 def validation_batch(task: Task, support: int) -> Batch:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from icseg.config import PatchICLConfig, check_int, check_ints, check_keys, check_numbers
+from icseg.config import PatchICLConfig, check_bools, check_int, check_ints, check_keys, check_numbers
 from icseg.data.synthetic import TRAINING_SEEDS
 from icseg.data.synthetic.task import MIN_SIZE
 from icseg.losses import LossConfig
@@ -26,7 +26,8 @@ class DataConfig:
     tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
                         generator, below 10,000 (the seeds of held-out tasks lie above).
     validation_tasks:   held-out tasks that the log's Dice is taken on, class 1 alone.
-    tasks_per_step:     T, tasks a step; targets: Q, targets that share one support set.
+    tasks_per_step:     T, tasks a step, or a micro-batch where a step accumulates several; targets: Q, targets that
+                        share one support set.
     min_support, max_support: the support size of a step is drawn from this range, both ends included.
     classes:            most classes that a step asks for at once.
     multi_class:        share of the steps that ask for several: `classes`, or as many as each of its tasks has. The
@@ -87,11 +88,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW, gradient clipping and the moving average of the weights.
+    """AdamW, gradient clipping, the moving average of the weights, and gradient accumulation.
 
     weight_decay: on the weights of linear and convolution layers only.
     clip:         largest gradient norm.
     ema:          decay of the moving average that is validated and saved; 0 is the weights themselves.
+    accumulate:   micro-batches a step, of `tasks_per_step` tasks each; the gradient is their mean. Several processes
+                  share them out, so that it must be a multiple of their number.
     """
 
     learning_rate: float = 1e-3
@@ -100,8 +103,10 @@ class OptimiserConfig:
     beta2: float = 0.99
     clip: float = 1.0
     ema: float = 0.998
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
+        check_ints(self, 1, "accumulate")
         if not self.learning_rate > 0 or not self.clip > 0:
             raise ValueError(f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}")
         check_numbers(self, "weight_decay", least=0)
@@ -153,7 +158,10 @@ class RunConfig:
     precision:          "auto" is bfloat16 autocast where the device has it in hardware, else float32.
     checkpoint_minutes: minutes between checkpoints; checkpoint_steps: steps between them, 0 is by time only.
     validate_steps:     steps between validations; log_steps: steps between rows of the log.
+    keep_steps:         steps between copies of the averaged weights that are kept, model-STEP.safetensors; 0 is none.
+    tensorboard:        also write the log as event files for TensorBoard (needs the extra `train`).
     workers:            processes that make missing tasks of the pool; 0 makes them in this one.
+    licence:            of the trained weights, an SPDX identifier; it is written into their files.
     """
 
     seed: int = 0
@@ -163,10 +171,14 @@ class RunConfig:
     checkpoint_steps: int = 0
     validate_steps: int = 250
     log_steps: int = 20
+    keep_steps: int = 0
+    tensorboard: bool = False
     workers: int = 0
+    licence: str = "Apache-2.0"
 
     def __post_init__(self) -> None:
-        check_ints(self, 0, "seed", "checkpoint_steps", "workers")
+        check_ints(self, 0, "seed", "checkpoint_steps", "keep_steps", "workers")
+        check_bools(self, "tensorboard")
         check_numbers(self, "checkpoint_minutes", least=0)
         check_ints(self, 1, "validate_steps", "log_steps")
         if self.precision not in PRECISIONS:

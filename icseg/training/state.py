@@ -21,11 +21,19 @@ STATE_FILE = "state.safetensors"
 
 @dataclass
 class Progress:
-    """step: optimiser steps done; elapsed: seconds spent; skipped: steps left out as not finite."""
+    """How far a run is.
+
+    step:         optimiser steps done; elapsed: seconds spent; skipped: steps left out as not finite.
+    dice:         mean Dice of the last validation, None before the first; validated_at: its step.
+    temperature:  of the trained model; None until the run is finished.
+    """
 
     step: int = 0
     elapsed: float = 0.0
     skipped: int = 0
+    dice: float | None = None
+    validated_at: int = -1
+    temperature: float | None = None
 
 
 def save_state(
@@ -49,7 +57,7 @@ def save_state(
     whole = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    with written_whole(directory / STATE_FILE) as temporary:
+    with written_whole(directory / STATE_FILE, durable=True) as temporary:
         save_file(whole, temporary, metadata)
 
 
@@ -107,12 +115,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:
-    now = json.loads(json.dumps(config.to_dict()))
+    """A key that an older version did not write has its default."""
+    try:
+        saved = TrainingConfig.from_dict(saved).to_dict()
+    except ValueError as error:
+        raise ValueError(f"a resumed run must have a configuration of this version of icseg, got {error}") from error
+    now = config.to_dict()
     changed = [
         f"[{table}] {key}"
         for table, values in now.items()
-        for key in sorted(set(values) | set(saved.get(table, {})))
-        if (table != "run" or key == "seed") and values.get(key) != saved.get(table, {}).get(key)
+        for key in sorted({*values, *saved[table]})
+        if (table != "run" or key == "seed") and values.get(key) != saved[table].get(key)
     ]
     if changed:
         raise ValueError(f"a resumed run must keep its configuration, got another {', '.join(changed)}")
