@@ -73,7 +73,7 @@ def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int, part: 
     Each pass through the pool takes the tasks in a new order.
     """
     rng = np.random.default_rng((seed, step))
-    support = int(rng.integers(config.min_support, config.max_support + 1))
+    support = config.min_support + int((config.max_support + 1 - config.min_support) * rng.random() ** 2)  # few: often
     size = int(rng.choice(config.sizes)) if config.sizes else None
     if part:  # a stream of its own; the first goes on with that of the step
         rng = np.random.default_rng((seed, step, part))
@@ -82,12 +82,22 @@ def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int, part: 
     tasks = [pool[int(_order(len(pool), seed, i // len(pool))[i % len(pool)])] for i in numbers]
     images, masks = [], []
     for task, classes in zip(tasks, _classes_asked_for(tasks, config, rng), strict=True):
-        chosen = rng.permutation(len(task.images))[: support + config.targets]
+        chosen = _chosen(task, classes, support, config.targets, rng)
         x, y = augment(task.images[chosen], task.masks[chosen], config, rng, classes)
         x, y = (x, y) if size is None else _resized(x, y, size)
         images.append(x)
         masks.append(y)
     return _split(torch.stack(images), torch.stack(masks), support, int(rng.integers(2**62)))
+
+
+def _chosen(
+    task: Task, classes: Sequence[int], support: int, targets: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Images of a task, the supports first: those show all of the classes, a target may lack one."""
+    order = rng.permutation(len(task.images))
+    shows = np.all([(task.masks[order] == c).any((1, 2)) for c in classes], axis=0)
+    supports = order[shows][:support]
+    return np.concatenate([supports, order[~np.isin(order, supports)][:targets]])
 
 
 def _classes_asked_for(tasks: Sequence[Task], config: DataConfig, rng: np.random.Generator) -> list[list[int]]:

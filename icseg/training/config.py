@@ -14,6 +14,7 @@ from icseg.data.synthetic import TRAINING_SEEDS
 from icseg.data.synthetic.task import MIN_SIZE
 from icseg.losses import LossConfig
 
+METHODS = ("muon", "adamw")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -25,6 +26,9 @@ class DataConfig:
                         generated.
     tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
                         generator, below 10,000 (the seeds of held-out tasks lie above).
+    fine_every:         every so many-th run of 50 tasks of the pool has twice the size (0: none); `sizes` must then say
+                        what a step's images are brought to.
+    absent:             share of the pool's tasks in which one image lacks class 1: it may be a target, not a support.
     validation_tasks:   held-out tasks that the log's Dice is taken on, class 1 alone.
     tasks_per_step:     T, tasks a step, or a micro-batch where a step accumulates several; targets: Q, targets that
                         share one support set.
@@ -46,6 +50,8 @@ class DataConfig:
     tasks: int = 1600
     subjects: int = 6
     size: int = 256
+    fine_every: int = 0
+    absent: float = 0.03
     seed: int = 0
     validation_tasks: int = 16
     tasks_per_step: int = 2
@@ -64,7 +70,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ints(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size", "classes")
-        check_ints(self, 0, "validation_tasks")
+        check_ints(self, 0, "validation_tasks", "fine_every")
+        if self.fine_every and not self.sizes:
+            raise ValueError("sizes must not be empty where fine_every gives tasks of two sizes, got none")
+        check_numbers(self, "absent", least=0, most=1)
         check_numbers(self, "gamma", "contrast", least=0)
         check_numbers(self, "multi_class", "other_class", least=0, most=1)
         if not isinstance(self.sizes, tuple):
@@ -88,8 +97,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW, gradient clipping, the moving average of the weights, and gradient accumulation.
+    """Muon or AdamW, gradient clipping, the moving average of the weights, and gradient accumulation.
 
+    method:       "muon" takes the weights of linear and convolution layers along their orthogonalised momentum, with
+                  `muon_ratio` times the learning rate, and the other parameters by AdamW, as "adamw" takes all.
     weight_decay: on the weights of linear and convolution layers only.
     clip:         largest gradient norm.
     ema:          decay of the moving average that is validated and saved; 0 is the weights themselves.
@@ -97,6 +108,8 @@ class OptimiserConfig:
                   share them out, so that it must be a multiple of their number.
     """
 
+    method: str = "muon"
+    muon_ratio: float = 13.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     beta1: float = 0.9
@@ -106,7 +119,10 @@ class OptimiserConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         check_ints(self, 1, "accumulate")
+        check_numbers(self, "muon_ratio", above=0)
         if not self.learning_rate > 0 or not self.clip > 0:
             raise ValueError(f"learning_rate and clip must be above 0, got {self.learning_rate} and {self.clip}")
         check_numbers(self, "weight_decay", least=0)

@@ -112,7 +112,16 @@ def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
     if data.validation_tasks:  # first: a folder of other tasks is then refused before the long part
         seed = validation_seed(data.seed)
         validation = TaskPool(folder / "validation", data.validation_tasks, data.subjects, data.size, seed)
-    training = TaskPool(folder / "training", data.tasks, data.subjects, data.size, data.seed, workers=workers)
+    training = TaskPool(
+        folder / "training",
+        data.tasks,
+        data.subjects,
+        data.size,
+        data.seed,
+        fine_every=data.fine_every,
+        absent=data.absent,
+        workers=workers,
+    )
     return training, validation
 
 

@@ -8,23 +8,27 @@ import torch
 from torch import nn
 
 from icseg.training.config import OptimiserConfig
+from icseg.training.muon import MuonAdamW
 
-_DECAYED = (nn.Linear, nn.modules.conv._ConvNd)
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`.
+def make_optimiser(model: nn.Module, config: OptimiserConfig) -> MuonAdamW:
+    """`config.method` over the weights of linear and convolution layers, AdamW over the rest of what is trainable.
 
-    Weight decay acts on the weights of linear and convolution layers; biases, norms, embeddings and bare
-    parameters have none.
+    Weight decay acts on the former; biases, norms, embeddings and bare parameters have none.
     """
-    decayed = {id(m.weight) for m in model.modules() if isinstance(m, _DECAYED)}
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, _MATRICES)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if id(p) not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for p in trainable if id(p) in matrices],
+            "weight_decay": config.weight_decay,
+            "muon": config.method == "muon",
+        },
+        {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0, "muon": False},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    return MuonAdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), ratio=config.muon_ratio)
 
 
 @torch.no_grad()
