@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from icseg.checkpoint import save_checkpoint
+from icseg.data.folders import list_source
 from icseg.data.synthetic import TaskPool, validation_seed
 from icseg.losses import segmentation_loss
 from icseg.metrics import dice
@@ -27,6 +28,7 @@ from icseg.training.batches import Batch, Tasks, batches_ahead, repeat_memory, s
 from icseg.training.calibration import fit_temperature
 from icseg.training.config import TrainingConfig
 from icseg.training.log import append_row, read_rows, rewind_log
+from icseg.training.mixture import open_mixture
 from icseg.training.optimisation import autocast, make_optimiser, update_average
 from icseg.training.state import STATE_FILE, Progress, load_state, save_state
 
@@ -119,15 +121,18 @@ def train(
 
 
 def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
-    """Training and validation tasks on disk; those that are missing are generated now."""
+    """Training and validation tasks on disk; those that are missing are read or generated now."""
     data, workers = config.data, config.run.workers
     folder = Path(data.pool) if data.pool else directory / "pool"
+    listings = [list_source(source) for source in data.sources]
     validation: Tasks = []
     if data.validation_tasks:  # first: a folder of other tasks is then refused before the long part
         seed = validation_seed(data.seed)
         validation = TaskPool(folder / "validation", data.validation_tasks, data.subjects, data.size, seed)
-    training = TaskPool(folder / "training", data.tasks, data.subjects, data.size, data.seed, workers=workers)
-    return training, validation
+    if listings:
+        cache = Path(data.cache) if data.cache else directory / "cache"
+        return open_mixture(data, listings, folder / "training", cache, workers), validation
+    return TaskPool(folder / "training", data.tasks, data.subjects, data.size, data.seed, workers=workers), validation
 
 
 class _Run:
