@@ -110,6 +110,21 @@ def test_the_share_of_changed_images_is_the_probability(operation: str) -> None:
     assert abs(changed / 300 - expected) < 0.1
 
 
+def test_flips_and_turns_are_the_symmetries_of_the_square() -> None:
+    image = picture(1)
+    turns = [torch.rot90(image, k, (-2, -1)) for k in range(4)]
+    symmetries = [*turns, *(turned.flip(-1) for turned in turns)]
+
+    def seen(config: AugmentationConfig) -> set[int]:
+        moved = [run(image, box(1), config, seed)[0] for seed in range(60)]
+        return {next(i for i, known in enumerate(symmetries) if torch.equal(known, x)) for x in moved}
+
+    assert seen(task(flip=0.5, turn=0.75)) == set(range(8))
+    assert seen(task(turn=0.75)) == {0, 1, 2, 3}
+    assert seen(task(turn=1)) == {1, 2, 3}
+    assert seen(task(flip=0.5)) == {0, 2, 4, 6}
+
+
 def centre_and_area(y: Tensor) -> tuple[float, float, float]:
     rows, columns = torch.nonzero(y[0, 0], as_tuple=True)
     return rows.double().mean().item(), columns.double().mean().item(), float(y[0, 0].sum())

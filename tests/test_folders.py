@@ -145,7 +145,7 @@ def test_slices_along_another_axis_and_few_pixels(tmp_path: Path) -> None:
     opened(root, axis=0, least_pixels=1, folder="other")
     shapes = {np.load(path).shape for path in (tmp_path / "other").glob("*.npy")}
     assert shapes == {(2, 22, SIZE, SIZE)}  # the columns that the classes take
-    with pytest.raises(ValueError, match="must have a class in images of at least 4 patients"):
+    with pytest.raises(ValueError, match="must have images of one class of at least 4 patients"):
         opened(root, least_pixels=200)
 
 
@@ -196,7 +196,7 @@ def test_supports_and_targets_never_share_a_patient(tmp_path: Path) -> None:
         assert len({number // 2 for number in numbers}) == IMAGES
         seen |= set(numbers)
     assert seen == set(range(10))
-    with pytest.raises(ValueError, match=r"must have images of at least 6 patients .*, got 5"):
+    with pytest.raises(ValueError, match=r"must have images of at least 6 patients, .* got 5"):
         opened(root, count=6, patient=r"p(\d+)_")
 
 
@@ -211,7 +211,7 @@ def test_classes_are_balanced_and_those_of_few_patients_left_out(
         Image.fromarray(mask).save(path)
     with caplog.at_level(logging.WARNING):
         data = opened(root)
-    assert "data set set: classes in images of fewer than 4 patients left out: 3 (2)" in caplog.text
+    assert "data set set: classes of fewer than 4 patients left out: 3 (2)" in caplog.text
     assert data.classes == [1, 2]
     rows = [int(np.flatnonzero((data.task(i).masks[0] == 1).any(1))[0]) for i in range(400)]
     asked = Counter(row > 8 for row in rows)
@@ -352,7 +352,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         opened(root, patient="q(.)")
     with pytest.raises(ValueError, match="classes of data set set must be of 1, 2, got 3, liver"):
         opened(root, classes=(3, "liver"))
-    with pytest.raises(ValueError, match=r"must have images of at least 9 patients for the supports and .*, got 6"):
+    with pytest.raises(ValueError, match=r"must have images of at least 9 patients, for the supports and .*, got 6"):
         opened(root, count=9)
     (root / "masks" / "p0_s0.png").rename(root / "masks" / "p0.png")
     with pytest.raises(ValueError, match=r"p0_s0\.png must have a mask named p0_s0, p0_s0_mask or p0_s0_seg in"):

@@ -592,7 +592,8 @@ def test_sizes_are_drawn_for_each_step() -> None:
     for step, batch in enumerate(made[:8]):
         assert batch.support_images.shape[-2:] == batch.support_masks.shape[-2:] == batch.targets.shape[-2:]
         assert set(batch.target_masks.unique().tolist()) == {0.0, 1.0}
-        assert bool((batch.targets[batch.target_masks > 0] > 0.5).float().mean() > 0.9)
+        assert batch.targets[batch.target_masks > 0].mean() > 0.6  # 0.73 as drawn, 0.18 outside
+        assert batch.targets[batch.target_masks == 0].mean() < 0.25
         again = training_batch(POOLS[0], config, 0, step)
         assert torch.equal(batch.targets, again.targets)
 

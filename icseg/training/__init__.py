@@ -1,5 +1,7 @@
-"""Training on synthetic tasks: configuration, data order, loop, checkpoints."""
+"""Training on synthetic tasks and data sets: configuration, data order, loop, checkpoints."""
 
+from icseg.data.folders import SourceConfig
+from icseg.training.augmentation import AugmentationConfig
 from icseg.training.config import (
     DataConfig,
     OptimiserConfig,
@@ -10,11 +12,13 @@ from icseg.training.config import (
 from icseg.training.loop import ScheduledNetwork, TrainingResult, train, train_from_file, validate
 
 __all__ = [
+    "AugmentationConfig",
     "DataConfig",
     "OptimiserConfig",
     "RunConfig",
     "ScheduleConfig",
     "ScheduledNetwork",
+    "SourceConfig",
     "TrainingConfig",
     "TrainingResult",
     "train",

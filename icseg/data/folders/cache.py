@@ -113,9 +113,11 @@ def _pack(item: Item, size: int) -> tuple[NDArray[np.uint8], list[str] | None, d
     from icseg.evaluation import Pack  # which needs the models
 
     pack = Pack.load(item.image)
-    patients = [str(number) for number in pack.sources().tolist()]
-    images = (image.astype(np.float32) / 255 for image in pack.images)
-    return _scaled(images, pack.masks, size), patients, dict(enumerate(pack.class_names))
+    labelled = np.flatnonzero(pack.masks.any((1, 2)))
+    patients = [str(number) for number in pack.sources()[labelled].tolist()]
+    images = (image.astype(np.float32) / 255 for image in pack.images[labelled])
+    names = dict(list(enumerate(pack.class_names))[1:])
+    return _scaled(images, pack.masks[labelled], size), patients, names
 
 
 def _pair(item: Item, axis: int | None, size: int) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icseg.data.folders.cache import Entry, cached_entries
+from icseg.data.folders.config import SourceConfig
 from icseg.data.folders.listing import Listing
 from icseg.inputs import MOST_CLASSES
 
@@ -32,7 +33,7 @@ class FolderTask:
 class _Slice:
     entry: Entry
     plane: int
-    patient: str
+    patient: str | None
 
     def holds(self, class_id: int, least_pixels: int) -> bool:
         return self.entry.pixels[self.plane].get(class_id, 0) >= least_pixels
@@ -46,35 +47,35 @@ def open_data_set(
     A class that too few patients have is left out, with a note in the log of this module. Raises ValueError if that
     leaves none, for a class that no image has, or that names an unfit file.
     """
-    name = listing.config.name
+    config = listing.config
     known = {item.patient for item in listing.items}
-    if None not in known and len(known) < images:
-        raise ValueError(
-            f"data set {name} must have images of at least {images} patients for the supports and targets of a task, "
-            f"got {len(known)}"
-        )
+    if None not in known:  # those of a pack are in it
+        _check_patients(config.name, images, len(known))
     entries = cached_entries(listing, directory, size, progress=progress)
     slices = [
-        _Slice(entry, plane, item.patient if entry.patients is None else entry.patients[plane])  # type: ignore[arg-type]
+        _Slice(entry, plane, entry.patients[plane] if entry.patients else item.patient)
         for item, entry in zip(listing.items, entries, strict=True)
         for plane in range(len(entry.pixels))
     ]
     names = dict(listing.class_names)
     for entry in entries:
-        names |= {c: label for c, label in entry.class_names.items() if c}
-    chosen = _chosen(listing, slices, names)
-    holders = {c: _by_patient(slices, c, listing.config.least_pixels) for c in chosen}
-    few = {c: len(patients) for c, patients in holders.items() if len(patients) < images}
-    if len(few) == len(chosen):
+        names |= entry.class_names
+    classes = _chosen(config, slices, names)
+    holders = {c: _by_patient(slices, c, config.least_pixels) for c in classes}
+    _check_patients(config.name, images, max(map(len, holders.values()), default=0), "of one class ")
+    usable = {c: patients for c, patients in holders.items() if len(patients) >= images}
+    if len(usable) < len(classes):
+        few = ", ".join(f"{names.get(c, c)} ({len(holders[c])})" for c in classes if c not in usable)
+        _LOG.warning("data set %s: classes of fewer than %d patients left out: %s", config.name, images, few)
+    return DataSet(usable, classes, images, tuple(seed), config.least_pixels)
+
+
+def _check_patients(name: str, wanted: int, found: int, of_what: str = "") -> None:
+    if found < wanted:
         raise ValueError(
-            f"data set {name} must have a class in images of at least {images} patients for the supports and targets "
-            f"of a task, got at most {max(few.values(), default=0)}"
+            f"data set {name} must have images {of_what}of at least {wanted} patients, for the supports and targets of "
+            f"a task, got {found}"
         )
-    if few:
-        left_out = ", ".join(f"{names.get(c, c)} ({count})" for c, count in few.items())
-        _LOG.warning("data set %s: classes in images of fewer than %d patients left out: %s", name, images, left_out)
-    usable = {c: patients for c, patients in holders.items() if c not in few}
-    return DataSet(usable, chosen, images, tuple(seed), listing.config.least_pixels)
 
 
 class DataSet:
@@ -112,16 +113,15 @@ class DataSet:
 
 def _by_patient(slices: Sequence[_Slice], class_id: int, least_pixels: int) -> list[list[_Slice]]:
     """The slices that hold a class, by patient."""
-    found: dict[str, list[_Slice]] = {}
+    found: dict[str | None, list[_Slice]] = {}
     for one in slices:
         if one.holds(class_id, least_pixels):
             found.setdefault(one.patient, []).append(one)
     return list(found.values())
 
 
-def _chosen(listing: Listing, slices: Sequence[_Slice], names: dict[int, str]) -> list[int]:
-    """The ids of the classes to ask for: those of the configuration, else all that have a name, or are there."""
-    config = listing.config
+def _chosen(config: SourceConfig, slices: Sequence[_Slice], names: dict[int, str]) -> list[int]:
+    """The ids of the classes to ask for: those of the configuration, else all that are there, and named if any is."""
     present = sorted({c for one in slices for c in one.entry.pixels[one.plane]})
     present = [c for c in present if c in names] if names else present
     if not config.classes:

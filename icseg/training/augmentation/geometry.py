@@ -6,8 +6,10 @@ centre.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,13 +25,23 @@ Matrices = NDArray[np.float64]
 
 def flip_and_turn(z: Tensor, config: OperationsConfig, draws: Draws) -> Tensor:
     """[N, C, H, W] flipped along either axis, and turned."""
-    for axis in (-1, -2):
-        z = change(z, draws.happens(config.flip), lambda images, axis=axis: images.flip(axis))
+    across, down = draws.happens(config.flip), draws.happens(config.flip)
     turns = draws.happens(config.turn) * draws.spread(draws.rng.integers(1, 4, draws.count))
-    square = z.shape[-2] == z.shape[-1]
-    for number in (1, 2, 3) if square else (2,):
-        z = change(z, turns == number, lambda images, number=number: torch.rot90(images, number, (-2, -1)))
+    if z.shape[-2] != z.shape[-1]:
+        turns = np.where(turns == 2, turns, 0)
+    # A quarter turn is a flip, then a transposition.
+    across, down, transposed = across ^ np.isin(turns, (1, 2)), down ^ np.isin(turns, (2, 3)), turns % 2 == 1
+    for place in itertools.product((False, True), repeat=3):
+        chosen = (across == place[0]) & (down == place[1]) & (transposed == place[2])
+        if any(place):
+            z = change(z, chosen, partial(_placed, place))
     return z
+
+
+def _placed(place: Sequence[bool], images: Tensor) -> Tensor:
+    """Flipped across, flipped down, then transposed."""
+    flipped = images.flip([axis for axis, on in zip((-1, -2), place[:2], strict=True) if on])
+    return flipped.transpose(-1, -2) if place[2] else flipped
 
 
 def resample(z: Tensor, config: AugmentationConfig, levels: Sequence[tuple[OperationsConfig, Draws]]) -> Tensor:
@@ -40,7 +52,7 @@ def resample(z: Tensor, config: AugmentationConfig, levels: Sequence[tuple[Opera
     height, width = z.shape[-2:]
     sides = np.array([width, height]) / max(height, width)
     matrices = _crop(z[:, 1:], config, levels[0][1], sides)
-    warp = torch.zeros(len(z), 1, 1, 2)
+    warp = torch.zeros(len(z), 2, 1, 1)
     warped = np.zeros(len(z), bool)
     for operations, draws in levels:
         matrices = matrices @ _affine(operations, draws)
@@ -109,13 +121,13 @@ def _foreground_points(y: Tensor, rng: np.random.Generator) -> NDArray[np.float6
 
 
 def _elastic(config: OperationsConfig, draws: Draws, on: NDArray[np.bool_], size: tuple[int, int]) -> Tensor:
-    """[N, H, W, 2] displacements of the images that are `on`."""
+    """[N, 2, H, W] displacements of the images that are `on`."""
     points = config.elastic_cells + 1
     limit = 2 * config.elastic_shift
     shifts = draws.rng.uniform(-limit, limit, (draws.count, 2, points, points)) * on[: draws.count, None, None, None]
     down, across = (_smooth(side, points) for side in size)
     warp = down @ torch.from_numpy(shifts.astype(np.float32)) @ across.T
-    return warp.permute(0, 2, 3, 1).expand(draws.images, -1, -1, -1)
+    return warp.expand(draws.images, -1, -1, -1)
 
 
 def _smooth(side: int, points: int) -> Tensor:
@@ -130,9 +142,8 @@ def _grid(matrices: Matrices, warp: Tensor, sides: NDArray[np.float64], z: Tenso
     units = np.diag([*sides, 1.0])
     theta = torch.tensor((np.linalg.inv(units) @ matrices @ units)[:, :2], dtype=torch.float32, device=z.device)
     down, across = ((2 * torch.arange(n, device=z.device) + 1) / n - 1 for n in z.shape[-2:])
-    by_column = across[:, None] * theta[:, None, :, 0]  # [N, W, 2]
-    by_row = down[:, None] * theta[:, None, :, 1] + theta[:, None, :, 2]  # [N, H, 2]
-    grid = by_column[:, None] + by_row[:, :, None]
-    if warp.shape[1] == 1:  # none of these images is warped
-        return grid
-    return grid.add_((warp / torch.tensor(sides, dtype=torch.float32)).to(z.device))
+    by_column, by_row, by_place = theta[..., None, None].unbind(2)  # [N, 2, 1, 1]
+    grid = by_column * across + (by_row * down[:, None] + by_place)
+    if warp.shape[-1] > 1:  # else none of these images is warped
+        grid.add_((warp / torch.tensor(sides, dtype=torch.float32).view(2, 1, 1)).to(z.device))
+    return grid.permute(0, 2, 3, 1)
