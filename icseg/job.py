@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 import icseg
 from icseg.checkpoint import bundled_weights
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
+from icseg.data.pairs import pair_files
 from icseg.files import check_file, written_whole
 from icseg.inference import ORIENTATION, Segmenter, check_targets, resolve_device
 from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
@@ -226,41 +227,12 @@ def find_targets(targets: Sequence[Path]) -> list[Path]:
 
 def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """(image, mask) files of the two folders, STEM with STEM or STEM_mask; all must have a partner."""
-    if images.resolve() == masks.resolve():
-        raise ValueError(f"support images and masks must be in two folders, got {images} for both")
-    image_files = {stem_of(path): path for path in _distinct(list_images(images), stem_of)}
-    if not image_files:
-        raise ValueError(f"support images must be at least one file, got none of a known format in {images}")
-
-    def image_stem(mask: Path) -> str:
-        stem = stem_of(mask)
-        return stem if stem in image_files else stem.removesuffix(MASK_ENDING)
-
-    mask_files = {image_stem(path): path for path in _distinct(list_images(masks), image_stem)}
-    for stem, path in image_files.items():
-        if stem not in mask_files:
-            there = next((f"only others, such as {mask.name}" for mask in mask_files.values()), "none")
-            raise ValueError(
-                f"support image {path} must have a mask named {stem} or {stem}{MASK_ENDING} in {masks}, got {there}"
-            )
-    for stem, path in mask_files.items():
-        if stem not in image_files:
-            raise ValueError(f"support mask {path} must have an image named {stem} in {images}, got none")
-    return [(path, mask_files[stem]) for stem, path in image_files.items()]
-
-
-def _distinct(files: list[Path], stem: Callable[[Path], str]) -> list[Path]:
-    by_stem: dict[str, Path] = {}
-    for path in files:
-        other = by_stem.setdefault(stem(path), path)
-        if other is not path:
-            raise ValueError(f"support files must have different names without ending, got {other} and {path}")
-    return files
+    return pair_files(images, masks, "support", (MASK_ENDING,))
 
 
 def _outputs(path: Path, out: Path, uncertainty: bool, overlay: bool) -> Outputs:
     if not suffix_of(path):
-        raise ValueError(f"{path} must be of a known format (PNG, JPEG, TIFF, NIfTI, npy, npz)")
+        raise ValueError(f"{path} must be of a known format (PNG, JPEG, BMP, TIFF, NIfTI, npy, npz)")
     base, suffix = stem_of(path), map_suffix(path)
     return Outputs(
         out / f"{base}{MASK_ENDING}{suffix}",

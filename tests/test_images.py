@@ -74,6 +74,13 @@ def test_colour_becomes_luma_at_full_depth(tmp_path, name, array):
     np.testing.assert_allclose(image.array, luma(array.astype(float)), rtol=1e-5)
 
 
+def test_bmp_is_exact_and_gets_a_png_map(tmp_path):
+    image = read_image(save(tmp_path / "a.bmp", GREY))
+    np.testing.assert_array_equal(image.array, GREY)
+    assert image.geometry.suffix == map_suffix(tmp_path / "a.bmp") == ".png"
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.bmp").array, GREY)
+
+
 def test_jpeg_is_read_as_luma(tmp_path):
     flat = np.broadcast_to(np.uint8([200, 100, 50]), (16, 16, 3))
     image = read_image(save(tmp_path / "a.jpg", np.ascontiguousarray(flat), quality=95))
@@ -428,8 +435,8 @@ def test_the_ending_of_maps_is_that_of_the_geometry(tmp_path):
 def test_wrong_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.png must be an existing file"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match=r"a\.bmp must end in one of \.png"):
-        read_image(tmp_path / "a.bmp")
+    with pytest.raises(ValueError, match=r"a\.gif must end in one of \.png"):
+        read_image(tmp_path / "a.gif")
     (tmp_path / "t.png").write_text("not a picture")
     with pytest.raises(ValueError, match=r"t\.png cannot be read: cannot identify image file"):
         read_image(tmp_path / "t.png")

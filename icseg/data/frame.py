@@ -64,6 +64,10 @@ class SquareFrame(ScaledFrame):
         """[N, height, width] in [0, 1] to [N, 1, size, size]."""
         return F.pad(super().enter_masks(masks), self._margins())
 
+    def enter_ids(self, ids: Tensor) -> Tensor:
+        """[N, height, width] class ids to [N, 1, size, size], each pixel that of the nearest one."""
+        return F.pad(F.interpolate(ids[:, None], self.scaled, mode="nearest-exact"), self._margins())
+
     def leave(self, logits: Tensor) -> Tensor:
         """[N, C, size, size] to [N, C, height, width]: the margins cut off, at the image's own size."""
         left, _, top, _ = self._margins()

@@ -4,6 +4,7 @@
 |--------|----------------------------------------------------------|-------------------------------------------------|
 | PNG    | 1 to 16 bits, grey, palette, RGB; alpha is ignored       | PNG                                             |
 | JPEG   | grey or colour; not for masks, which must be exact       | PNG                                             |
+| BMP    | grey, palette, RGB                                       | PNG                                             |
 | TIFF   | any bit depth, grey, palette, RGB; pages are a volume    | TIFF with resolution, georeference, ImageJ, OME |
 | NIfTI  | .nii and .nii.gz, 2-D or 3-D                             | NIfTI with affine, orientation, header          |
 | NumPy  | .npy; .npz with one array, or one named `image` / `mask` | .npy; .npz                                      |
@@ -34,6 +35,7 @@ READERS = {
     ".png": raster.read,
     ".jpg": raster.read,
     ".jpeg": raster.read,
+    ".bmp": raster.read,
     ".tif": tiff.read,
     ".tiff": tiff.read,
     ".nii": nifti.read,
@@ -149,7 +151,7 @@ def suffix_of(path: Path) -> str:
 def map_suffix(path: Path) -> str:
     """The ending of the maps that are written for the image at `path`."""
     suffix = suffix_of(path)
-    return ".png" if suffix in (".jpg", ".jpeg") else suffix
+    return ".png" if suffix in (".jpg", ".jpeg", ".bmp") else suffix
 
 
 def stem_of(path: Path) -> str:

@@ -1,5 +1,7 @@
-"""Training on synthetic tasks: configuration, data order, loop, checkpoints, log."""
+"""Training on synthetic tasks and data sets: configuration, data order, loop, checkpoints, log."""
 
+from icseg.data.folders import SourceConfig
+from icseg.training.augmentation import AugmentationConfig
 from icseg.training.config import (
     DataConfig,
     OptimiserConfig,
@@ -12,11 +14,13 @@ from icseg.training.trainer import ScheduledNetwork
 from icseg.training.validation import validate
 
 __all__ = [
+    "AugmentationConfig",
     "DataConfig",
     "OptimiserConfig",
     "RunConfig",
     "ScheduleConfig",
     "ScheduledNetwork",
+    "SourceConfig",
     "TrainingConfig",
     "TrainingResult",
     "train",

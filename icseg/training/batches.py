@@ -83,7 +83,8 @@ def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int, part: 
     images, masks = [], []
     for task, classes in zip(tasks, _classes_asked_for(tasks, config, rng), strict=True):
         chosen = _chosen(task, classes, support, config.targets, rng)
-        x, y = augment(task.images[chosen], task.masks[chosen], config, rng, classes)
+        x, y = as_tensors(task.images[chosen], task.masks[chosen], classes)
+        x, y = augment(x, y, config.augmentation, rng.spawn(1)[0])  # so that it changes no other draw
         x, y = (x, y) if size is None else _resized(x, y, size)
         images.append(x)
         masks.append(y)

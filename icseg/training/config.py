@@ -7,12 +7,14 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from icseg.config import PatchICLConfig, check_bools, check_int, check_ints, check_keys, check_numbers
+from icseg.data.folders import SourceConfig
 from icseg.data.synthetic import TRAINING_SEEDS
 from icseg.data.synthetic.task import MIN_SIZE
 from icseg.losses import LossConfig
+from icseg.training.augmentation.config import AugmentationConfig
 
 METHODS = ("muon", "adamw")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -38,12 +40,12 @@ class DataConfig:
                         published architecture takes one: 0.
     other_class:        probability that a task asks for one of its further classes in a step of one class.
     sizes:              the longer side of a step's images, one drawn for each step, in pixels; none keeps theirs.
-    flip_rotate:        flips and 90-degree rotations, one for the whole task.
-    crop:               smallest side of a random crop, as a share of the image, one for the whole task; 1 is
-                        none.
-    invert:             probability that a task's intensities are inverted.
-    gamma:              largest |log2| of a task's gamma; each image differs from it by a quarter of that.
-    contrast:           largest relative change of contrast and shift of brightness, image by image.
+    augmentation:       random changes of each task; its tables [data.augmentation], [data.augmentation.task] and
+                        [data.augmentation.example] change single values of the defaults.
+    sources:            tables [[data.sources]]: data sets on disk that tasks are drawn from beside the synthetic pool.
+                        Their images are scaled to `size`, and `tasks` counts the tasks of all.
+    synthetic_weight:   share of the synthetic tasks, beside the sources' weights; 0 makes no training pool.
+    cache:              folder of the sources' images as they are read; "" is `cache` inside the run's folder.
     """
 
     pool: str = ""
@@ -62,19 +64,18 @@ class DataConfig:
     multi_class: float = 0.25
     other_class: float = 0.3
     sizes: tuple[int, ...] = ()
-    flip_rotate: bool = True
-    crop: float = 0.6
-    invert: float = 0.5
-    gamma: float = 0.6
-    contrast: float = 0.1
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    sources: tuple[SourceConfig, ...] = ()
+    synthetic_weight: float = 1.0
+    cache: str = ""
 
     def __post_init__(self) -> None:
         check_ints(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size", "classes")
         check_ints(self, 0, "validation_tasks", "fine_every")
         if self.fine_every and not self.sizes:
             raise ValueError("sizes must not be empty where fine_every gives tasks of two sizes, got none")
+        check_numbers(self, "synthetic_weight", least=0)
         check_numbers(self, "absent", least=0, most=1)
-        check_numbers(self, "gamma", "contrast", least=0)
         check_numbers(self, "multi_class", "other_class", least=0, most=1)
         if not isinstance(self.sizes, tuple):
             raise ValueError(f"sizes must be a list of ints, got {self.sizes!r}")
@@ -91,8 +92,11 @@ class DataConfig:
                 f"max_support + targets must be at most subjects = {self.subjects}, "
                 f"got {self.max_support} + {self.targets}"
             )
-        if not 0 < self.crop <= 1 or not 0 <= self.invert <= 1:
-            raise ValueError(f"crop must lie in (0, 1] and invert in [0, 1], got {self.crop} and {self.invert}")
+        if not self.synthetic_weight and not self.sources:
+            raise ValueError("synthetic_weight must be above 0 where there are no sources, got 0")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources must have different names, got {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -255,14 +259,23 @@ _SECTIONS: dict[str, type] = {
 }
 
 
-def _section(cls: type, table: dict[str, Any]) -> Any:
+def _section(cls: type, table: dict[str, Any], default: Any = None) -> Any:
+    """A `cls` with the values of `table`; what it leaves out is that of `default`, or has the default of `cls`."""
     check_keys(cls, table)
     kinds = get_type_hints(cls)
-    return cls(**{name: _typed(name, value, kinds[name]) for name, value in table.items()})
+    values = {name: _typed(name, value, kinds[name], getattr(default, name, None)) for name, value in table.items()}
+    return cls(**values) if default is None else dataclasses.replace(default, **values)
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def _typed(name: str, value: Any, kind: Any, default: Any = None) -> Any:
     """`value` as the field's type; an integer serves as a float. Fields of several types check themselves."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _table(name, value, kind, kind() if default is None else default)
+    for item in get_args(kind):
+        if isinstance(item, type) and dataclasses.is_dataclass(item):
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{name} must be an array of tables, got {value!r}")
+            return tuple(_table(f"{name}[{i}]", table, item) for i, table in enumerate(value))
     if not isinstance(kind, type):
         return tuple(value) if isinstance(value, list) else value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -270,6 +283,15 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     return value
+
+
+def _table(name: str, table: Any, cls: type, default: Any = None) -> Any:
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} must be a table, got {table!r}")
+    try:
+        return _section(cls, table, default)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _model_config(table: dict[str, Any]) -> PatchICLConfig:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
+from icseg.data.folders import list_source
 from icseg.data.synthetic import TaskPool, validation_seed
 from icseg.training.batches import Tasks, batches_ahead
 from icseg.training.config import TrainingConfig
 from icseg.training.distributed import Processes, connected
 from icseg.training.interruption import stop_request
 from icseg.training.log import check_tensorboard
+from icseg.training.mixture import open_mixture, synthetic_pool
 from icseg.training.reports import MODEL_FILE, Reporter
 from icseg.training.state import STATE_FILE
 from icseg.training.trainer import Trainer
@@ -105,24 +107,18 @@ def _opened_in_turn(config: TrainingConfig, directory: Path, processes: Processe
 
 
 def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
-    """Training and validation tasks on disk; those that are missing are generated now."""
+    """Training and validation tasks on disk; those that are missing are read or generated now."""
     data, workers = config.data, config.run.workers
     folder = Path(data.pool) if data.pool else directory / "pool"
+    listings = [list_source(source) for source in data.sources]
     validation: Tasks = []
     if data.validation_tasks:  # first: a folder of other tasks is then refused before the long part
         seed = validation_seed(data.seed)
         validation = TaskPool(folder / "validation", data.validation_tasks, data.subjects, data.size, seed)
-    training = TaskPool(
-        folder / "training",
-        data.tasks,
-        data.subjects,
-        data.size,
-        data.seed,
-        fine_every=data.fine_every,
-        absent=data.absent,
-        workers=workers,
-    )
-    return training, validation
+    if listings:
+        cache = Path(data.cache) if data.cache else directory / "cache"
+        return open_mixture(data, listings, folder / "training", cache, workers), validation
+    return synthetic_pool(data, folder / "training", data.tasks, workers), validation
 
 
 def _go(

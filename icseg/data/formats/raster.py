@@ -1,4 +1,4 @@
-"""PNG and JPEG. Pixels are taken as displayed (EXIF orientation applied), and maps are written as PNG."""
+"""PNG, JPEG and BMP. Pixels are taken as displayed (EXIF orientation applied), and maps are written as PNG."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class RasterGeometry(Geometry):
 
 
 def read(path: Path, *, labels: bool) -> Content:
-    """Read a PNG or JPEG file; `labels` keeps palette indices and demands one channel."""
-    with Image.open(path, formats=("PNG", "JPEG")) as image:
+    """Read a PNG, JPEG or BMP file; `labels` keeps palette indices and demands one channel."""
+    with Image.open(path, formats=("PNG", "JPEG", "BMP")) as image:
         image.load()
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         pixels = _pixels(image, path, labels)
-        lossy = image.format != "PNG"
+        lossy = image.format not in ("PNG", "BMP")
         dpi = image.info.get("dpi")
     dtype = pixels.dtype
     if pixels.ndim == 3:
