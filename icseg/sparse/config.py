@@ -35,7 +35,8 @@ class SparseConfig(PatchICLConfig):
     propagation_heads, propagation_key_dim, propagation_value_dim: label propagation, per head.
     decoder_channels:  of the part that all classes share, and of a class's own.
     residual_bound:    largest change, in logits, that one level can make to the coarser prediction.
-    oracle_share:      in training, the share of targets whose patches are picked by the true error.
+    oracle_share, oracle_share_end: in training, the share of targets whose patches are picked by the true error, at its
+                       start and its end; in between it changes linearly.
     uniform_share:     in training, the share of targets whose patches are drawn anywhere, so that no patch is strange.
     selection_power:   exponent on the expected error in the picking weights of a draw.
     """
@@ -65,6 +66,7 @@ class SparseConfig(PatchICLConfig):
     decoder_channels: tuple[int, int] = (32, 20)
     residual_bound: float = 8.0
     oracle_share: float = 0.2
+    oracle_share_end: float = 0.2
     uniform_share: float = 0.15
     selection_power: float = 1.5
 
@@ -96,9 +98,10 @@ class SparseConfig(PatchICLConfig):
             check_int("decoder_channels", value, 1)
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
-        check_numbers(self, "foreground_share", "oracle_share", "uniform_share", least=0, most=1)
-        if self.oracle_share + self.uniform_share > 1:
-            shares = f"{self.oracle_share} and {self.uniform_share}"
-            raise ValueError(f"oracle_share and uniform_share must add up to at most 1, got {shares}")
+        check_numbers(self, "foreground_share", "oracle_share", "oracle_share_end", "uniform_share", least=0, most=1)
+        for name in ("oracle_share", "oracle_share_end"):
+            if getattr(self, name) + self.uniform_share > 1:
+                shares = f"{getattr(self, name)} and {self.uniform_share}"
+                raise ValueError(f"{name} and uniform_share must add up to at most 1, got {shares}")
         check_numbers(self, "tolerance", least=0)
         check_numbers(self, "residual_bound", "selection_power", above=0)

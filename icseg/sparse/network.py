@@ -131,6 +131,7 @@ class SparseNetwork(nn.Module):
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
         self.config = config
+        self.training_progress = 0.0
         self.fingerprint = config.fingerprint()
         self.weights_identity = ""
         levels = config.distinct_levels
@@ -156,6 +157,10 @@ class SparseNetwork(nn.Module):
         self.target_registers = nn.Parameter(torch.randn(1, config.registers, config.dim) * 0.1)
         self.register_buffer("temperature", torch.ones(()))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
+
+    def set_training_progress(self, share: float) -> None:
+        """How much of the training is over, in [0, 1]: sets the share of targets whose patches the true error picks."""
+        self.training_progress = share
 
     def set_temperature(self, value: float) -> None:
         """Divide all final logits by `value`: a calibration on held-out tasks."""
@@ -341,7 +346,8 @@ class SparseNetwork(nn.Module):
         error = (prior - level_mask(task.target_mask.to(prior.dtype), task.size, 0.0)).abs().mean(1, keepdim=True)
         oracle = F.avg_pool2d(error, PATCH, ceil_mode=True).flatten(1)
         chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device).view(-1, 1)
-        score = torch.where(chance < config.oracle_share, oracle, score)
+        by_truth = config.oracle_share + self.training_progress * (config.oracle_share_end - config.oracle_share)
+        score = torch.where(chance < by_truth, oracle, score)
         return torch.where(chance > 1 - config.uniform_share, torch.ones_like(score), score)
 
 

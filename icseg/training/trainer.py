@@ -26,10 +26,18 @@ LARGEST_RUN_OF_SKIPS = 20
 
 @runtime_checkable
 class ScheduledNetwork(Protocol):
-    """A network that picks patches by the true mask on a schedule of its own."""
+    """A network that picks patches by the true mask on a schedule in passes through the task pool."""
 
     def set_oracle_step(self, step: int) -> None:
         """Called before every optimiser step with the number of finished passes through the task pool."""
+
+
+@runtime_checkable
+class ProgressiveNetwork(Protocol):
+    """A network that does something else at the start of a training than at its end."""
+
+    def set_training_progress(self, share: float) -> None:
+        """Called before every optimiser step with the share of the run that is over, in [0, 1]."""
 
 
 @runtime_checkable
@@ -108,6 +116,8 @@ class Trainer:
         if isinstance(self.model.network, ScheduledNetwork):
             seen = step * config.optimiser.accumulate * config.data.tasks_per_step
             self.model.network.set_oracle_step(seen // tasks)
+        if isinstance(self.model.network, ProgressiveNetwork):
+            self.model.network.set_training_progress(share)
         self.optimiser.zero_grad(set_to_none=True)
         for _ in self.parts:
             batch = next(batches).to(self.device)
