@@ -41,7 +41,10 @@ TERMINATED = 143
 
 OUT_OF_MEMORY = "out of memory: a smaller --size, --batch-size or --budget, or for training smaller batches, needs less"
 
-DATASET_HELP = "Files .npz with images and masks (class ids) [N, H, W], both uint8, and class_names."
+DATASET_HELP = (
+    "Files .npz with images and masks (class ids) [N, H, W], both uint8, and class_names; folders of images and masks; "
+    "folders in nnU-Net's layout."
+)
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 SUPPORT_IMAGES = typer.Option(help="Folder of annotated images.")
@@ -356,6 +359,10 @@ def evaluate(
         str, typer.Option(metavar="PIXELS|own", help="Pixels of a side, 32 to 4096; own: the data set's own.")
     ] = "256",
     limit: Annotated[int | None, typer.Option(min=1, help="Targets a class, at most.")] = None,
+    patient: Annotated[
+        str,
+        typer.Option(metavar="REGEX", help="What its one group matches in a file's name is the patient; of folders."),
+    ] = "",
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Draws the support sets; repeatable: a set a seed. 0 if left out.")
     ] = None,
@@ -383,6 +390,7 @@ def evaluate(
             checkpoint=checkpoint,
             compare=compare,
             synthetic_tasks=synthetic,
+            patient=patient,
             out=out,
             pictures=pictures,
             resume=resume,

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from icseg.data.folders import SourceConfig, list_source, read_pair
 from icseg.resize import resize
 
 _ARRAYS = ("images", "masks", "class_names", "patient")
@@ -106,18 +108,38 @@ class Pack:
         return found.hexdigest()
 
 
-def load_dataset(path: str | Path, size: int | None = None) -> Pack:
-    """The data set at `path`, an .npz pack, at `size` pixels a side; None: its own size.
+def load_dataset(path: str | Path, size: int | None = None, *, patient: str = "") -> Pack:
+    """The data set at `path`, at `size` pixels a side; None: its own size.
 
-    The one place that knows of formats: readers of others dispatch here. Raises as `Pack.load` and `Pack.resized`.
+    An .npz pack is squashed to the square. A folder of images and masks, or one in nnU-Net's layout, is read as
+    `icseg train` reads it: slices of volumes, normalised, padded to the square. It has no size of its own.
+    patient: for a folder, a regular expression whose one group, in a file's name, is its patient; "" takes each file as
+    one. Raises OSError or ValueError for what cannot be read or scored.
     """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path, size, patient)
     pack = Pack.load(path)
-    if size is None:
-        return pack
     try:
-        return pack.resized(size)
+        return pack if size is None else pack.resized(size)
     except ValueError as error:
         raise ValueError(f"{path} at {size} px: {error}") from error
+
+
+def _folder(path: Path, size: int | None, patient: str) -> Pack:
+    if size is None:
+        raise ValueError(f"size must be a number of pixels for a folder, whose images may differ, got own for {path}")
+    listing = list_source(SourceConfig(str(path), patient=patient))
+    bar = tqdm(listing.items, f"reading {path.name}", disable=None, leave=False)
+    pairs = [read_pair(item, None, size) for item in bar]
+    images, masks = np.concatenate(pairs, 1)
+    patients = np.repeat([str(item.patient) for item in listing.items], [pair.shape[1] for pair in pairs])
+    names = {0: "background", **listing.class_names}
+    class_names = tuple(names.get(c, str(c)) for c in range(max(int(masks.max()), *names) + 1))
+    try:
+        return Pack(listing.config.name, images, masks, class_names, patients)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

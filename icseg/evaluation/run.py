@@ -43,6 +43,7 @@ def evaluate_datasets(
     checkpoint: str | Path | None = None,
     compare: str | Path | None = None,
     synthetic_tasks: int = 0,
+    patient: str = "",
     out: str | Path | None = None,
     pictures: int | None = None,
     resume: bool = False,
@@ -51,7 +52,7 @@ def evaluate_datasets(
 ) -> Report:
     """Score a checkpoint (None: the bundled one) on data sets and on `synthetic_tasks` held-out tasks.
 
-    compare: a second checkpoint that is scored on the same cases.
+    compare: a second checkpoint that is scored on the same cases. patient: see `load_dataset`.
     out: a file .json for the scores, or a folder for scores.json, scores.csv, table.md and pictures/, which also keeps
     the scores of each class as soon as they are there; `resume` then takes those of an earlier evaluation with the same
     settings. pictures: targets a class that are drawn; 3 if `out` is a folder and nothing else is asked for.
@@ -65,7 +66,7 @@ def evaluate_datasets(
         raise ValueError("evaluate needs a data set or synthetic tasks to score on, got neither")
     out = None if out is None else Path(out)
     folder = _checked_folder(out, bool(pictures), resume)
-    packs = [load_dataset(path, protocol.size) for path in paths]
+    packs = [load_dataset(path, protocol.size, patient=patient) for path in paths]
     _check_names([*(pack.name for pack in packs), *([SYNTHETIC] if synthetic_tasks else [])])
     settings = _settings(protocol, checkpoint, compare)
     parts = None if folder is None else Parts(folder, settings)

@@ -93,7 +93,7 @@ def _read_entry(path: Path) -> Entry:
 
 
 def _write(item: Item, axis: int | None, size: int, path: Path) -> None:
-    pixels, patients, names = _pack(item, size) if item.patient is None else (_pair(item, axis, size), None, {})
+    pixels, patients, names = _pack(item, size) if item.patient is None else (read_pair(item, axis, size), None, {})
     entry = Entry(path, [_counts(mask) for mask in pixels[1]], patients, names)
     with written_whole(path) as temporary:
         np.save(temporary, pixels, allow_pickle=False)
@@ -120,7 +120,11 @@ def _pack(item: Item, size: int) -> tuple[NDArray[np.uint8], list[str] | None, d
     return _scaled(images, pack.masks[labelled], size), patients, names
 
 
-def _pair(item: Item, axis: int | None, size: int) -> NDArray[np.uint8]:
+def read_pair(item: Item, axis: int | None, size: int) -> NDArray[np.uint8]:
+    """[2, P, size, size]: image and mask of the P labelled slices of a file.
+
+    Raises ValueError that names an unfit file.
+    """
     image, mask = read_image(item.image, axis), read_mask(item.mask, axis)
     planes, labels = (one.planes(_axis(one, axis)) for one in (image, mask))
     if planes.shape != labels.shape:
