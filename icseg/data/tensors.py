@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def as_tensors(
-    images: NDArray[np.uint8], masks: NDArray[np.uint8], classes: Sequence[int] = (1,)
+    images: NDArray[np.uint8] | Tensor, masks: NDArray[np.uint8] | Tensor, classes: Sequence[int] = (1,)
 ) -> tuple[Tensor, Tensor]:
-    """Images [N, H, W] and masks of the same shape as float32: [N, 1, H, W] in [0, 1], and [N, C, H, W] in {0, 1}.
+    """Images uint8 [N, H, W] and masks of the same shape as float32: [N, 1, H, W] in [0, 1], [N, C, H, W] in {0, 1}.
 
-    masks holds class ids; a channel of the result is where it is one of `classes`.
+    masks holds class ids; a channel of the result is where it is one of `classes`. Tensors stay on their device.
     """
-    x = torch.from_numpy(images.astype(np.float32) / 255)[:, None]
-    return x, torch.from_numpy(np.stack([masks == c for c in classes], 1).astype(np.float32))
+    ids = torch.as_tensor(masks)
+    return torch.as_tensor(images).float()[:, None] / 255, torch.stack([ids == c for c in classes], 1).float()

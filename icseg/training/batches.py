@@ -27,12 +27,15 @@ from icseg.training.config import DataConfig
 
 
 class Task(Protocol):
-    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids from 1 up, 0 is background."""
+    """Images of one task: images uint8 [N, H, W], masks uint8 [N, H, W] of class ids from 1 up, 0 is background.
+
+    Arrays, or tensors on any device: augmentation then works there.
+    """
 
     @property
-    def images(self) -> NDArray[np.uint8]: ...
+    def images(self) -> NDArray[np.uint8] | Tensor: ...
     @property
-    def masks(self) -> NDArray[np.uint8]: ...
+    def masks(self) -> NDArray[np.uint8] | Tensor: ...
 
 
 class Tasks(Protocol):
@@ -79,7 +82,8 @@ def training_batch(pool: Tasks, config: DataConfig, seed: int, step: int, part: 
         rng = np.random.default_rng((seed, step, part))
     place = step * accumulate + part
     numbers = range(place * config.tasks_per_step, (place + 1) * config.tasks_per_step)
-    tasks = [pool[int(_order(len(pool), seed, i // len(pool))[i % len(pool)])] for i in numbers]
+    order = functools.partial(_order, len(pool), seed)
+    tasks = [pool[i if config.fresh else int(order(i // len(pool))[i % len(pool)])] for i in numbers]
     images, masks = [], []
     for task, classes in zip(tasks, _classes_asked_for(tasks, config, rng), strict=True):
         chosen = _chosen(task, classes, support, config.targets, rng)
@@ -96,7 +100,8 @@ def _chosen(
 ) -> NDArray[np.int64]:
     """Images of a task, the supports first: those show all of the classes, a target may lack one."""
     order = rng.permutation(len(task.images))
-    shows = np.all([(task.masks[order] == c).any((1, 2)) for c in classes], axis=0)
+    masks = torch.as_tensor(task.masks)
+    shows = torch.stack([(masks == c).flatten(1).any(1) for c in classes]).all(0).cpu().numpy()[order]
     supports = order[shows][:support]
     return np.concatenate([supports, order[~np.isin(order, supports)][:targets]])
 

@@ -26,6 +26,8 @@ class DataConfig:
 
     pool:               folder of the task pool; "" is `pool` inside the run's folder. Missing tasks are
                         generated.
+    fresh:              make the tasks while the training runs, on its device, and use each once: without a pool, and
+                        whatever `tasks` says. For a GPU; a CPU core makes about as many as it trains on.
     tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
                         generator, below 10,000 (the seeds of held-out tasks lie above).
     fine_every:         every so many-th run of 50 tasks of the pool has twice the size (0: none); `sizes` must then say
@@ -49,6 +51,7 @@ class DataConfig:
     """
 
     pool: str = ""
+    fresh: bool = False
     tasks: int = 1600
     subjects: int = 6
     size: int = 256
@@ -72,6 +75,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_ints(self, 1, "tasks", "subjects", "tasks_per_step", "targets", "min_support", "size", "classes")
         check_ints(self, 0, "validation_tasks", "fine_every")
+        check_bools(self, "fresh")
+        if self.fresh and self.sources:
+            raise ValueError("fresh must be false where tasks are mixed with those of data sources, got true")
         if self.fine_every and not self.sizes:
             raise ValueError("sizes must not be empty where fine_every gives tasks of two sizes, got none")
         check_numbers(self, "synthetic_weight", least=0)

@@ -17,7 +17,7 @@ from icseg.training.config import TrainingConfig
 from icseg.training.distributed import Processes, connected
 from icseg.training.interruption import stop_request
 from icseg.training.log import check_tensorboard
-from icseg.training.mixture import open_mixture, synthetic_pool
+from icseg.training.mixture import fresh_tasks, open_mixture, synthetic_pool
 from icseg.training.reports import MODEL_FILE, Reporter
 from icseg.training.state import STATE_FILE
 from icseg.training.trainer import Trainer
@@ -101,13 +101,16 @@ def train(
 def _opened_in_turn(config: TrainingConfig, directory: Path, processes: Processes) -> tuple[Tasks, Tasks]:
     """`open_pools`, first in the first process, which makes what is missing."""
     processes.wait()  # until all have found nothing wrong
-    pools = open_pools(config, directory) if processes.first else None
+    pools = open_pools(config, directory, processes.device) if processes.first else None
     processes.wait()
-    return pools or open_pools(config, directory)
+    return pools or open_pools(config, directory, processes.device)
 
 
-def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
-    """Training and validation tasks on disk; those that are missing are read or generated now."""
+def open_pools(config: TrainingConfig, directory: Path, device: str | torch.device = "cpu") -> tuple[Tasks, Tasks]:
+    """Training and validation tasks on disk, of which what is missing is read or generated now.
+
+    Fresh training tasks will be made on `device`.
+    """
     data, workers = config.data, config.run.workers
     folder = Path(data.pool) if data.pool else directory / "pool"
     listings = [list_source(source) for source in data.sources]
@@ -118,6 +121,9 @@ def open_pools(config: TrainingConfig, directory: Path) -> tuple[Tasks, Tasks]:
     if listings:
         cache = Path(data.cache) if data.cache else directory / "cache"
         return open_mixture(data, listings, folder / "training", cache, workers), validation
+    if data.fresh:
+        steps = config.schedule.steps * config.optimiser.accumulate
+        return fresh_tasks(data, steps * data.tasks_per_step, device), validation
     return synthetic_pool(data, folder / "training", data.tasks, workers), validation
 
 

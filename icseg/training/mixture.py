@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from icseg.data.folders import Listing, open_data_set
-from icseg.data.synthetic import TaskPool
+from icseg.data.synthetic import FreshTasks, TaskPool
 from icseg.training.batches import Task, Tasks
 from icseg.training.config import DataConfig
 
@@ -63,6 +64,19 @@ def open_mixture(data: DataConfig, listings: Sequence[Listing], pool: Path, cach
         count = max(1, shares.count(len(listings)))
         sources.append(synthetic_pool(data, pool, count, workers).__getitem__)
     return MixedTasks(shares, sources)
+
+
+def fresh_tasks(data: DataConfig, count: int, device: str | torch.device) -> FreshTasks:
+    """`count` training tasks that are made when they are used."""
+    return FreshTasks(
+        count,
+        data.subjects,
+        data.size,
+        data.seed,
+        fine_every=data.fine_every,
+        absent=data.absent,
+        device=device,
+    )
 
 
 def synthetic_pool(data: DataConfig, folder: Path, count: int, workers: int) -> TaskPool:

@@ -85,6 +85,15 @@ class SyntheticTask:
     family: str
 
 
+@dataclass(frozen=True)
+class TaskTensors:
+    """A SyntheticTask whose images and masks [N, H, W] are uint8 tensors."""
+
+    images: Tensor
+    masks: Tensor
+    family: str
+
+
 @dataclass
 class TaskBatch:
     """T tasks: images and masks uint8 [T, N, H, H] as in SyntheticTask; families: keys of FAMILIES."""
@@ -92,6 +101,10 @@ class TaskBatch:
     images: Tensor
     masks: Tensor
     families: list[str]
+
+    def tensors(self, index: int) -> TaskTensors:
+        """One task, on its device."""
+        return TaskTensors(self.images[index], self.masks[index], self.families[index])
 
     def __getitem__(self, index: int) -> SyntheticTask:
         images, masks = (t[index].cpu().numpy() for t in (self.images, self.masks))
