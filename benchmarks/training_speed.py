@@ -5,8 +5,8 @@ python benchmarks/training_speed.py --pool DIR                   # prints a tabl
 python benchmarks/training_speed.py --pool DIR --out rows.json   # and writes the rows
 ```
 
-Each model takes the batches of its own configuration (its image sizes, its support sizes) out of the same task pool; what
-is missing there is made first. Each step is a forward and a backward pass and the optimiser's, with the batch at hand.
+Each model takes the batches of its own configuration (image sizes, support sizes) out of the same task pool; what is
+missing there is made first. A step is a forward and a backward pass and the optimiser's, with the batch at hand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODELS = ("sparse", "universeg", "published")
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one model: targets and steps a second over `steps` steps, and the interquartile range of a step, in seconds."""
+    """Of one model over `steps` steps; quartiles: the first and third of a step's seconds."""
 
     model: str
     parameters: int
@@ -100,7 +100,9 @@ def table(speeds: Sequence[Speed]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", type=Path, required=True, help="folder of the task pool; missing tasks are made there")
+    parser.add_argument(
+        "--pool", type=Path, required=True, help="folder of the task pool; missing tasks are made there"
+    )
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each model")
     parser.add_argument("--only", default=",".join(MODELS), help="models, separated by commas")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")

@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
-from runs import MODEL
+from PIL import Image
+from runs import MODEL, POOLS, tiny
 from toy_pack import write_varied_pack
 
-from icseg.training import TrainingConfig
+from icseg.training import TrainingConfig, train
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -83,3 +85,17 @@ def test_ablations_are_trained_and_scored(monkeypatch: pytest.MonkeyPatch, tmp_p
     lines = (tmp_path / "runs" / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["base", "seed 1"]
     assert isinstance(script.run_config("base", tmp_path), TrainingConfig)
+
+
+def test_the_curve_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = load(monkeypatch, "learning_curve")
+    train(tiny(4, run={"keep_steps": 2}), tmp_path / "run", pools=POOLS, show_progress=False)
+    pack = write_varied_pack(tmp_path / "dots.npz")
+    out = tmp_path / "curve.png"
+    assert script.main([str(tmp_path / "run"), str(pack), "--limit", "2", "--out", str(out)]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(row["mean"] == pytest.approx(sum(row["dice"].values()) / 2, abs=1e-4) for row in rows)
+    assert np.asarray(Image.open(out)).std() > 5
+    with pytest.raises(ValueError, match="RUN must hold two checkpoints"):
+        script.main([str(tmp_path), str(pack)])
