@@ -149,7 +149,12 @@ def test_a_run_can_start_from_a_checkpoint(tmp_path: Path) -> None:
 
 def test_the_loss_falls(tmp_path: Path) -> None:
     train(
-        tiny(40, optimiser={"learning_rate": 3e-3}, data={"augmentation": {"crop": 0.0, "task": {"invert": 0.0}}}, run={"log_steps": 10}),
+        tiny(
+            40,
+            optimiser={"learning_rate": 3e-3},
+            data={"augmentation": {"crop": 0.0, "task": {"invert": 0.0}}},
+            run={"log_steps": 10},
+        ),
         tmp_path,
         pools=POOLS,
         show_progress=False,
