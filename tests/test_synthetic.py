@@ -234,6 +234,14 @@ def test_seeds_give_different_tasks_and_subjects_differ() -> None:
         assert ((tasks.masks[:, a] == 1) != (tasks.masks[:, b] == 1)).flatten(1).any(1).all()
 
 
+def test_a_seed_gives_about_the_same_scene_at_most_sizes() -> None:
+    """Not where a structure is just large enough at one of them, nor where borders are a pixel thick."""
+    coarse, fine = (generate_tasks(range(24), 2, size) for size in (64, 128))
+    different = (coarse.masks != fine.masks[..., ::2, ::2]).float().mean((1, 2, 3))
+    same = [a == b for a, b in zip(coarse.families, fine.families, strict=True)]
+    assert (torch.tensor(same) & (different < 0.1)).float().mean() > 0.8
+
+
 def seed_all(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
