@@ -24,7 +24,7 @@ from icseg.evaluation import Case, load_dataset, pack_cases
 
 SUPPORT = 3
 TASK = pool_task_seed(EVALUATION_SEED, 0)
-FAMILY = "lesion"
+FAMILY = "lesions"
 NAMES = (
     "UniverSeg, as published",
     "UniverSeg, factorised",

@@ -100,10 +100,10 @@ def organs(draws: Draws, subjects: int, size: int) -> Scene:
         active = (exists if side > 0 else exists & mirrored).unsqueeze(1).expand(-1, subjects, -1)
         outline = own if side > 0 else own.mirrored()
         at = middle.unsqueeze(2) + place * torch.tensor([side, 1.0], device=draws.device)
-        label = object_label(1) + 3 * number
-        groups.append(Objects(at, outline, label, active))
+        labels = object_label(1) + 3 * number
+        groups.append(Objects(at, outline, labels, active))
         has_core = active & (core > 0).unsqueeze(1)
-        groups.append(Objects(at, outline.scaled(core.unsqueeze(1)), label + 1, has_core))
+        groups.append(Objects(at, outline.scaled(core.unsqueeze(1)), labels + 1, has_core))
     scene.canvas.blobs(*groups)
     choice = draws.integers(0, 3, _ORGANS)
     for organ in range(_ORGANS):

@@ -85,7 +85,8 @@ def textures(draws: Draws, look: Look, labels: Tensor) -> Tensor:
     for number, (low, high, directed) in enumerate(_TEXTURES):
         frequency = draws.log_uniform(low, high).clamp(max=0.45 * size)
         octaves = draws.uniform(0.2, 0.9)
-        angle, alignment = draws.uniform(0, math.pi), draws.log_uniform(1, 20) if directed else torch.zeros(len(draws))
+        angle = draws.uniform(0, math.pi)
+        alignment = draws.log_uniform(1, 20) if directed else torch.zeros(len(draws), device=draws.device)
         share = 0.3 if directed else 0.5
         strength = draws.uniform(0, 1, LABELS) * strongest.unsqueeze(1) * draws.chance(share, LABELS)
         tells = (look.by_texture & (telling == number)).unsqueeze(1)
@@ -96,7 +97,7 @@ def textures(draws: Draws, look: Look, labels: Tensor) -> Tensor:
         used = (strength > 0).any(1).nonzero().squeeze(1)
         if not len(used):
             continue
-        parameters = (t[used].to(draws.device) for t in (frequency, octaves, angle, alignment.to(draws.device)))
+        parameters = (t[used] for t in (frequency, octaves, angle, alignment))
         noise = banded_noise(draws.of(used, number), subjects, size, *parameters)
         weight = strength[used].gather(1, labels[used].flatten(1)).view_as(noise)
         total.index_add_(0, used, weight * noise)

@@ -18,7 +18,7 @@ _WIDE = 2.0
 
 @lru_cache(maxsize=256)
 def _cubic_upsampling(resolution: int, size: int) -> Tensor:
-    """[size, MOST_COARSE] matrix of cubic convolution (Keys 1981, a = -0.75) from `resolution` points, edges clamped."""
+    """[size, MOST_COARSE] matrix of cubic convolution (Keys 1981, a = -0.75) from `resolution` points, ends clamped."""
     position = (torch.arange(size, dtype=torch.float64) + 0.5) * resolution / size - 0.5
     first = position.floor() - 1
     matrix = torch.zeros(size, MOST_COARSE, dtype=torch.float64)

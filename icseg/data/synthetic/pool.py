@@ -20,8 +20,8 @@ from icseg.files import written_whole
 
 SHARD_TASKS = 50
 _SEED_STRIDE = 2**32
+_MOST_SEEDS = 2**31  # the seeds of tasks are below 2**63
 _MOST_TASKS = 2**31  # the seeds of the upper half of each stride are left to examples: no pool holds their tasks
-
 
 TRAINING_SEEDS = range(10_000)
 """Seeds that a training pool may have. Validation and evaluation use others: held-out tasks stay held out."""
@@ -112,7 +112,9 @@ class TaskPool:
             raise ValueError(f"count must be between 1 and 2**31, got {count}")
         if workers < 0 or fine_every < 0:
             raise ValueError(f"workers and fine_every must not be negative, got {workers} and {fine_every}")
-        check_arguments(seed, subjects, size)
+        check_arguments(seed, subjects, size, absent)
+        if seed >= _MOST_SEEDS:
+            raise ValueError(f"seed of a pool must be below 2**31, got {seed}")
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         _check_parameters(

@@ -84,5 +84,5 @@ class Draws:
         return self.uniform(0.0, 1.0, *shape) < probability
 
     def choice(self, values: Sequence[float], *shape: int) -> Tensor:
-        """[T, *shape] float32, each of `values` as often."""
+        """[T, *shape] of the values' dtype, each of `values` as often."""
         return torch.tensor(values, device=self.device)[self.integers(0, len(values), *shape)]

@@ -53,7 +53,7 @@ class Scene:
 
 
 def noise_regions(draws: Draws, subjects: int, count: Tensor, resolution: Tensor, size: int, shared: Tensor) -> Tensor:
-    """[T, N, H, H]: where which of `count` [T] smooth noises is largest; one map for all subjects where `shared` [T]."""
+    """[T, N, H, H]: which of `count` [T] smooth noises is largest; one map for all subjects where `shared` [T]."""
     everyone = torch.arange(len(draws), device=draws.device)
     best = smooth_noise(draws, subjects, resolution, size)
     labels = torch.zeros(best.shape, dtype=torch.int64, device=draws.device)
@@ -66,7 +66,10 @@ def noise_regions(draws: Draws, subjects: int, count: Tensor, resolution: Tensor
 
 
 def layer_maps(draws: Draws, subjects: int, count: Tensor, variability: Tensor, size: int) -> Tensor:
-    """[T, N, H, H] stacked bands 0 to `count` [T], at most MOST_LAYERS, bent alike in all subjects, shifted and rippled differently."""
+    """[T, N, H, H] stacked bands 0 to `count`, bent alike in all subjects, shifted and rippled differently.
+
+    count: int64 [T], at most MOST_LAYERS; variability: [T] how far those of the subjects differ.
+    """
     most = MOST_LAYERS
     number = torch.arange(most, device=draws.device)
     depth = draws.uniform(0.15, 0.85, most).masked_fill(number >= count.unsqueeze(1), 9.0).sort(1).values
@@ -94,7 +97,8 @@ def backgrounds(draws: Draws, subjects: int, size: int, shared: float) -> Tensor
     layered = ((kind >= 0.4) & (kind < 0.52)).nonzero().squeeze(1)
     if len(layered):
         some = draws.of(layered, 0)
-        labels[layered] = layer_maps(some, subjects, some.integers(2, 6), torch.ones(len(some)), size)
+        variability = torch.ones(len(some), device=draws.device)
+        labels[layered] = layer_maps(some, subjects, some.integers(2, 6), variability, size)
     patchy = (kind >= 0.52).nonzero().squeeze(1)
     if len(patchy):
         some = draws.of(patchy, 1)

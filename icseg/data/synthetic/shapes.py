@@ -38,7 +38,7 @@ class Blob:
 
     @staticmethod
     def draw(draws: Draws, radius: Tensor, irregularity: Tensor | float, max_elongation: Tensor | float) -> Blob:
-        """radius [T, M]; irregularity: relative deviation of the lowest harmonic; both it and the elongation broadcast."""
+        """radius [T, M], to which the others broadcast; irregularity: relative deviation of the lowest harmonic."""
         shape = radius.shape[1:]
         order = torch.arange(HARMONICS, device=radius.device)
         count = draws.integers(2, HARMONICS + 1, *shape).unsqueeze(-1)
@@ -175,7 +175,7 @@ class Canvas:
         self._stamp(place, reach, inside, label, active, shade)
 
     def tubes(self, start: Tensor, end: Tensor, width: Tensor, label: int, active: Tensor, shade: Tensor) -> None:
-        """Straight pieces with round ends from start to end [T, N, M, 2] of a width [T, N, M], at least about a pixel."""
+        """Straight pieces with round ends from start to end [T, N, M, 2]; width [T, N, M], at least about a pixel."""
         half = (end - start) / 2
         thick = width.clamp_min(1.3 * DESIGN_SIZE / self.size) / 2
 

@@ -138,11 +138,9 @@ def generate_tasks(
     seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
     if seeds.ndim != 1:
         raise ValueError(f"seeds must be a list or a tensor [T], got shape {list(seeds.shape)}")
-    check_arguments(int(seeds.min()) if len(seeds) else 0, subjects, size)
+    check_arguments(int(seeds.min()) if len(seeds) else 0, subjects, size, absent)
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    if not 0 <= absent <= 1:
-        raise ValueError(f"absent must lie in [0, 1], got {absent}")
     shape = (len(seeds), subjects, size, size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
     masks = torch.zeros_like(images)
@@ -166,7 +164,7 @@ def generate_tasks(
     return TaskBatch(images, masks, [names[k] for k in kinds.tolist()])
 
 
-def check_arguments(seed: int, subjects: int, size: int) -> None:
+def check_arguments(seed: int, subjects: int, size: int, absent: float) -> None:
     """Raise ValueError unless tasks can be made from these."""
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
@@ -174,6 +172,8 @@ def check_arguments(seed: int, subjects: int, size: int) -> None:
         raise ValueError(f"subjects must be at least 1, got {subjects}")
     if size < MIN_SIZE:
         raise ValueError(f"size must be at least {MIN_SIZE}, got {size}")
+    if not 0 <= absent <= 1:
+        raise ValueError(f"absent must lie in [0, 1], got {absent}")
 
 
 def _draw_families(draws: Draws, family: str | None) -> Tensor:
