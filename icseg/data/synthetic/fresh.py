@@ -15,8 +15,7 @@ _KEPT = 2  # runs of tasks: a batch may reach from one into the next
 class FreshTasks:
     """The tasks that a `TaskPool` of the same arguments would hold, `count` of them, made on `device` when asked for.
 
-    They are made SHARD_TASKS at a time and stay on the device: quick when asked for in order. The arguments are those of
-    `TaskPool`.
+    They are made SHARD_TASKS at a time and stay on the device: quick when asked for in order. Arguments: as `TaskPool`.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class FreshTasks:
         absent: float = 0.0,
         device: str | torch.device = "cpu",
     ) -> None:
-        check_arguments(seed, subjects, size)
+        check_arguments(seed, subjects, size, absent)
         self._count, self._subjects, self._size, self._seed = count, subjects, size, seed
         self._fine_every, self._absent, self._device = fine_every, absent, device
         self._runs: OrderedDict[int, TaskBatch] = OrderedDict()
