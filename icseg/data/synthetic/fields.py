@@ -45,7 +45,7 @@ def smooth_noise(draws: Draws, count: int, resolution: Tensor, size: int, most: 
     up = _upsamplings(size, most, draws.device)[resolution].unsqueeze(1)
     coarse = draws.normal(1.0, count, most, most)
     noise = up @ coarse @ up.mT
-    return noise / (noise[..., ::3, ::3].std((1, 2, 3), keepdim=True) + 1e-6)
+    return noise / (noise.std((1, 2, 3), keepdim=True) + 1e-6)
 
 
 def smooth_curves(draws: Draws, count: int, resolution: Tensor, size: int) -> Tensor:
@@ -81,7 +81,7 @@ def blur(image: Tensor, sigma: Tensor) -> Tensor:
     A wide one (from _WIDE on) is made of a narrow one of the image at a coarser resolution.
     """
     blurred = torch.empty_like(image)
-    octave = (sigma / _WIDE).log2().floor().add(1).clamp(0, 5)
+    octave = (sigma / _WIDE).log2().floor().add(1).clamp_min(0)
     for steps in octave.unique().tolist():
         chosen = (octave == steps).nonzero().squeeze(1)
         some, factor = image[chosen], 2 ** int(steps)

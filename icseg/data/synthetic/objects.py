@@ -44,7 +44,7 @@ def cells(draws: Draws, subjects: int, size: int) -> Scene:
     blob = blob.scaled(zoom.unsqueeze(2) * draws.normal(0.18, subjects, _MOST_CELLS).exp())
     few = (count <= 2).gather(1, kind.flatten(1)).view_as(kind)
     place, free = _free_places(draws, blob.radius, wanted, few, draws.uniform(0.6, 1.1))
-    shade = draws.normal(draws.choice([0.0, 0.05, 0.12]).view(-1, 1, 1), subjects, _MOST_CELLS)
+    shade = draws.normal(draws.choice([0.0, 0.05, 0.12, 0.25]).view(-1, 1, 1), subjects, _MOST_CELLS)
 
     label = object_label(0) + 3 * kind
     has_rim = rim.gather(1, kind.flatten(1)).view_as(kind)

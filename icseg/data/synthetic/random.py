@@ -41,21 +41,22 @@ class Draws:
         return len(self.seeds)
 
     def of(self, tasks: Tensor, part: int) -> Draws:
-        """New draws for some of the tasks, int64 [t], in `part` (from 0) of the code."""
+        """New draws for some of the tasks, int64 [t], in `part` (0 to 29) of the code."""
         return Draws(self.seeds[tasks], (self.path * 31 + part + 1) % 2**31)
 
     def _words(self, shape: Sequence[int]) -> Tensor:
         self._count += 1
-        stream = (self.path * _GOLDEN + self._count) & _WORD
-        first = _mixed((self.seeds & _WORD) ^ stream)
-        second = _mixed(((self.seeds >> 32) & _WORD) ^ _mixed(first ^ _GOLDEN))
+        # Seeds and streams are small numbers: each is mixed before they meet, or near ones would cancel out.
+        stream = _mixed(torch.tensor((self.path * _GOLDEN + self._count) & _WORD, device=self.device))
+        first = _mixed(_mixed(_mixed((self.seeds & _WORD) ^ _GOLDEN) ^ (self.seeds >> 32)) ^ stream)
+        second = _mixed((first + self.seeds + stream) & _WORD)
         element = torch.arange(math.prod(shape), device=self.device)
         words = _mixed((element + first.unsqueeze(1)) & _WORD)
         return _mixed(words ^ second.unsqueeze(1)).view(len(self), *shape)
 
     def uniform(self, low: float | Tensor, high: float | Tensor, *shape: int) -> Tensor:
         """[T, *shape] float32 in (low, high), which broadcast to it."""
-        unit = ((self._words(shape) >> 8).float() + 0.5) * 2.0**-24
+        unit = ((self._words(shape) >> 9).float() + 0.5) * 2.0**-23
         return low + (high - low) * unit
 
     def log_uniform(self, low: float, high: float, *shape: int) -> Tensor:

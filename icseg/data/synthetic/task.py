@@ -21,7 +21,7 @@ from icseg.data.synthetic.scene import FIRST_OBJECT, LABELS, Scene, object_label
 from icseg.data.synthetic.shapes import DESIGN_SIZE, Blob, Objects
 
 # Raised whenever the same seed no longer gives the same task.
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 MAX_CLASSES = 4
 
 MIN_SIZE = 32
@@ -52,16 +52,16 @@ _TRANSMISSION = {"stain": 0.4}
 _SONOGRAPHY = {"ultrasound": 1.0, "fading": 0.4, "hairs": 0.0, "relief": 0.0, "stain": 0.0}
 
 FAMILIES: dict[str, Family] = {
-    "regions": Family(regions, 0.09),
+    "regions": Family(regions, 0.08),
     "layers": Family(layers, 0.06),
-    "organs": Family(organs, 0.17),
+    "organs": Family(organs, 0.16),
     "chambers": Family(chambers, 0.1),
-    "cells": Family(cells, 0.12),
-    "stained cells": Family(cells, 0.06, effects=_TRANSMISSION),
-    "lesions": Family(lesions, 0.12),
-    "polyps": Family(lesions, 0.06, faint=0.7, effects=_ENDOSCOPY),
-    "echoes": Family(echoes, 0.08, faint=0.35, sector=0.35, effects=_SONOGRAPHY),
-    "trees": Family(trees, 0.04, faint=0.5),
+    "cells": Family(cells, 0.11),
+    "stained cells": Family(cells, 0.05, effects=_TRANSMISSION),
+    "lesions": Family(lesions, 0.11),
+    "polyps": Family(lesions, 0.08, faint=0.7, effects=_ENDOSCOPY),
+    "echoes": Family(echoes, 0.09, faint=0.35, sector=0.35, effects=_SONOGRAPHY),
+    "trees": Family(trees, 0.06, faint=0.6),
     "worms": Family(worms, 0.03, faint=0.3),
     "fibres": Family(fibres, 0.02, faint=0.3),
     "network": Family(network, 0.02, faint=0.3),
@@ -149,7 +149,7 @@ def generate_tasks(
     missing = torch.arange(len(seeds), device=device)
     at_once = max(1, _LARGEST_BATCH.get(images.device.type, 2**22) // (subjects * size * size))
     for attempt in range(_ATTEMPTS + 1):
-        draws = Draws(seeds[missing], path=attempt)
+        draws = Draws(seeds).of(missing, attempt)
         kinds[missing] = _draw_families(draws, family)
         for kind, name in enumerate(names):
             chosen = (kinds[missing] == kind).nonzero().squeeze(1)
