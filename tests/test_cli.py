@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 import icseg
 import icseg.evaluation
 from icseg import cli, inference, job
+from icseg.cli import segmenting
 from icseg.sparse.budget import Budget
 
 REPOSITORY = Path(__file__).parents[1]
@@ -548,7 +549,7 @@ def test_what_cannot_be_encoded_is_one_sentence_and_nothing_written(here, encode
     ],
 )
 def test_budgets(text, budget):
-    assert cli._budget(text) == budget
+    assert segmenting.parse_budget(text) == budget
 
 
 def interrupt_at(monkeypatch, name, error=KeyboardInterrupt):

@@ -1,0 +1,5 @@
+"""`python -m icseg.cli`."""
+
+from icseg.cli import main
+
+main()
