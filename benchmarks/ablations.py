@@ -5,9 +5,9 @@ python benchmarks/ablations.py --pool DIR --out DIR                       # trai
 python benchmarks/ablations.py --out DIR --evaluate DATASET...            # scores what is trained, and writes rows
 ```
 
-An interrupted run goes on when the command is repeated. Every run sees the same tasks in the same order, at 256 pixels
-and one class at a time; `seed 1` says how much another seed changes. Scores are of held-out synthetic tasks and of the
-data sets, none of which is trained on; intervals are those of `icseg evaluate`, over targets, not over seeds.
+An interrupted run goes on when the command is repeated. Every run sees the same tasks in the same order (but `seed 1`,
+which says how much another seed changes), at 256 pixels and one class at a time. Scores are of held-out synthetic tasks
+and of the data sets, none of which is trained on; their intervals are over targets, not over seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import commit, machine, versions
 
@@ -76,16 +77,19 @@ def table(reports: dict[str, Report]) -> str:
     means = {name: _means(report) for name, report in reports.items()}
     lines = []
     for name, (synthetic, real) in means.items():
-        changes = [f"{value - base:+.3f}" for value, base in zip((synthetic, real), means[BASE], strict=True)]
-        shown = ("", "") if name == BASE else tuple(changes)
-        lines.append(f"| {name} | {synthetic:.3f} | {shown[0]} | {real:.3f} | {shown[1]} |\n")
+        cells = [name]
+        for value, base in zip((synthetic, real), means[BASE], strict=True):
+            cells += ["", ""] if value is None else [f"{value:.3f}", "" if name == BASE else f"{value - base:+.3f}"]
+        lines.append(f"| {' | '.join(cells)} |\n")
     return header + "".join(lines)
 
 
-def _means(report: Report) -> tuple[float, float]:
-    by = {(row.dataset, row.class_name): row.dice.mean for row in report.means}
-    synthetic = next(value for (dataset, _), value in by.items() if dataset == "synthetic")
-    return synthetic, by.get(("all data sets", report.means[-1].class_name), float("nan"))
+def _means(report: Report) -> tuple[float, float | None]:
+    """Mean Dice over synthetic families, and over the classes of data sets, None without any."""
+    dice = {True: [], False: []}
+    for row in report.rows:
+        dice[row.dataset == "synthetic"].append(row.dice.mean)
+    return float(np.mean(dice[True])), float(np.mean(dice[False])) if dice[False] else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,13 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pool", type=Path, help="folder of the task pool; missing tasks are made there")
     parser.add_argument("--only", action="append", choices=list(CHANGES), help="a run; repeatable")
     parser.add_argument("--evaluate", type=Path, nargs="*", metavar="DATASET", help="score, also on these data sets")
-    parser.add_argument("--tasks", type=int, default=200, help="held-out synthetic tasks that are scored")
+    parser.add_argument("--tasks", type=_positive, default=200, help="held-out synthetic tasks that are scored")
     parser.add_argument("--limit", type=int, default=30, help="targets a class of a data set")
     given = parser.parse_args(arguments)
     names = [name for name in CHANGES if name in (given.only or CHANGES)]
     torch.set_num_threads(1)
     if given.evaluate is not None:
-        trained = [name for name in names if (given.out / folder_of(name) / MODEL_FILE).exists()]
+        wanted = [name for name in CHANGES if name in names or name == BASE]
+        trained = [name for name in wanted if (given.out / folder_of(name) / MODEL_FILE).exists()]
         if BASE not in trained:
             parser.error(f"--out must hold the run {BASE}, got {', '.join(trained) or 'none'}")
         print(evaluate_runs(trained, given.out, given.evaluate, given.tasks, given.limit), end="")
@@ -117,6 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text}")
+    return int(text)
+
+
 def evaluate_runs(names: Sequence[str], out: Path, datasets: Sequence[Path], tasks: int, limit: int) -> str:
     """Score the runs, write rows.json and table.md into `out`; the table."""
     reports = {
@@ -125,9 +136,9 @@ def evaluate_runs(names: Sequence[str], out: Path, datasets: Sequence[Path], tas
             EvaluationProtocol(limit=limit),
             checkpoint=out / folder_of(name) / MODEL_FILE,
             synthetic_tasks=tasks,
-            out=out / folder_of(name) / "scores",
+            out=out / folder_of(name) / f"scores-{tasks}-{limit}",
             pictures=0,
-            resume=(out / folder_of(name) / "scores").exists(),
+            resume=True,
         )
         for name in names
     }

@@ -22,12 +22,13 @@ from harness import commit, machine, versions
 
 from icseg.checkpoint import training_record
 from icseg.evaluation import EvaluationProtocol, evaluate_datasets
-from icseg.files import written_whole
+from icseg.files import check_file, written_whole
 
 
 def kept_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run in the order of their steps. Raises ValueError if there are not two."""
-    paths = sorted(run.glob("model-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
+    paths = [path for path in run.glob("model-*.safetensors") if path.stem.removeprefix("model-").isdigit()]
+    paths.sort(key=lambda path: int(path.stem.removeprefix("model-")))
     if len(paths) < 2:
         raise ValueError(f"RUN must hold two checkpoints model-STEP.safetensors, got {len(paths)} in {run}")
     return paths
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="targets a class; all if left out")
     parser.add_argument("--out", type=Path, default=Path("learning_curve.png"), help="picture (.png, .svg or .pdf)")
     given = parser.parse_args(arguments)
+    check_file(given.out)
     torch.set_num_threads(1)
     rows = scores(kept_checkpoints(given.run), given.datasets, given.limit)
     draw(rows, given.out)

@@ -1,7 +1,7 @@
 """How hard the synthetic tasks are without a model, and how fast they are made: a table of all families.
 
 ```
-python -m benchmarks.synthetic_tasks --tasks 64 --sheet docs/images/synthetic_tasks.jpg
+python benchmarks/synthetic_tasks.py --tasks 64 --sheet docs/images/synthetic_tasks.jpg
 ```
 
 Seeds are those of the evaluation's tasks. The rate is of the process's own time, on one thread. `--sheet` draws two
@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import machine
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor
 
-from benchmarks.harness import machine
 from icseg.baselines.floors import copy_support, intensity_band, otsu
 from icseg.data.synthetic import (
     EVALUATION_SEED,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from harness import commit, machine, versions
 
-from icseg.files import written_whole
+from icseg.files import check_file, written_whole
 from icseg.training.batches import Tasks, training_batch
 from icseg.training.config import TrainingConfig
 from icseg.training.distributed import connected
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only must name models of {', '.join(MODELS)}, got {', '.join(unknown)}")
     if given.steps < 1:
         parser.error(f"--steps must be at least 1, got {given.steps}")
+    if given.out is not None:
+        check_file(given.out)
     torch.set_num_threads(1)
     speeds = measure(names, given.pool, given.steps)
     if given.out is not None:

@@ -101,6 +101,17 @@ def test_the_same_again() -> None:
     assert not np.array_equal(resampled_means([sample], seed=3), resampled_means([sample], seed=4))
 
 
+def test_a_class_of_one_patient_does_not_take_the_interval_from_all() -> None:
+    several = Sample(np.array([0.1, 0.5, 0.9]), np.array([0, 1, 2]))
+    alone = Sample(np.array([0.3]), np.array([3]))
+    assert interval_of_mean([[alone]]).low is None
+    together = interval_of_mean([[several, alone]])
+    assert together.mean == pytest.approx(0.4)
+    assert together.low is not None
+    assert together.low < 0.4 < together.high
+    assert interval_of_mean([[several], [alone]]).low is None  # a data set of one patient
+
+
 def test_one_patient_has_no_interval() -> None:
     found = interval_of_mean([[Sample(np.array([0.2, 0.4]), np.array(["a", "a"]))]])
     assert found == Interval(pytest.approx(0.3), None, None)

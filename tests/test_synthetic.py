@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from icseg.data.synthetic import FAMILIES, MAX_CLASSES, SyntheticTask, TaskBatch
 from icseg.data.synthetic import task as task_module
 from icseg.data.synthetic.anatomy import layers, new_scene
 from icseg.data.synthetic.random import Draws
-from icseg.data.synthetic.scene import LABELS, Scene, object_label
+from icseg.data.synthetic.scene import FIRST_OBJECT, LABELS, Scene, object_label
 from icseg.data.synthetic.task import Family
 from icseg.metrics import dice
 
@@ -225,6 +226,30 @@ def test_absent_empties_class_1_of_the_last_subject_alone() -> None:
     assert torch.equal(some.images[untouched], whole.images[untouched])
 
 
+@pytest.mark.parametrize("family", ["worms", "cells", "membranes"])
+def test_nothing_is_left_of_what_is_absent(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """No label, and no shade of an object that is gone: what lies there is the background with its own shade."""
+    drawn: list[tuple[Tensor, Tensor]] = []
+    usual = task_module.render
+
+    def recording(draws: Draws, labels: Tensor, shade: Tensor, *others: Any) -> Tensor:
+        drawn.append((labels, shade))
+        return usual(draws, labels, shade, *others)
+
+    monkeypatch.setattr(task_module, "render", recording)
+    whole = generate_tasks(range(4), 2, 64, family=family)
+    some = generate_tasks(range(4), 2, 64, family=family, absent=1.0)
+    gone = (whole.masks[:, -1] == 1) & (some.masks[:, -1] != 1)
+    assert gone.flatten(1).any(1).all()
+    labels, shade = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    assert (labels[:4, -1][gone] >= FIRST_OBJECT).all()
+    assert (labels[4:, -1][gone] < FIRST_OBJECT).all()
+    if family == "membranes":  # whose cells have shades of their own
+        assert (shade[4:, -1][gone] != 0).all()
+    else:
+        assert (shade[4:, -1][gone] == 0).all()
+
+
 def test_seeds_give_different_tasks_and_subjects_differ() -> None:
     tasks = generate_tasks(range(6), 3, 64, family="organs")
     for first, second in ((0, 1), (1, 5)):
@@ -290,7 +315,7 @@ def test_a_scene_without_foreground_falls_back(monkeypatch: pytest.MonkeyPatch) 
         ({"subjects": 0}, "subjects must be at least 1, got 0"),
         ({"size": 31}, "size must be at least 32, got 31"),
         ({"family": "cats"}, "family must be one of regions, .*, got 'cats'"),
-        ({"absent": 1.5}, r"absent must lie in \[0, 1\], got 1.5"),
+        ({"absent": 1.5}, r"absent must lie in \[0, 1\], and be 0 for a single subject, got 1.5"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

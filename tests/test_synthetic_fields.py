@@ -143,3 +143,10 @@ def test_banded_noise_of_many_tasks_has_unit_deviation() -> None:
 def test_pixel_axis_is_symmetric() -> None:
     axis = pixel_axis(5, torch.device("cpu"))
     torch.testing.assert_close(axis, torch.tensor([-0.4, -0.2, 0, 0.2, 0.4]))
+
+
+@pytest.mark.parametrize("size", [33, 64, 65])
+def test_banded_noise_has_unit_deviation_at_odd_sizes_too(size: int) -> None:
+    ones = torch.ones(1)
+    noise = banded_noise(draws(1), 64, size, 9 * ones, 0.8 * ones, 0 * ones, 0 * ones)
+    assert abs(noise.std().item() - 1) < 0.012  # 64 fields of some hundred waves

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import equal, tiny, weights
+from runs import POOLS, equal, tiny, weights
 from test_training_loop import stop_at
 
 from icseg.data.synthetic import FreshTasks, TaskPool, fresh
-from icseg.training import train
+from icseg.training import loop, train
+from icseg.training.batches import batches_ahead
+from icseg.training.distributed import Processes
 
 DATA = {"fresh": True, "size": 32, "validation_tasks": 0, "absent": 0.5}
 
@@ -56,6 +59,37 @@ def test_a_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     train(config, tmp_path / "parts", resume=True, show_progress=False)
     assert not (tmp_path / "whole" / "pool").exists()
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_each_process_makes_its_own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    usual = fresh.generate_tasks
+
+    def counting(seeds: list[int], *arguments: int, **others: object) -> object:
+        made.extend(seeds)
+        return usual(seeds, *arguments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fresh, "generate_tasks", counting)
+    monkeypatch.setattr(fresh, "SHARD_TASKS", 3)
+    config = tiny(5, data=DATA, optimiser={"accumulate": 2})
+    alone = loop.open_pools(config, Path())[0]
+    seen = []
+    for rank in range(2):
+        made.clear()
+        tasks = loop.open_pools(config, Path(), Processes(rank, 2, torch.device("cpu")))[0]
+        for batch in itertools.islice(batches_ahead(tasks, config.data, 0, 0, range(rank, 2, 2), 2), 5):
+            assert batch.targets.shape[-1] == 32
+        assert len(made) == len(set(made)) <= 5 * 2 + 3  # its micro-batches of two tasks, and some ahead
+        seen.append(set(made))
+        mine = next(i for i in range(20) if i // 2 % 2 == rank)
+        assert torch.equal(tasks[mine].images, alone[mine].images)
+    assert not seen[0] & seen[1]
+
+
+def test_fresh_tasks_are_not_given_pools(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fresh must be false where pools are given"):
+        train(tiny(4, data=DATA), tmp_path / "run", pools=POOLS, show_progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_fresh_tasks_are_not_mixed() -> None:

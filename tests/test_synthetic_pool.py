@@ -140,7 +140,7 @@ def test_pool_refuses_tasks_whose_parameters_are_lost(tmp_path: Path, made: list
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"seed": 2**31}, "seed of a pool must be below 2\\*\\*31, got 2147483648"),
         ({"size": 8}, "size must be at least 32, got 8"),
-        ({"absent": 2.0}, r"absent must lie in \[0, 1\], got 2.0"),
+        ({"absent": 2.0}, r"absent must lie in \[0, 1\], and be 0 for a single subject, got 2.0"),
     ],
 )
 def test_pool_with_bad_arguments_writes_nothing(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

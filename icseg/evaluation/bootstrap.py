@@ -28,7 +28,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the bounds of its interval; None where a class has one cluster, which tells nothing of others."""
+    """A mean with the bounds of its interval; None where a data set has one cluster, which tells nothing of others."""
 
     mean: float
     low: float | None
@@ -68,7 +68,7 @@ def interval_of_mean(groups: Sequence[Sequence[Sample]], *, resamples: int = RES
     """
     samples = [sample for group in groups for sample in group]
     mean = float(np.mean([sample.values.mean() for sample in samples]))
-    if any(len(np.unique(sample.clusters)) < 2 for sample in samples):
+    if any(len(np.unique(np.concatenate([sample.clusters for sample in group]))) < 2 for group in groups):
         return Interval(mean, None, None)
     drawn = [resampled_means(group, resamples=resamples, seed=(SEED, i)) for i, group in enumerate(groups)]
     low, high = np.quantile(np.nanmean(np.hstack(drawn), 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

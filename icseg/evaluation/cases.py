@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from icseg.data.frame import SIDES
+from icseg.data.packs import Pack
 from icseg.data.synthetic import EVALUATION_SEED, generate_task, pool_task_seed
 from icseg.data.tensors import as_tensors
-from icseg.evaluation.packs import Pack
 
 SYNTHETIC = "synthetic"
 

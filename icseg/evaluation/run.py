@@ -12,9 +12,10 @@ import torch
 
 import icseg
 from icseg.checkpoint import bundled_weights
+from icseg.data.packs import Pack
 from icseg.evaluation.cases import SYNTHETIC, EvaluationProtocol, check_least
 from icseg.evaluation.outputs import write_folder, write_json
-from icseg.evaluation.packs import Pack, load_dataset
+from icseg.evaluation.packs import load_dataset
 from icseg.evaluation.parts import Parts, file_name
 from icseg.evaluation.pictures import Example, picked, place_of, save_examples
 from icseg.evaluation.report import Report
@@ -64,9 +65,11 @@ def evaluate_datasets(
     check_least(0, synthetic_tasks=synthetic_tasks, pictures=pictures)
     if not paths and not synthetic_tasks:
         raise ValueError("evaluate needs a data set or synthetic tasks to score on, got neither")
+    if patient and not any(Path(path).is_dir() for path in paths):
+        raise ValueError(f"patient must be empty where no data set is a folder, packs name theirs, got {patient!r}")
     out = None if out is None else Path(out)
     folder = _checked_folder(out, bool(pictures), resume)
-    packs = [load_dataset(path, protocol.size, patient=patient) for path in paths]
+    packs = [load_dataset(path, protocol.size, patient=patient, progress=progress) for path in paths]
     _check_names([*(pack.name for pack in packs), *([SYNTHETIC] if synthetic_tasks else [])])
     settings = _settings(protocol, checkpoint, compare)
     parts = None if folder is None else Parts(folder, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from icseg.config import PatchICLConfig, check_int, check_ints, check_numbers
 
@@ -36,7 +36,7 @@ class SparseConfig(PatchICLConfig):
     decoder_channels:  of the part that all classes share, and of a class's own.
     residual_bound:    largest change, in logits, that one level can make to the coarser prediction.
     oracle_share, oracle_share_end: in training, the share of targets whose patches are picked by the true error, at its
-                       start and its end; in between it changes linearly.
+                       start and its end; in between it changes linearly. None: it stays.
     uniform_share:     in training, the share of targets whose patches are drawn anywhere, so that no patch is strange.
     selection_power:   exponent on the expected error in the picking weights of a draw.
     """
@@ -66,7 +66,7 @@ class SparseConfig(PatchICLConfig):
     decoder_channels: tuple[int, int] = (32, 20)
     residual_bound: float = 8.0
     oracle_share: float = 0.2
-    oracle_share_end: float = 0.2
+    oracle_share_end: float | None = None
     uniform_share: float = 0.15
     selection_power: float = 1.5
 
@@ -98,10 +98,18 @@ class SparseConfig(PatchICLConfig):
             check_int("decoder_channels", value, 1)
         if self.dim % self.heads:
             raise ValueError(f"dim must be divisible by heads = {self.heads}, got {self.dim}")
-        check_numbers(self, "foreground_share", "oracle_share", "oracle_share_end", "uniform_share", least=0, most=1)
-        for name in ("oracle_share", "oracle_share_end"):
+        oracle = ["oracle_share"] if self.oracle_share_end is None else ["oracle_share", "oracle_share_end"]
+        check_numbers(self, "foreground_share", *oracle, "uniform_share", least=0, most=1)
+        for name in oracle:
             if getattr(self, name) + self.uniform_share > 1:
                 shares = f"{getattr(self, name)} and {self.uniform_share}"
                 raise ValueError(f"{name} and uniform_share must add up to at most 1, got {shares}")
         check_numbers(self, "tolerance", least=0)
         check_numbers(self, "residual_bound", "selection_power", above=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without a field that older versions did not know, where it says nothing: their memories stay valid."""
+        values = super().to_dict()
+        if self.oracle_share_end is None:
+            del values["oracle_share_end"]
+        return values

@@ -346,7 +346,8 @@ class SparseNetwork(nn.Module):
         error = (prior - level_mask(task.target_mask.to(prior.dtype), task.size, 0.0)).abs().mean(1, keepdim=True)
         oracle = F.avg_pool2d(error, PATCH, ceil_mode=True).flatten(1)
         chance = uniform(derived_seed(task.seed, ORACLE_DRAW), 1, score.shape[0], score.device).view(-1, 1)
-        by_truth = config.oracle_share + self.training_progress * (config.oracle_share_end - config.oracle_share)
+        end = config.oracle_share if config.oracle_share_end is None else config.oracle_share_end
+        by_truth = config.oracle_share + self.training_progress * (end - config.oracle_share)
         score = torch.where(chance < by_truth, oracle, score)
         return torch.where(chance > 1 - config.uniform_share, torch.ones_like(score), score)
 

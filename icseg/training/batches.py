@@ -103,6 +103,8 @@ def _chosen(
     masks = torch.as_tensor(task.masks)
     shows = torch.stack([(masks == c).flatten(1).any(1) for c in classes]).all(0).cpu().numpy()[order]
     supports = order[shows][:support]
+    if len(supports) < support:
+        raise ValueError(f"a task must show each of its classes in at least {support} images, got {shows.sum()}")
     return np.concatenate([supports, order[~np.isin(order, supports)][:targets]])
 
 

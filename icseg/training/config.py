@@ -27,7 +27,8 @@ class DataConfig:
     pool:               folder of the task pool; "" is `pool` inside the run's folder. Missing tasks are
                         generated.
     fresh:              make the tasks while the training runs, on its device, and use each once: without a pool, and
-                        whatever `tasks` says. For a GPU; a CPU core makes about as many as it trains on.
+                        whatever `tasks` says, which then is only the length of a pass in a schedule. For a GPU; a CPU
+                        core makes about as many as it trains on.
     tasks:              tasks in the pool; subjects: images a task; size: pixels of a side; seed: of the
                         generator, below 10,000 (the seeds of held-out tasks lie above).
     fine_every:         every so many-th run of 50 tasks of the pool has twice the size (0: none); `sizes` must then say

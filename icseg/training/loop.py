@@ -84,6 +84,8 @@ def train(
         raise FileExistsError(f"directory must not hold a run unless resume is given, got {directory}")
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a folder, got the file {directory}")
+    if pools and config.data.fresh:
+        raise ValueError("fresh must be false where pools are given, got true")
     if config.run.tensorboard:
         check_tensorboard()
     with connected(device) as processes, torch.random.fork_rng([processes.device] if device.type == "cuda" else []):
@@ -101,15 +103,15 @@ def train(
 def _opened_in_turn(config: TrainingConfig, directory: Path, processes: Processes) -> tuple[Tasks, Tasks]:
     """`open_pools`, first in the first process, which makes what is missing."""
     processes.wait()  # until all have found nothing wrong
-    pools = open_pools(config, directory, processes.device) if processes.first else None
+    pools = open_pools(config, directory, processes) if processes.first else None
     processes.wait()
-    return pools or open_pools(config, directory, processes.device)
+    return pools or open_pools(config, directory, processes)
 
 
-def open_pools(config: TrainingConfig, directory: Path, device: str | torch.device = "cpu") -> tuple[Tasks, Tasks]:
+def open_pools(config: TrainingConfig, directory: Path, processes: Processes | None = None) -> tuple[Tasks, Tasks]:
     """Training and validation tasks on disk, of which what is missing is read or generated now.
 
-    Fresh training tasks will be made on `device`.
+    processes: for which, and on whose device, fresh training tasks will be made; None is this one, on the CPU.
     """
     data, workers = config.data, config.run.workers
     folder = Path(data.pool) if data.pool else directory / "pool"
@@ -122,8 +124,8 @@ def open_pools(config: TrainingConfig, directory: Path, device: str | torch.devi
         cache = Path(data.cache) if data.cache else directory / "cache"
         return open_mixture(data, listings, folder / "training", cache, workers), validation
     if data.fresh:
-        steps = config.schedule.steps * config.optimiser.accumulate
-        return fresh_tasks(data, steps * data.tasks_per_step, device), validation
+        processes = processes or Processes(0, 1, torch.device("cpu"))
+        return fresh_tasks(config, processes.share(config.optimiser.accumulate), processes.device), validation
     return synthetic_pool(data, folder / "training", data.tasks, workers), validation
 
 
@@ -139,13 +141,16 @@ def _go(
             training, config.data, config.run.seed, progress.step, trainer.parts, config.optimiser.accumulate
         )
         stack.callback(batches.close)
+        tasks_a_pass = config.data.tasks if config.data.fresh else len(training)
         start = time.monotonic() - progress.elapsed
         stopping = _agree(trainer, start, stop)
         while trainer.share_done() < 1 and not stopping:
-            values = trainer.step(batches, len(training))
+            began = time.monotonic()
+            values = trainer.step(batches, tasks_a_pass)
+            seconds = time.monotonic() - began
             stopping = _agree(trainer, start, stop)
             if reporter is not None:
-                reporter.after_step(values)
+                reporter.after_step(values, seconds)
         finished = trainer.share_done() >= 1
         if reporter is not None:
             reporter.end(finished)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 
 import torch
 
@@ -18,11 +17,12 @@ class Recent:
     def _clear(self) -> None:
         self._values: dict[str, list[float]] = {}
         self._samples = self._skipped = 0
-        self._since = time.monotonic()
+        self._seconds = 0.0
 
-    def add(self, values: dict[str, float], samples: int) -> None:
-        """Of one step; no values if it was left out."""
+    def add(self, values: dict[str, float], samples: int, seconds: float) -> None:
+        """Of one step, which took `seconds`; no values if it was left out."""
         self._samples += samples
+        self._seconds += seconds
         self._skipped += not values
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
@@ -30,7 +30,7 @@ class Recent:
     def row(self) -> dict[str, float]:
         """The mean of each value over the steps that had it, targets a second, steps left out; starts anew."""
         row = {name: round(sum(values) / len(values), 6) for name, values in self._values.items()}
-        row["samples_per_second"] = round(self._samples / (time.monotonic() - self._since), 2)
+        row["samples_per_second"] = round(self._samples / self._seconds, 2)
         row["skipped_steps"] = self._skipped
         self._clear()
         return row

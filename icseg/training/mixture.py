@@ -11,7 +11,7 @@ import torch
 from icseg.data.folders import Listing, open_data_set
 from icseg.data.synthetic import FreshTasks, TaskPool
 from icseg.training.batches import Task, Tasks
-from icseg.training.config import DataConfig
+from icseg.training.config import DataConfig, TrainingConfig
 
 _STREAM = 2**62  # of the draws of sources, apart from those of their tasks
 
@@ -66,15 +66,17 @@ def open_mixture(data: DataConfig, listings: Sequence[Listing], pool: Path, cach
     return MixedTasks(shares, sources)
 
 
-def fresh_tasks(data: DataConfig, count: int, device: str | torch.device) -> FreshTasks:
-    """`count` training tasks that are made when they are used."""
+def fresh_tasks(config: TrainingConfig, parts: Sequence[int], device: str | torch.device) -> FreshTasks:
+    """The training tasks of a whole run; this process makes those of the micro-batches `parts` of every step."""
+    data, accumulate = config.data, config.optimiser.accumulate
     return FreshTasks(
-        count,
+        config.schedule.steps * accumulate * data.tasks_per_step,
         data.subjects,
         data.size,
         data.seed,
         fine_every=data.fine_every,
         absent=data.absent,
+        mine=lambda index: index // data.tasks_per_step % accumulate in parts,
         device=device,
     )
 

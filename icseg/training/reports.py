@@ -38,10 +38,10 @@ class Reporter:
         self._bar.close()
         self._log.close()
 
-    def after_step(self, values: dict[str, float]) -> None:
-        """Write and show what is due after a step with these `values`, as `Trainer.step` returns them."""
+    def after_step(self, values: dict[str, float], seconds: float) -> None:
+        """Write and show what is due after a step of `seconds` with `values`, as `Trainer.step` returns them."""
         run, step = self.trainer.config.run, self.trainer.progress.step
-        self._recent.add(values, self._samples)
+        self._recent.add(values, self._samples, seconds)
         self._bar.update()
         if step % run.log_steps == 0:
             self._log_training()

@@ -25,6 +25,7 @@ from icseg.data.formats.content import Array, unit_to_bytes
 from icseg.data.frame import SquareFrame
 from icseg.data.images import Image, read_image, read_mask
 from icseg.data.normalise import intensity_window, normalise
+from icseg.data.packs import Pack
 from icseg.files import written_whole
 
 CACHE_VERSION = 1
@@ -110,8 +111,6 @@ def _counts(mask: NDArray[np.uint8]) -> dict[int, int]:
 
 def _pack(item: Item, size: int) -> tuple[NDArray[np.uint8], list[str] | None, dict[int, str]]:
     """A pack's images are uint8 and taken as they are, as `icseg evaluate` does."""
-    from icseg.evaluation import Pack  # which needs the models
-
     pack = Pack.load(item.image)
     labelled = np.flatnonzero(pack.masks.any((1, 2)))
     patients = [str(number) for number in pack.sources()[labelled].tolist()]
@@ -126,7 +125,12 @@ def read_pair(item: Item, axis: int | None, size: int) -> NDArray[np.uint8]:
     Raises ValueError that names an unfit file.
     """
     image, mask = read_image(item.image, axis), read_mask(item.mask, axis)
-    planes, labels = (one.planes(_axis(one, axis)) for one in (image, mask))
+    if image.array.ndim == 3 and image.geometry.anatomical != mask.geometry.anatomical:
+        raise ValueError(
+            f"{mask.name} must be in the format of {image.name}: NIfTI says how its axes lie, other files do not"
+        )
+    along = _axis(image, axis)
+    planes, labels = (one.planes(along) for one in (image, mask))
     if planes.shape != labels.shape:
         raise ValueError(
             f"{mask.name} must have the size of {image.name} {list(planes.shape)}, got {list(labels.shape)}"
@@ -134,6 +138,8 @@ def read_pair(item: Item, axis: int | None, size: int) -> NDArray[np.uint8]:
     if labels.max() > LARGEST_ID:
         raise ValueError(f"{mask.name} must hold class ids up to {LARGEST_ID} for training, got {labels.max()}")
     labelled = np.flatnonzero(labels.any((1, 2)))
+    if not len(labelled):  # perhaps of one grey level, which no window fits
+        return np.empty((2, 0, size, size), np.uint8)
     window = intensity_window(image.array, image.name)
     return _scaled((normalise(planes[i], window) for i in labelled), labels[labelled].astype(np.uint8), size)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from icseg.data.folders.config import FORMATS, SourceConfig
-from icseg.data.images import READERS, list_images
+from icseg.data.images import READERS, list_images, stem_of
 from icseg.data.pairs import pair_files
 
 MASK_ENDINGS = ("_mask", "_seg")
@@ -83,8 +83,7 @@ def _patient(config: SourceConfig, image: Path, file: str) -> str:
     """What the pattern matches in the name without ending, or the file itself."""
     if not config.patient:
         return file
-    stem = image.name.split(".")[0]
-    match = re.search(config.patient, stem)
+    match = re.search(config.patient, stem_of(image))
     if match is None or match[1] is None:
         raise ValueError(f"patient must match the name of every image, got {config.patient!r} for {image}")
     return match[1]

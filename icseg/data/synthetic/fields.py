@@ -69,7 +69,9 @@ def banded_noise(
     gain = torch.exp(-(((radius / frequency).log2() / octaves) ** 2) / 2)
     gain = gain * torch.exp(alignment * ((2 * (torch.atan2(y, x) - angle)).cos() - 1))
     gain[:, 0, 0] = 0
-    energy = 2 * gain.square().sum((1, 2)) - gain[..., 0].square().sum(1) - gain[..., -1].square().sum(1)
+    energy = 2 * gain.square().sum((1, 2)) - gain[..., 0].square().sum(1)  # the first column has no twin,
+    if size % 2 == 0:
+        energy = energy - gain[..., -1].square().sum(1)  # nor has the last
     gain = gain / (energy.sqrt() / size + 1e-6).view(-1, 1, 1)
     spectrum = torch.fft.rfft2(draws.white(count, size, size))
     return torch.fft.irfft2(spectrum * gain.unsqueeze(1), (size, size))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,8 @@ class _Shard:
         """Make its first `count` tasks and write them; their families."""
         first = self.index * SHARD_TASKS
         seeds = [pool_task_seed(self.seed, first + i) for i in range(count)]
-        tasks = generate_tasks(seeds, self.subjects, self.size, absent=self.absent, device=self.device)
+        with _one_thread():  # the files do not depend on the machine, and workers share it
+            tasks = generate_tasks(seeds, self.subjects, self.size, absent=self.absent, device=self.device)
         self._save("images", tasks.images.cpu().numpy())
         self._save("masks", tasks.masks.cpu().numpy())
         with written_whole(self._path("families", "json")) as path:
@@ -76,6 +78,16 @@ class _Shard:
     def read(self, part: str, position: int) -> NDArray[np.uint8]:
         """A copy of one task's `part`; the rest of the file stays on disk."""
         return np.array(np.load(self._path(part, "npy"), mmap_mode="r", allow_pickle=False)[position])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 class TaskPool:
@@ -156,11 +168,6 @@ class TaskPool:
         return SyntheticTask(shard.read("images", position), shard.read("masks", position), self.families[index])
 
 
-def _write(shard: _Shard, count: int) -> list[str]:
-    torch.set_num_threads(1)  # the workers are as many as there is to use
-    return shard.write(count)
-
-
 def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int, list[str]]]:
     """Write each shard of `jobs` (shard, number of tasks); yields a job's index and families as it ends."""
     if not workers or not jobs:
@@ -168,7 +175,7 @@ def _written(jobs: list[tuple[_Shard, int]], workers: int) -> Iterator[tuple[int
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as executor:
-        futures = {executor.submit(_write, shard, count): i for i, (shard, count) in enumerate(jobs)}
+        futures = {executor.submit(shard.write, count): i for i, (shard, count) in enumerate(jobs)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

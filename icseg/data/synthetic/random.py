@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words (int64 tensors in [0, 2^32)) in which every output bit depends on every input bit.
+_Words = TypeVar("_Words", int, Tensor)
+
+
+def _mixed(x: _Words) -> _Words:
+    """A bijection of 32-bit words, numbers or int64 tensors: every bit of the result depends on every bit of x.
 
     Both factors lie below 2^31: no product leaves int64.
     """
@@ -47,7 +51,7 @@ class Draws:
     def _words(self, shape: Sequence[int]) -> Tensor:
         self._count += 1
         # Seeds and streams are small numbers: each is mixed before they meet, or near ones would cancel out.
-        stream = _mixed(torch.tensor((self.path * _GOLDEN + self._count) & _WORD, device=self.device))
+        stream = _mixed((self.path * _GOLDEN + self._count) & _WORD)
         first = _mixed(_mixed(_mixed((self.seeds & _WORD) ^ _GOLDEN) ^ (self.seeds >> 32)) ^ stream)
         second = _mixed((first + self.seeds + stream) & _WORD)
         element = torch.arange(math.prod(shape), device=self.device)

@@ -21,7 +21,7 @@ from icseg.data.synthetic.scene import FIRST_OBJECT, LABELS, Scene, object_label
 from icseg.data.synthetic.shapes import DESIGN_SIZE, Blob, Objects
 
 # Raised whenever the same seed no longer gives the same task.
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 MAX_CLASSES = 4
 
 MIN_SIZE = 32
@@ -129,7 +129,7 @@ def generate_tasks(
 ) -> TaskBatch:
     """The tasks of `seeds`, made on `device`; each depends on its seed and the other arguments alone.
 
-    On another device, or among other tasks, single pixels may differ by rounding.
+    On another device, or with another number of threads, single pixels may differ by rounding.
     subjects: images a task, support and targets alike. size: height and width in pixels, at least 32.
     family:   one of FAMILIES; None draws one for each task.
     absent:   probability that the last subject lacks class 1, in families of objects.
@@ -172,8 +172,8 @@ def check_arguments(seed: int, subjects: int, size: int, absent: float) -> None:
         raise ValueError(f"subjects must be at least 1, got {subjects}")
     if size < MIN_SIZE:
         raise ValueError(f"size must be at least {MIN_SIZE}, got {size}")
-    if not 0 <= absent <= 1:
-        raise ValueError(f"absent must lie in [0, 1], got {absent}")
+    if not 0 <= absent <= 1 or (absent and subjects < 2):
+        raise ValueError(f"absent must lie in [0, 1], and be 0 for a single subject, got {absent}")
 
 
 def _draw_families(draws: Draws, family: str | None) -> Tensor:
@@ -190,7 +190,7 @@ def _attempt(draws: Draws, family: Family, subjects: int, size: int, absent: flo
     scene = family.scene(draws.of(torch.arange(len(draws), device=draws.device), 0), subjects, size)
     index = warp_index(draws, subjects, scene.deformation, size)
     code, background = (t.flatten(2).gather(2, index).view(t.shape) for t in (scene.canvas.code, scene.background))
-    shade = scene.canvas.shade(code)
+    shade, under = scene.canvas.shade(code), torch.zeros_like(background, dtype=torch.float32)
     if scene.background_shade is not None:
         under = scene.background_shade.flatten(2).gather(2, index).view(code.shape)
         shade = torch.where(code > 0, shade, under)
@@ -199,13 +199,14 @@ def _attempt(draws: Draws, family: Family, subjects: int, size: int, absent: flo
     area = _areas(torch.where(seen, labels, LABELS))[..., :LABELS]
     classes, valid = _choose_classes(draws, scene, area / size**2)
     valid = valid.nonzero().squeeze(1)
-    draws, classes, labels, background, shade, seen = (
-        draws.of(valid, 1), *(t[valid] for t in (classes, labels, background, shade, seen))
+    draws, classes, labels, background, shade, under, seen = (
+        draws.of(valid, 1), *(t[valid] for t in (classes, labels, background, shade, under, seen))
     )  # fmt: skip
     foreground = classes == 1
     lacking = draws.chance(absent) & ~foreground[:, :FIRST_OBJECT].any(1)
     gone = foreground.gather(1, labels[:, -1].flatten(1)).view_as(labels[:, -1]) & lacking.view(-1, 1, 1)
     labels[:, -1] = torch.where(gone, background[:, -1], labels[:, -1])
+    shade[:, -1] = torch.where(gone, under[:, -1], shade[:, -1])
     area = _areas(labels)[..., :LABELS]
     look = Look.draw(draws, foreground, area.sum(1) > 0, scene.lookalikes, family.faint)
     images = render(draws, labels, shade, area, look, seen, family.effects)
