@@ -21,15 +21,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from icseg.checkpoint import training_record
 from icseg.evaluation import Case, Pack, load_dataset, model_predictor, pack_cases, synthetic_cases
 from icseg.files import written_whole
 from icseg.metrics import dice as dice_of
@@ -110,7 +109,7 @@ def train_model(config: TrainingConfig, directory: Path) -> bool:
     Raises ValueError if the folder holds a run of another configuration.
     """
     if (directory / MODEL_FILE).exists():
-        found = TrainingConfig.from_dict(training_record(directory)["config"])
+        found = TrainingConfig.from_dict(training_record(directory / MODEL_FILE)["config"])
         if dataclasses.replace(found, run=config.run) != config or found.run.seed != config.run.seed:
             raise ValueError(f"{directory} must hold a run of this configuration, got another; give another --out")
         return True
@@ -118,12 +117,6 @@ def train_model(config: TrainingConfig, directory: Path) -> bool:
     dice = "" if result.dice is None else f", validation Dice {result.dice:.3f}"
     print(f"{directory}: {result.steps:,} steps in {result.minutes:.1f} minutes{dice}", flush=True)
     return result.finished
-
-
-def training_record(directory: Path) -> dict[str, Any]:
-    """How the model in `directory` was trained, by its own file."""
-    with safe_open(directory / MODEL_FILE, framework="pt") as file:
-        return json.loads(file.metadata()["training"])
 
 
 # Evaluation
@@ -151,7 +144,7 @@ def cost_of(name: str, model: PatchICL, directory: Path, cases: Sequence[Case]) 
     with FlopCounterMode(display=False) as counter:
         for case in cases:
             predict(case.target[None], case.support_images[None], case.support_masks[None])
-    record = training_record(directory)
+    record = training_record(directory / MODEL_FILE)
     data = record["config"]["data"]
     return Cost(
         name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def training_record(path: str | Path | None = None) -> dict[str, Any]:
     path: None takes the bundled weights. Empty for a model without such a record.
     Raises FileNotFoundError if there is no file, ValueError if it is corrupt.
     """
-    metadata, _ = _read(bundled_weights() if path is None else Path(path))
+    metadata = _read_metadata(bundled_weights() if path is None else Path(path))
     return json.loads(metadata.get(RECORD_KEY, "{}"))
 
 
@@ -70,16 +72,27 @@ def save_half_precision(source: str | Path, target: str | Path) -> None:
     """
     config, state = load_checkpoint(source)
     rounded = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    save_checkpoint(target, config, rounded, _read(Path(source))[0])
+    save_checkpoint(target, config, rounded, _read_metadata(Path(source)))
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file."""
+    with _opened(path) as file:
+        # keys(): the file is not a mapping.
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be an existing .safetensors file, got {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            # keys(): the file is not a mapping.
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint must be a readable safetensors file, got {path} ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,14 @@ def remove_partial_files(folder: str | Path) -> None:
     """Remove what processes that were killed while they wrote have left in `folder`."""
     for path in Path(folder).glob(f"{_PARTIAL}*"):
         path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal. Raises FileNotFoundError if there is no file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be an existing file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -17,7 +16,7 @@ import icseg
 from icseg.checkpoint import bundled_weights
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
 from icseg.data.pairs import pair_files
-from icseg.files import check_file, written_whole
+from icseg.files import check_file, sha256_of, written_whole
 from icseg.inference import ORIENTATION, Segmenter, check_targets, resolve_device
 from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
 from icseg.memory import SupportMemory
@@ -99,9 +98,9 @@ def segment_files(
     support: SupportSet | EncodedSupport
     if isinstance(source, SupportFolders):
         support = SupportSet([image for image, _ in pairs], [mask for _, mask in pairs], options)
-        content: object = [[stem_of(image), _digest(image), _digest(mask)] for image, mask in pairs]
+        content: object = [[stem_of(image), sha256_of(image), sha256_of(mask)] for image, mask in pairs]
     else:
-        support, content = EncodedSupport(SupportMemory.load(source), options), _digest(source)
+        support, content = EncodedSupport(SupportMemory.load(source), options), sha256_of(source)
     options = support.settle(options)
     weights = checkpoint or bundled_weights()
     record = Record(out / RECORD, _settings(content, weights, options, overlay))
@@ -124,7 +123,7 @@ def segment_files(
     with tqdm(total=report.slices, unit="slice", disable=None if progress else True) as bar:
         for path in remaining:
             bar.set_postfix_str(path.name)
-            digest = _digest(path)
+            digest = sha256_of(path)
             errors = _write(segmenter, path, plan[path], bar)
             if options.limited and report.tolerance is not None:
                 report.uncovered += sum(error > report.tolerance for error in errors)
@@ -188,7 +187,7 @@ class Record:
     def holds(self, path: Path, outputs: Outputs) -> bool:
         """Whether the outputs of the input at `path` are there and were made of its present content."""
         known = self.done.get(stem_of(path))
-        return known is not None and all(p.is_file() for p in outputs.paths()) and known == _digest(path)
+        return known is not None and all(p.is_file() for p in outputs.paths()) and known == sha256_of(path)
 
     def add(self, path: Path, digest: str) -> None:
         self.done[stem_of(path)] = digest
@@ -270,14 +269,7 @@ def _settings(support: object, weights: Path, options: SegmentOptions, overlay: 
         "version": icseg.__version__,
         **chosen,
         "overlay": overlay,
-        "checkpoint": _digest(weights),
+        "checkpoint": sha256_of(weights),
         "support": support,
     }
     return json.loads(json.dumps(settings))  # as it reads back: lists for tuples
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be an existing file")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from icseg.evaluation.scoring import (
     score_unit,
     synthetic_unit,
 )
-from icseg.files import check_file
+from icseg.files import check_file, sha256_of
 from icseg.job import check_folder
 from icseg.metrics import dice
 from icseg.model import PatchICL
@@ -139,8 +138,7 @@ def _identity(checkpoint: str | Path) -> dict[str, str]:
     path = Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be an existing .safetensors file, got {path}")
-    with path.open("rb") as file:
-        return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"name": path.name, "sha256": sha256_of(path)}
 
 
 def _draw(predict: Predictor, unit: Unit, scores: Sequence[ClassScores], count: int, folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icseg.data.synthetic.anatomy import CENTRE, new_scene
-from icseg.data.synthetic.fields import TURN, smooth_noise
+from icseg.data.synthetic.fields import TURN, edges, smooth_noise
 from icseg.data.synthetic.objects import anywhere
 from icseg.data.synthetic.random import Draws
 from icseg.data.synthetic.scene import Scene, backgrounds, noise_regions, object_label
@@ -151,9 +151,7 @@ def membranes(draws: Draws, subjects: int, size: int) -> Scene:
     exists = torch.arange(most, device=draws.device) < draws.integers(5, most + 1, subjects, 1)
     active = exists & bodies.view(-1, 1, 1)
     scene.canvas.blobs(Objects(anywhere(draws, subjects, most), blob, object_label(0), active))
-    edge = torch.zeros_like(cell, dtype=torch.float32)
-    edge[..., 1:] = (cell[..., 1:] != cell[..., :-1]).float()
-    edge[..., 1:, :] = torch.maximum(edge[..., 1:, :], (cell[..., 1:, :] != cell[..., :-1, :]).float())
+    edge = edges(cell)
     thickness = draws.choice([1, 2, 5, 7]).view(-1, 1, 1, 1)
     thick = torch.zeros_like(edge, dtype=torch.bool)
     for width in (1, 2, 5, 7):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icseg.data.synthetic.fields import TURN, blur, pixel_axis, smooth_noise
+from icseg.data.synthetic.fields import TURN, blur, edges, pixel_axis, smooth_noise
 from icseg.data.synthetic.random import Draws
 from icseg.data.synthetic.shapes import DESIGN_SIZE, Canvas, walk
 
@@ -96,11 +96,8 @@ def _relief(draws: Draws, picture: Picture) -> Tensor:
 
 
 def _outlines(draws: Draws, picture: Picture) -> Tensor:
-    labels = picture.labels
-    edge = torch.zeros_like(picture.image)
-    edge[..., 1:] = (labels[..., 1:] != labels[..., :-1]).float()
-    edge[..., 1:, :] = torch.maximum(edge[..., 1:, :], (labels[..., 1:, :] != labels[..., :-1, :]).float())
-    return picture.image + picture.amount(draws, -0.5, 0.5) * blur(edge, picture.sigma(draws, 0.6, 1.6))
+    edge = blur(edges(picture.labels), picture.sigma(draws, 0.6, 1.6))
+    return picture.image + picture.amount(draws, -0.5, 0.5) * edge
 
 
 def _hairs(draws: Draws, picture: Picture) -> Tensor:

@@ -110,6 +110,14 @@ def _convolved(image: Tensor, sigma: Tensor) -> Tensor:
     return total / norm.view(-1, 1, height, 1)
 
 
+def edges(labels: Tensor) -> Tensor:
+    """1 where a pixel of [..., H, W] differs from that to its left or above it, else 0: float32."""
+    edge = torch.zeros(labels.shape, device=labels.device)
+    edge[..., 1:] = (labels[..., 1:] != labels[..., :-1]).float()
+    edge[..., 1:, :] = torch.maximum(edge[..., 1:, :], (labels[..., 1:, :] != labels[..., :-1, :]).float())
+    return edge
+
+
 def pixel_axis(size: int, device: torch.device) -> Tensor:
     """[size] pixel centres, from -1/2 to 1/2 of the image's side."""
     return (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size - 0.5

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icseg.training.augmentation.config import AugmentationConfig, OperationsConfig
-from icseg.training.augmentation.draws import Draws
+from icseg.training.augmentation.draws import ParameterDraws
 from icseg.training.augmentation.geometry import flip_and_turn, resample
 from icseg.training.augmentation.intensity import change_intensities
 
@@ -22,7 +22,10 @@ def augment(
 
     The same `rng` gives the same changes. The tensors may be on any device; numbers are drawn on the CPU.
     """
-    levels = [(config.task, Draws(rng, len(images), True)), (config.example, Draws(rng, len(images), False))]
+    levels = [
+        (config.task, ParameterDraws(rng, len(images), True)),
+        (config.example, ParameterDraws(rng, len(images), False)),
+    ]
     both = torch.cat((images, masks), 1)
     for operations, draws in levels:
         both = flip_and_turn(both, operations, draws)

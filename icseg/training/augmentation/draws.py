@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Draws:
+class ParameterDraws:
     """Parameters [images], all equal where they are `shared`."""
 
     rng: np.random.Generator

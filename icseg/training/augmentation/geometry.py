@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icseg.training.augmentation.config import AugmentationConfig, OperationsConfig
-from icseg.training.augmentation.draws import Draws, change
+from icseg.training.augmentation.draws import ParameterDraws, change
 
 Matrices = NDArray[np.float64]
 
 
-def flip_and_turn(z: Tensor, config: OperationsConfig, draws: Draws) -> Tensor:
+def flip_and_turn(z: Tensor, config: OperationsConfig, draws: ParameterDraws) -> Tensor:
     """[N, C, H, W] flipped along either axis, and turned."""
     across, down = draws.happens(config.flip), draws.happens(config.flip)
     turns = draws.happens(config.turn) * draws.spread(draws.rng.integers(1, 4, draws.count))
@@ -44,7 +44,9 @@ def _placed(place: Sequence[bool], images: Tensor) -> Tensor:
     return flipped.transpose(-1, -2) if place[2] else flipped
 
 
-def resample(z: Tensor, config: AugmentationConfig, levels: Sequence[tuple[OperationsConfig, Draws]]) -> Tensor:
+def resample(
+    z: Tensor, config: AugmentationConfig, levels: Sequence[tuple[OperationsConfig, ParameterDraws]]
+) -> Tensor:
     """[N, 1 + C, H, W], images and their masks, cropped, mapped and warped at once.
 
     A mask holds the pixels that it fills by half. An image that would lose the last pixel of a class stays.
@@ -75,7 +77,7 @@ def _marked(z: Tensor) -> Tensor:
     return z[:, 1:].amax((2, 3))
 
 
-def _affine(config: OperationsConfig, draws: Draws) -> Matrices:
+def _affine(config: OperationsConfig, draws: ParameterDraws) -> Matrices:
     """[N, 3, 3]; the unit matrix where nothing happens."""
     on = draws.happens(config.affine)
     angle = on * draws.uniform(math.radians(config.rotation))
@@ -91,7 +93,7 @@ def _affine(config: OperationsConfig, draws: Draws) -> Matrices:
     return matrices
 
 
-def _crop(y: Tensor, config: AugmentationConfig, draws: Draws, sides: NDArray[np.float64]) -> Matrices:
+def _crop(y: Tensor, config: AugmentationConfig, draws: ParameterDraws, sides: NDArray[np.float64]) -> Matrices:
     """[N, 3, 3] for boxes of one size, at one place or about a pixel of each image's foreground."""
     matrices = np.tile(np.eye(3), (len(y), 1, 1))
     if not draws.happens(config.crop).all():
@@ -120,7 +122,7 @@ def _foreground_points(y: Tensor, rng: np.random.Generator) -> NDArray[np.float6
     return points
 
 
-def _elastic(config: OperationsConfig, draws: Draws, on: NDArray[np.bool_], size: tuple[int, int]) -> Tensor:
+def _elastic(config: OperationsConfig, draws: ParameterDraws, on: NDArray[np.bool_], size: tuple[int, int]) -> Tensor:
     """[N, 2, H, W] displacements of the images that are `on`."""
     points = config.elastic_cells + 1
     limit = 2 * config.elastic_shift

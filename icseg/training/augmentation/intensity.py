@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icseg.training.augmentation.config import OperationsConfig
-from icseg.training.augmentation.draws import Draws, change
+from icseg.training.augmentation.draws import ParameterDraws, change
 
 _SHARPENED_SIGMA = 1.0
 
 
-def change_intensities(x: Tensor, levels: Sequence[tuple[OperationsConfig, Draws]]) -> Tensor:
+def change_intensities(x: Tensor, levels: Sequence[tuple[OperationsConfig, ParameterDraws]]) -> Tensor:
     """The images with the changes of every level, still in [0, 1]."""
     exponent = np.zeros(len(x))
     for config, draws in levels:
