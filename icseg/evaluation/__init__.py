@@ -6,8 +6,8 @@ docs/evaluation.md has the protocol, the floors, the intervals and the files.
 from icseg.data.packs import Pack
 from icseg.evaluation.bootstrap import Interval
 from icseg.evaluation.cases import Case, EvaluationProtocol, pack_cases, synthetic_cases
+from icseg.evaluation.datasets import load_dataset
 from icseg.evaluation.outputs import markdown, write_folder, write_json
-from icseg.evaluation.packs import load_dataset
 from icseg.evaluation.report import Report, Row
 from icseg.evaluation.run import evaluate_datasets
 from icseg.evaluation.scoring import (

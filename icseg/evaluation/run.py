@@ -13,8 +13,8 @@ import icseg
 from icseg.checkpoint import bundled_weights
 from icseg.data.packs import Pack
 from icseg.evaluation.cases import SYNTHETIC, EvaluationProtocol, check_least
+from icseg.evaluation.datasets import load_dataset
 from icseg.evaluation.outputs import write_folder, write_json
-from icseg.evaluation.packs import load_dataset
 from icseg.evaluation.parts import Parts, file_name
 from icseg.evaluation.pictures import Example, picked, place_of, save_examples
 from icseg.evaluation.report import Report

@@ -18,7 +18,7 @@ from icseg.data.packs import Pack
 from icseg.data.synthetic import GENERATOR_VERSION
 from icseg.evaluation.bootstrap import Sample
 from icseg.evaluation.cases import SYNTHETIC, Case, Cases, EvaluationProtocol, PackCases, synthetic_cases
-from icseg.evaluation.packs import load_dataset
+from icseg.evaluation.datasets import load_dataset
 from icseg.metrics import dice, hausdorff95, iou
 
 if TYPE_CHECKING:
