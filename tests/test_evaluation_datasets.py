@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
-from test_folders import write_folders, write_nifti, write_nnunet
+from toy_folders import write_folders, write_nifti, write_nnunet
 from toy_pack import write_varied_pack
 from typer.testing import CliRunner
 

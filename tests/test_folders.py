@@ -2,86 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 from collections import Counter
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
+from toy_folders import subject, write_folders, write_nifti, write_nnunet, write_pack
 
 import icseg.data.folders.cache as cache
 from icseg.data.folders import DataSet, SourceConfig, list_source, open_data_set
-from icseg.training import TrainingConfig, loop, train
-from icseg.training.batches import Tasks, training_batch
 from icseg.training.mixture import MixedTasks, Shares
 
 SIZE = 32
 IMAGES = 4
 
 
-def subject(number: int, classes: int = 2, shape: tuple[int, int] = (40, 40)) -> tuple[NDArray, NDArray]:
-    """Class c is the rows 10 c - 6 to 10 c - 1, of brightness 60 c + 4 * number; the ground is 0, a corner white."""
-    mask = np.zeros(shape, np.uint8)
-    for c in range(1, classes + 1):
-        mask[10 * c - 6 : 10 * c, 8:30] = c
-    image = np.where(mask, 60 * mask.astype(int) + 4 * number, 0).astype(np.uint8)
-    image[-4:, -4:] = 255
-    return image, mask
-
-
 def number_of(image: NDArray, mask: NDArray, class_id: int, as_class: int = 1) -> int:
     """Which subject an image of a task shows, by the brightness of its class."""
     values = image[mask == as_class].astype(float)
     return round((np.median(values) - 60 * class_id) / 4)
-
-
-def write_folders(root: Path, subjects: int = 6, classes: int = 2, ending: str = "", suffix: str = ".png") -> Path:
-    for folder in ("images", "masks"):
-        (root / folder).mkdir(parents=True)
-    for i in range(subjects):
-        image, mask = subject(i, classes)
-        Image.fromarray(image).save(root / "images" / f"p{i // 2}_s{i}{suffix}")
-        Image.fromarray(mask).save(root / "masks" / f"p{i // 2}_s{i}{ending}.png")
-    return root
-
-
-def write_nifti(path: Path, array: NDArray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 1.0, 1.0])), path)
-
-
-def write_nnunet(root: Path, cases: int = 5) -> Path:
-    """Volumes of six axial slices: none has class 1 in the first two, class 2 is in the last of them alone."""
-    for i in range(cases):
-        image, mask = subject(i)
-        volume, labels = np.stack([image] * 6, 2), np.stack([mask] * 6, 2)
-        labels[..., :2] = 0
-        labels[..., :5][labels[..., :5] == 2] = 0
-        write_nifti(root / "imagesTr" / f"case_{i:03d}_0000.nii.gz", volume.swapaxes(0, 1))
-        write_nifti(root / "labelsTr" / f"case_{i:03d}.nii.gz", labels.swapaxes(0, 1))
-    description = {
-        "channel_names": {"0": "CT"},
-        "labels": {"background": 0, "liver": 1, "spleen": 2, "ignore": 3},
-        "numTraining": cases,
-        "file_ending": ".nii.gz",
-    }
-    (root / "dataset.json").write_text(json.dumps(description))
-    return root
-
-
-def write_pack(path: Path, subjects: int = 8, patients: int = 5) -> Path:
-    pairs = [subject(i) for i in range(subjects)]
-    arrays = {"images": np.stack([image for image, _ in pairs]), "masks": np.stack([mask for _, mask in pairs])}
-    np.savez(path, **arrays, class_names=["ground", "upper", "lower"], patient=np.arange(subjects) % patients)
-    return path
 
 
 def opened(path: Path, count: int = IMAGES, size: int = SIZE, folder: str = "cache", **fields: object) -> DataSet:
@@ -407,99 +351,3 @@ def test_packs_are_not_unpickled(tmp_path: Path) -> None:
         opened(tmp_path / "pack.npz")
     with pytest.raises(ValueError, match="patient must be left out for the pack"):
         opened(write_pack(tmp_path / "good.npz"), patient="(.)")
-
-
-# Training
-
-
-def training_config(tmp_path: Path, **data: object) -> TrainingConfig:
-    model = {
-        "levels": [16, 32],
-        "target_patches": [4, 6],
-        "support_patches": [4, 4],
-        "dim": 16,
-        "depth": 1,
-        "heads": 2,
-        "stem_channels": 8,
-        "propagation_heads": 2,
-        "propagation_key_dim": 4,
-        "propagation_value_dim": 4,
-    }
-    sources = [
-        {"path": str(tmp_path / "set"), "weight": 2.0, "least_pixels": 10},
-        {"path": str(tmp_path / "pack.npz"), "weight": 1.0, "classes": ["lower"]},
-    ]
-    return TrainingConfig.from_dict(
-        {
-            "model": model,
-            "data": {
-                "tasks": 12,
-                "size": SIZE,
-                "subjects": 4,
-                "tasks_per_step": 2,
-                "targets": 2,
-                "max_support": 2,
-                "validation_tasks": 1,
-                "sources": sources,
-                **data,
-            },
-            "schedule": {"steps": 5, "warmup": 1},
-            "run": {"log_steps": 1, "validate_steps": 5, "precision": "float32"},
-        }
-    )
-
-
-def test_a_mixed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_folders(tmp_path / "set")
-    write_pack(tmp_path / "pack.npz")
-    config = training_config(tmp_path, pool=str(tmp_path / "pool"))
-    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert train(config, tmp_path / "whole", show_progress=False).finished
-
-    class Killed(BaseException):
-        pass
-
-    usual = loop.batches_ahead
-
-    def killed(pool: Tasks, *arguments: object) -> object:
-        for number, batch in enumerate(usual(pool, *arguments)):  # type: ignore[arg-type]
-            if number == 3:
-                raise Killed
-            yield batch
-
-    often = dataclasses.replace(config.run, checkpoint_steps=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "batches_ahead", killed)
-        with pytest.raises(Killed):
-            train(dataclasses.replace(config, run=often), tmp_path / "parts", show_progress=False)
-    monkeypatch.setattr(cache, "_write", lambda *arguments: pytest.fail("a file was read again"))
-    assert train(config, tmp_path / "parts", resume=True, show_progress=False).finished
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_the_pool_holds_the_synthetic_tasks_alone(tmp_path: Path) -> None:
-    write_folders(tmp_path / "set")
-    write_pack(tmp_path / "pack.npz")
-    config = training_config(tmp_path, tasks=9, validation_tasks=0)
-    tasks, validation = loop.open_pools(config, tmp_path / "run")
-    assert (len(tasks), len(validation)) == (9, 0)
-    synthetic = Shares([2.0, 1.0, 1.0], 9, 0).count(2)
-    assert 0 < synthetic < 9
-    families = json.loads((tmp_path / "run" / "pool" / "training" / "families-00000.json").read_text())
-    assert len(families) == synthetic
-    batch = training_batch(tasks, config.data, 0, 0)
-    assert batch.targets.shape == (4, 1, SIZE, SIZE)
-    only_data = training_config(tmp_path, synthetic_weight=0, validation_tasks=0, cache=str(tmp_path / "kept"))
-    tasks, _ = loop.open_pools(only_data, tmp_path / "other")
-    assert len(tasks) == 12
-    assert not (tmp_path / "other").exists()
-    assert len(list((tmp_path / "kept").glob("*.npy"))) == 7
-
-
-def test_a_bad_source_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    write_folders(tmp_path / "set")
-    with pytest.raises(FileNotFoundError, match=r"data set pack\.npz must be an existing folder or file"):
-        train(training_config(tmp_path), tmp_path / "run", show_progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
