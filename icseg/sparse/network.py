@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
 from icseg.sparse import selection
 from icseg.sparse.budget import Budget, LevelPlan, shared_out
+from icseg.sparse.cascade import Cascade, LevelTask, Round
 from icseg.sparse.config import SparseConfig
 from icseg.sparse.cost import affordable
 from icseg.sparse.decoder import PatchDecoder
@@ -45,80 +45,6 @@ from icseg_kernels import scatter_patches, upsample_with_patches
 
 CHUNK = 16  # support images that go through the patch encoder together
 LEAST_FOREGROUND = 0.002  # share of the image that an expected foreground counts at least
-
-
-@dataclass
-class _Cascade:
-    """What the levels and rounds so far leave to the next.
-
-    logits:  [B, C, h, w] the combined map; None before the first level.
-    error:   [B, C, rows, columns] mean error that is expected in each cell of the coming level.
-    uncovered: [B] expected error where the last level has no patch, as a share of twice the expected foreground.
-    worthwhile: [B, 1] whether the last level took more than its exploration, or is covered; None before any picked.
-    blocks:  for each block the keys and values [B, n, 2D] of all target tokens so far.
-    valid:   for each of those the tokens that are patches [B, n], None for all; lengths: their n.
-    """
-
-    blocks: list[list[Tensor]]
-    valid: list[Tensor | None] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    logits: Tensor | None = None
-    error: Tensor | None = None
-    uncovered: Tensor | None = None
-    worthwhile: Tensor | None = None
-
-
-@dataclass
-class _LevelTask:
-    """What a level works on."""
-
-    level: int
-    pyramid: Pyramid
-    support: LevelMemory
-    classes: int
-    plan: LevelPlan
-    seed: int | None
-    target_mask: Tensor | None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        height, width = self.pyramid.image(self.level).shape[-2:]
-        return height, width
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return grid_size(*self.size)
-
-    @property
-    def cells(self) -> int:
-        rows, columns = self.grid
-        return rows * columns
-
-    @property
-    def cell_shares(self) -> Tensor | float:
-        """Each cell's share of the image's pixels: [rows, columns], or one number where all are whole."""
-        if self.size[0] % PATCH == self.size[1] % PATCH == 0:
-            return 1 / self.cells
-        device = self.pyramid.images[0].device
-        sides = [
-            (length - torch.arange(count, device=device) * PATCH).clamp(max=PATCH) / length
-            for length, count in zip(self.size, self.grid, strict=True)
-        ]
-        return sides[0].unsqueeze(1) * sides[1]
-
-
-@dataclass
-class _Round:
-    """Of K patches: coords [B, K, 2], logits and error [B, K, C, 8, 8], change [B, K] of the probability.
-
-    valid: [B, K], False for entries that are no patch; None: all are.
-    """
-
-    coords: Tensor
-    logits: Tensor
-    error: Tensor
-    change: Tensor
-    valid: Tensor | None
 
 
 class SparseNetwork(nn.Module):
@@ -199,12 +125,12 @@ class SparseNetwork(nn.Module):
         pyramid = Pyramid.of(image, levels)
         grids = [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)]
         plans = self._plans(budget, memory, [rows * columns for rows, columns in grids], seed)
-        state = _Cascade([[] for _ in self.blocks])
+        state = Cascade([[] for _ in self.blocks])
         outputs = []
         for level, plan in enumerate(plans):
             support = LevelMemory.of(memory, level, config.depth, target.shape[0])
             draw = None if seed is None else derived_seed(seed, TARGET_DRAW, level)
-            task = _LevelTask(level, pyramid, support, memory.classes, plan, draw, target_mask)
+            task = LevelTask(level, pyramid, support, memory.classes, plan, draw, target_mask)
             outputs.append(self._level(task, state))
         logits = to_size(outputs[-1].logits, (height, width)) / self.temperature.to(target.dtype)
         return SegmentationOutput(logits, outputs, uncovered_error=state.uncovered)
@@ -235,7 +161,7 @@ class SparseNetwork(nn.Module):
         assert budget.patches is not None
         return [LevelPlan((count,)) for count in shared_out(budget.patches, cells, config.target_patches)]
 
-    def _level(self, task: _LevelTask, state: _Cascade) -> LevelOutput:
+    def _level(self, task: LevelTask, state: Cascade) -> LevelOutput:
         rows, columns = task.grid
         batch = task.pyramid.images[0].shape[0]
         if state.logits is None or state.error is None:
@@ -253,10 +179,10 @@ class SparseNetwork(nn.Module):
             state.error = _next_error(state.error, errors.detach(), coords, task.pyramid.image(task.level + 1))
         return LevelOutput(task.size, logits, patch_logits, coords, extras={"error_logits": errors})
 
-    def _picked_rounds(self, task: _LevelTask, state: _Cascade, error: Tensor, foreground: Tensor) -> list[_Round]:
+    def _picked_rounds(self, task: LevelTask, state: Cascade, error: Tensor, foreground: Tensor) -> list[Round]:
         """The rounds of a level but the first; empty rounds are left out where shapes may depend on values."""
         config, plan = self.config, task.plan
-        rounds: list[_Round] = []
+        rounds: list[Round] = []
         # Errors as shares of twice the expected foreground; a cell at the border counts by its pixels in the image.
         share_of_mean = (task.cell_shares / (2 * foreground)).expand_as(error)
         expected = (error * share_of_mean).amax(1).flatten(1)
@@ -295,7 +221,7 @@ class SparseNetwork(nn.Module):
         state.worthwhile = worthwhile | covered.all(1, keepdim=True)
         return rounds or [_no_patches(task)]
 
-    def _round(self, task: _LevelTask, state: _Cascade, index: Tensor, valid: Tensor | None) -> _Round:
+    def _round(self, task: LevelTask, state: Cascade, index: Tensor, valid: Tensor | None) -> Round:
         """Encode and decode the grid cells `index` [B, K]; valid [B, K]: those that are patches, None for all."""
         config, coarser = self.config, state.logits
         coords = coords_of(index, task.grid[1])
@@ -318,9 +244,9 @@ class SparseNetwork(nn.Module):
         change = (logits.detach().sigmoid() - prior.sigmoid()).abs().mean((2, 3)).amax(1)
         shape = (batch, count)
         error = decoded.error.unflatten(0, shape)
-        return _Round(coords, logits.unflatten(0, shape), error, change.view(shape), valid)
+        return Round(coords, logits.unflatten(0, shape), error, change.view(shape), valid)
 
-    def _attend(self, tokens: Tensor, support: LevelMemory, state: _Cascade, valid: Tensor | None) -> Tensor:
+    def _attend(self, tokens: Tensor, support: LevelMemory, state: Cascade, valid: Tensor | None) -> Tensor:
         """Let a round's tokens see the support set, the target's tokens before them, and each other."""
         registers = self.target_registers.expand(tokens.shape[0], -1, -1)
         count, tokens = tokens.shape[1], torch.cat([registers, tokens], 1)
@@ -336,7 +262,7 @@ class SparseNetwork(nn.Module):
         return self.norm(tokens[:, -count:])
 
     @torch.no_grad()
-    def _training_score(self, task: _LevelTask, state: _Cascade, score: Tensor) -> Tensor:
+    def _training_score(self, task: LevelTask, state: Cascade, score: Tensor) -> Tensor:
         """In place of the expected error of each cell, the true one for a share of the targets, none for another."""
         if task.target_mask is None or task.seed is None or state.logits is None:
             return score
@@ -391,11 +317,11 @@ def _kept(index: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(wanted, index, -1), None if fewest == most else wanted
 
 
-def _no_patches(task: _LevelTask) -> _Round:
+def _no_patches(task: LevelTask) -> Round:
     image = task.pyramid.images[0]
     coords = torch.zeros(image.shape[0], 0, 2, dtype=torch.int64, device=image.device)
     patches = image.new_zeros(image.shape[0], 0, task.classes, PATCH, PATCH)
-    return _Round(coords, patches, patches, patches.flatten(2).sum(2), None)
+    return Round(coords, patches, patches, patches.flatten(2).sum(2), None)
 
 
 def _static() -> bool:
