@@ -394,3 +394,17 @@ def test_the_loss_of_a_step_has_the_class_axis(tmp_path: Path, monkeypatch: pyte
 
     run.model = Fake()  # type: ignore[assignment]
     assert run.loss(batch)["total"].item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_first_stage_ends_where_it_is_told(tmp_path: Path) -> None:
+    """With the learning rates of the whole schedule, and its weights at that step."""
+    whole = train(tiny(8, run={"keep_steps": 3}), tmp_path / "whole", pools=POOLS, show_progress=False)
+    start = train(tiny(8, schedule={"stop": 3}), tmp_path / "start", pools=POOLS, show_progress=False)
+    assert (whole.steps, start.steps, start.finished) == (8, 3, True)
+    kept = load_checkpoint(tmp_path / "whole" / "model-3.safetensors")[1]
+    ended = weights(tmp_path / "start")
+    kept["network.temperature"] = ended["network.temperature"]  # which is fitted at the end of a run
+    assert equal(kept, ended)
+    assert logged_steps(tmp_path / "start")[0] == [1, 2, 3]
+    with pytest.raises(ValueError, match="stop must be at most steps = 8, got 9"):
+        tiny(8, schedule={"stop": 9})

@@ -147,6 +147,7 @@ class ScheduleConfig:
     """Linear warm-up, then a cosine down to `floor` times the learning rate.
 
     steps:       optimiser steps of the run.
+    stop:        steps after which the run ends although its schedule goes on, as the first of several stages; 0 is none.
     max_minutes: wall-clock budget; 0 is none. Progress is then the larger of steps done and time spent, so
                  how far the run gets, and with it the result, depends on the machine: only a run without this
                  budget gives the same weights when it is repeated or resumed.
@@ -154,13 +155,16 @@ class ScheduleConfig:
     """
 
     steps: int = 2000
+    stop: int = 0
     max_minutes: float = 0.0
     warmup: int = 100
     floor: float = 0.01
 
     def __post_init__(self) -> None:
         check_ints(self, 1, "steps")
-        check_ints(self, 0, "warmup")
+        check_ints(self, 0, "stop", "warmup")
+        if self.stop > self.steps:
+            raise ValueError(f"stop must be at most steps = {self.steps}, got {self.stop}")
         check_numbers(self, "max_minutes", least=0)
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
@@ -169,6 +173,10 @@ class ScheduleConfig:
         """The share of the run that is over after `step` steps and `elapsed` seconds, in [0, 1]."""
         spent = elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
         return min(1.0, max(step / self.steps, spent))
+
+    def is_over(self, step: int, elapsed: float) -> bool:
+        """Whether the run ends after `step` steps and `elapsed` seconds."""
+        return self.progress(step, elapsed) >= 1 or 0 < self.stop <= step
 
     def factor(self, step: int, progress: float) -> float:
         """What the learning rate is multiplied by at `step` (from 0)."""

@@ -144,14 +144,14 @@ def _go(
         tasks_a_pass = config.data.tasks if config.data.fresh else len(training)
         start = time.monotonic() - progress.elapsed
         stopping = _agree(trainer, start, stop)
-        while trainer.share_done() < 1 and not stopping:
+        while not trainer.is_finished() and not stopping:
             began = time.monotonic()
             values = trainer.step(batches, tasks_a_pass)
             seconds = time.monotonic() - began
             stopping = _agree(trainer, start, stop)
             if reporter is not None:
                 reporter.after_step(values, seconds)
-        finished = trainer.share_done() >= 1
+        finished = trainer.is_finished()
         if reporter is not None:
             reporter.end(finished)
     processes.wait()  # the files are there when any process returns

@@ -32,7 +32,8 @@ class Reporter:
         self._recent = Recent()
         data, self._saved = config.data, time.monotonic()
         self._samples = config.optimiser.accumulate * data.tasks_per_step * data.targets
-        self._bar = tqdm(total=config.schedule.steps, initial=progress.step, unit="step", disable=not show_progress)
+        total = config.schedule.stop or config.schedule.steps
+        self._bar = tqdm(total=total, initial=progress.step, unit="step", disable=not show_progress)
 
     def close(self) -> None:
         self._bar.close()

@@ -101,8 +101,12 @@ class Trainer:
             segmentation_loss(output, masks, self.config.loss, masks[None])
 
     def share_done(self) -> float:
-        """The share of the run that is over, in [0, 1]."""
+        """The share of the schedule that is over, in [0, 1]."""
         return self.config.schedule.progress(self.progress.step, self.progress.elapsed)
+
+    def is_finished(self) -> bool:
+        """Whether there is no step left to do."""
+        return self.config.schedule.is_over(self.progress.step, self.progress.elapsed)
 
     def step(self, batches: Iterator[Batch], tasks: int) -> dict[str, float]:
         """One optimiser step, on as many of `batches` as this process has parts.
