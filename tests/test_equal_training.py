@@ -84,7 +84,7 @@ def test_training_and_scoring(
     assert set(rows[0]) == {"model", "dataset", "class_name", "target", "patient", "dice"}
     assert "| squares | 13 |" in table
     assert "sparse minus universeg" in table
-    steps = script.training_record(out / "sparse")["step"]
+    steps = script.training_record(out / "sparse" / script.MODEL_FILE)["step"]
     assert f"| {steps:,} | {steps * 6:,} |" in table
 
 

@@ -147,7 +147,7 @@ class ScheduleConfig:
     """Linear warm-up, then a cosine down to `floor` times the learning rate.
 
     steps:       optimiser steps of the run.
-    stop:        steps after which the run ends although its schedule goes on, as the first of several stages; 0 is none.
+    stop:        steps after which the run ends although its schedule goes on, as a first stage does; 0 is none.
     max_minutes: wall-clock budget; 0 is none. Progress is then the larger of steps done and time spent, so
                  how far the run gets, and with it the result, depends on the machine: only a run without this
                  budget gives the same weights when it is repeated or resumed.
