@@ -96,8 +96,8 @@ def _relief(draws: Draws, picture: Picture) -> Tensor:
 
 
 def _outlines(draws: Draws, picture: Picture) -> Tensor:
-    edge = blur(edges(picture.labels), picture.sigma(draws, 0.6, 1.6))
-    return picture.image + picture.amount(draws, -0.5, 0.5) * edge
+    strength = picture.amount(draws, -0.5, 0.5)
+    return picture.image + strength * blur(edges(picture.labels), picture.sigma(draws, 0.6, 1.6))
 
 
 def _hairs(draws: Draws, picture: Picture) -> Tensor:
