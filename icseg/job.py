@@ -15,7 +15,7 @@ from tqdm import tqdm
 import icseg
 from icseg.checkpoint import bundled_weights
 from icseg.data.images import list_images, map_suffix, stem_of, suffix_of, write_like
-from icseg.data.pairs import pair_files
+from icseg.data.pairs import distinct_files, pair_files
 from icseg.files import check_file, sha256_of, written_whole
 from icseg.inference import ORIENTATION, Segmenter, check_targets, resolve_device
 from icseg.inputs import EncodedSupport, OrientationWarning, SegmentOptions, SupportSet
@@ -216,12 +216,7 @@ def find_targets(targets: Sequence[Path]) -> list[Path]:
         if not images:
             raise ValueError(f"{target} must hold at least one image to segment, got none of a known format")
         files += images
-    by_stem: dict[str, Path] = {}
-    for path in files:
-        other = by_stem.setdefault(stem_of(path), path)
-        if other is not path:
-            raise ValueError(f"targets must have different names without ending, got {other} and {path}")
-    return files
+    return distinct_files(files, "targets")
 
 
 def pair_supports(images: Path, masks: Path) -> list[tuple[Path, Path]]:

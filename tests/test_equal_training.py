@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from toy_pack import write_varied_pack
 
 from icseg.config import PatchICLConfig
 from icseg.evaluation import EvaluationProtocol, evaluate, evaluate_synthetic, load_dataset, model_predictor
@@ -74,15 +75,15 @@ def test_training_and_scoring(
     with pytest.raises(ValueError, match=r"sparse must hold a run of this configuration, got another"):
         script.main([*train, "--seed", "1"])
 
-    pack = write_pack(tmp_path / "squares.npz")
+    pack = write_varied_pack(tmp_path / "squares.npz")
     evaluation = ["--out", str(out), "--only", "sparse,universeg", "--tasks", "2", "--evaluate", str(pack)]
     assert script.main(evaluation) == 0
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * (2 + 9 + 4)
+    assert len(rows) == 2 * (2 + 10 + 6)
     assert set(rows[0]) == {"model", "dataset", "class_name", "target", "patient", "dice"}
-    assert "| squares | 13 |" in table
+    assert "| squares | 16 |" in table
     assert "sparse minus universeg" in table
     steps = script.training_record(out / "sparse" / script.MODEL_FILE)["step"]
     assert f"| {steps:,} | {steps * 6:,} |" in table
@@ -124,27 +125,13 @@ def test_refusals(script: ModuleType, arguments: list[str], message: str, capsys
 # Targets
 
 
-def write_pack(path: Path) -> Path:
-    """Nine images of five patients with squares, four of them with a second one."""
-    rng = np.random.default_rng(0)
-    masks = np.zeros((9, 32, 32), np.uint8)
-    for i, mask in enumerate(masks):
-        top, left = rng.integers(0, 10, 2)
-        mask[top : top + 12, left : left + 9] = 1
-        if i < 4:
-            mask[22:30, 20 : 24 + i] = 2
-    images = (masks * 60 + rng.integers(0, 90, masks.shape)).astype(np.uint8)
-    np.savez(path, images=images, masks=masks, class_names=["-", "a", "b"], patient=np.arange(9) // 2)
-    return path
-
-
 def test_the_targets_are_those_of_evaluate(script: ModuleType, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = PatchICL(PatchICLConfig.universeg(channels=(4, 4), image_size=16)).eval()
-    pack = load_dataset(write_pack(tmp_path / "squares.npz"), 40)
+    pack = load_dataset(write_varied_pack(tmp_path / "squares.npz"), 40)
     rows = list(script.score({"sparse": model}, "squares", script.cases_of(pack, limit=3)))
     expected = evaluate(model_predictor(model), pack, EvaluationProtocol(size=40, limit=3))
-    assert [(scores.class_name, len(scores.targets)) for scores in expected] == [("a", 3), ("b", 3)]
+    assert [(scores.class_name, len(scores.targets)) for scores in expected] == [("box", 3), ("bar/strip", 3)]
     for scores in expected:
         assert [row.dice for row in rows if row.class_name == scores.class_name] == [t.dice for t in scores.targets]
     assert [row.patient for row in rows] == [row.target // 2 for row in rows]

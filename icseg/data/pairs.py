@@ -15,7 +15,7 @@ def pair_files(images: Path, masks: Path, kind: str, endings: Sequence[str]) -> 
     """
     if images.resolve() == masks.resolve():
         raise ValueError(f"{kind} images and masks must be in two folders, got {images} for both")
-    image_files = {stem_of(path): path for path in _distinct(list_images(images), stem_of, kind)}
+    image_files = {stem_of(path): path for path in distinct_files(list_images(images), f"{kind} files")}
     if not image_files:
         raise ValueError(f"{kind} images must be at least one file, got none of a known format in {images}")
 
@@ -24,7 +24,7 @@ def pair_files(images: Path, masks: Path, kind: str, endings: Sequence[str]) -> 
         shorter = [stem.removesuffix(ending) for ending in endings]
         return next((name for name in (stem, *shorter) if name in image_files), stem)
 
-    mask_files = {image_stem(path): path for path in _distinct(list_images(masks), image_stem, kind)}
+    mask_files = {image_stem(path): path for path in distinct_files(list_images(masks), f"{kind} files", image_stem)}
     for stem, path in image_files.items():
         if stem not in mask_files:
             there = next((f"only others, such as {mask.name}" for mask in mask_files.values()), "none")
@@ -37,10 +37,11 @@ def pair_files(images: Path, masks: Path, kind: str, endings: Sequence[str]) -> 
     return [(path, mask_files[stem]) for stem, path in image_files.items()]
 
 
-def _distinct(files: list[Path], stem: Callable[[Path], str], kind: str) -> list[Path]:
+def distinct_files(files: list[Path], what: str, stem: Callable[[Path], str] = stem_of) -> list[Path]:
+    """The files themselves; ValueError where two have one stem. what: their name in the message."""
     by_stem: dict[str, Path] = {}
     for path in files:
         other = by_stem.setdefault(stem(path), path)
         if other is not path:
-            raise ValueError(f"{kind} files must have different names without ending, got {other} and {path}")
+            raise ValueError(f"{what} must have different names without ending, got {other} and {path}")
     return files

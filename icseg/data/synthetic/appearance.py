@@ -21,8 +21,8 @@ class Look:
     """How the foreground of T tasks stands out.
 
     foreground: [T, LABELS] bool. alike: [T, LABELS] bool, what is rendered like the foreground's first label.
-    first: int64 [T], that label. grain: [T] factor on all variation within a label. by_texture: [T] bool, its mean is
-    that of its surroundings.
+    first: int64 [T], that label. faint: [T] bool, its contrast is low. by_texture: [T] bool, its mean is that of its
+    surroundings.
     """
 
     foreground: Tensor
@@ -33,6 +33,7 @@ class Look:
 
     @property
     def grain(self) -> Tensor:
+        """[T] factor on all variation within a label."""
         return torch.where(self.faint, 0.2, 1.0)
 
     @staticmethod

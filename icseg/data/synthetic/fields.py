@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icseg.data.synthetic.random import Draws
 
+TURN = 2 * math.pi
 MOST_COARSE = 64
 USUALLY_COARSE = 16
 _WIDE = 2.0
@@ -121,6 +122,3 @@ def edges(labels: Tensor) -> Tensor:
 def pixel_axis(size: int, device: torch.device) -> Tensor:
     """[size] pixel centres, from -1/2 to 1/2 of the image's side."""
     return (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size - 0.5
-
-
-TURN = 2 * math.pi

@@ -88,17 +88,6 @@ class Blob:
             self.angle.gather(1, flat).view(kind.shape),
         )
 
-    def part(self, index: int) -> Blob:
-        """The one structure [..., 1] of [..., M]."""
-        one = slice(index, index + 1)
-        return Blob(
-            self.radius[..., one],
-            self.harmonics[..., one, :],
-            self.phases[..., one, :],
-            self.elongation[..., one],
-            self.angle[..., one],
-        )
-
     def scaled(self, factor: Tensor) -> Blob:
         return dataclasses.replace(self, radius=self.radius * factor)
 
