@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is next
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which is later
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,8 +35,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill fresh memory with NaN, or the largest integer, so that what is not written shows."""
-    import torch
-
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -42,8 +45,6 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Set torch's threads; after the test they are as many as before."""
-    import torch
-
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -30,6 +30,7 @@ from icseg_kernels import (
 from icseg_kernels.transformer_block.native import shapes
 
 BACKENDS = ["reference"] if library.missing() else ["native", "reference"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run: there in its interpreter
 needs_native = pytest.mark.skipif(bool(library.missing()), reason="the native library is not built")
 
 Run = Callable[..., list[Tensor]]

@@ -249,7 +249,7 @@ def test_native_noise_equals_the_reference_bit_for_bit(isa: str, poisoned: None)
 TRITON_NOISE = """
 import sys
 import torch
-from icseg_kernels.philox_triton import gumbel_noise
+from icseg_kernels.philox_triton_kernels import gumbel_noise
 
 cases = [(5, 3, 17_001, 0, 0), (-(2**62) - 3, 2, 130, 7, 2**32 - 1), (1, 1, 5, 2**31, 1), (0, 0, 5, 0, 0)]
 torch.save([(case, gumbel_noise(torch.tensor(case[0]), *case[1:])) for case in cases], sys.argv[1])
@@ -277,7 +277,7 @@ def test_triton_noise_has_the_same_bits(tmp_path: Path) -> None:
 TRITON_COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from icseg_kernels.philox_triton import noise_kernel
+from icseg_kernels.philox_triton_kernels import noise_kernel
 
 signature = {"seed_pointer": "*i64", "noise_pointer": "*fp32", "elements": "i32", "stream": "i32", "offset": "i32"}
 source = triton.compiler.ASTSource(noise_kernel, {**signature, "BLOCK": "constexpr"}, {"BLOCK": 1024})
@@ -289,7 +289,7 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).
 @linux
 def test_triton_noise_compiles_without_contraction(tmp_path: Path) -> None:
     """For an H100, which need not be there. Contracted, a multiplication and an addition round once, not twice."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", TRITON_COMPILE]
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True

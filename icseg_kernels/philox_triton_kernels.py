@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from icseg_kernels.compilation import Compilation
+
 _BLOCK = 1024
 
 
@@ -97,3 +99,14 @@ def gumbel_noise(seed: Tensor, rows: int, elements: int, stream: int = 0, offset
         grid: Any = (rows, triton.cdiv(elements, _BLOCK))
         noise_kernel[grid](seed, noise, elements, stream, offset, BLOCK=_BLOCK, enable_fp_fusion=False)
     return noise
+
+
+COMPILATIONS = [
+    Compilation(
+        "philox: gumbel_noise",
+        noise_kernel,
+        {"seed_pointer": "*i64", "noise_pointer": "*fp32", "elements": "i32", "stream": "i32", "offset": "i32"},
+        {"BLOCK": _BLOCK},
+        enable_fp_fusion=False,
+    )
+]
