@@ -38,11 +38,14 @@ Run = Callable[..., list[Tensor]]
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    """On torch's default device, the same values on all."""
+    values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return values.to(torch.get_default_device())
 
 
 def _integers(least: int, most: int, *shape: int) -> Tensor:
-    return torch.randint(least, most, shape, generator=torch.Generator().manual_seed(9))
+    values = torch.randint(least, most, shape, generator=torch.Generator("cpu").manual_seed(9), device="cpu")
+    return values.to(torch.get_default_device())
 
 
 def _run(op: Callable[..., Any], *inputs: Tensor, **options: Any) -> Run:

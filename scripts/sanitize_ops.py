@@ -1,0 +1,42 @@
+"""One small call of every op, forward and backward, on a GPU: what compute-sanitizer watches.
+
+compute-sanitizer --tool memcheck python scripts/sanitize_ops.py triton
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from samples import SAMPLES
+
+from icseg_kernels import backend as backends
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", choices=["triton", "cuda"])
+    parser.add_argument("--only", default="", help="ops whose name contains this")
+    parser.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter")
+    given = parser.parse_args()
+    torch.set_default_device(given.device)
+    served = 0
+    for name, prepare in SAMPLES.items():
+        if given.only not in name or given.backend not in backends.status()[name.split(" ")[0]]:
+            continue
+        run = prepare(False)
+        found, expected = run(given.backend), run("reference")
+        gap = max((float((a - b).abs().nan_to_num().max()) for a, b in zip(found, expected, strict=True) if a.numel()))
+        print(f"{name}: largest difference {gap:.1e}", flush=True)
+        served += 1
+    if not served:
+        parser.error(f"backend must serve at least one op, {given.backend} serves none")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
