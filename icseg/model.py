@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from icseg.checkpoint import bundled_weights, load_checkpoint, save_checkpoint
 from icseg.config import PatchICLConfig, check_int
+from icseg.graph import CapturedForward, capture
 from icseg.memory import SupportMemory
 from icseg.output import SegmentationOutput
 from icseg.sparse.budget import Budget, as_budget
@@ -145,6 +146,40 @@ class PatchICL(nn.Module):
         if seed is not None or len(seeds) == 0:
             raise ValueError(f"seeds must hold at least one seed, and seed be None, got {list(seeds)} and {seed}")
         return _mean_of([self.network(target, memory, seed=operator.index(one), **options) for one in seeds])
+
+    def graph(
+        self,
+        batch: int,
+        size: tuple[int, int],
+        *,
+        memory: SupportMemory | None = None,
+        support: int | None = None,
+        support_size: tuple[int, int] | None = None,
+        classes: int = 1,
+        budget: Budget | int | None = None,
+    ) -> CapturedForward:
+        """The forward pass for inputs of these shapes as one CUDA graph: it runs without Python in between.
+
+        batch:        B targets a call, of `size` (H, W).
+        memory:       the support set; its tensors are copied, `CapturedForward.set_memory` takes another one. Or
+        support:      S pairs a target, encoded in each call.
+        support_size: theirs, None: that of the targets; classes: C of their masks.
+        budget:       as for `forward`; an adaptive one takes at most `SparseConfig.target_patches` a level and round.
+
+        The model must be on a CUDA device, in evaluation mode; later changes of its weights in place are seen. Images
+        are copied into tensors of the weights' dtype. Raises TypeError or ValueError for other arguments.
+
+        ```
+        captured = model.graph(1, (512, 512), memory=memory)
+        for image in images:                                     # [1, 1, 512, 512]
+            mask = captured(image).logits[0, 0] > 0              # the logits are overwritten by the next call
+        ```
+        """
+        network = self._require_sparse("graph")
+        if memory is not None:
+            memory.check_model(network.fingerprint, network.weights_identity)
+        options = {} if budget is None else {"budget": as_budget(budget)}
+        return capture(self, batch, size, memory, support, support_size, classes, options)
 
     def _require_sparse(self, argument: str) -> SparseNetwork:
         from icseg.sparse.network import SparseNetwork

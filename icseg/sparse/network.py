@@ -32,6 +32,7 @@ from icseg.sparse.patches import (
 )
 from icseg.sparse.propagation import LabelPropagation
 from icseg.sparse.pyramid import Pyramid, finest_size, level_count, to_size
+from icseg.sparse.static import is_static
 from icseg.sparse.support import (
     BUDGET_DRAW,
     ORACLE_DRAW,
@@ -152,8 +153,8 @@ class SparseNetwork(nn.Module):
             return [LevelPlan((count,)) for count in cells]
         if budget.tolerance is not None:
             first = [config.exploration[min(level, len(config.exploration) - 1)] for level in range(len(cells))]
-            most = config.target_patches if _static() else (config.most_patches,) * len(cells)
-            repeats = [1 if _static() else -(-count // config.most_patches) for count in cells]  # until all are taken
+            most = config.target_patches if is_static() else (config.most_patches,) * len(cells)
+            repeats = [1 if is_static() else -(-count // config.most_patches) for count in cells]  # until all are taken
             rounds = zip(first, most, repeats, strict=False)
             return [LevelPlan((few, config.trial, *[n] * times), budget.tolerance) for few, n, times in rounds]
         if budget.gflops is not None:
@@ -197,7 +198,7 @@ class SparseNetwork(nn.Module):
                 enough = left.clamp_min(0).sum(1, keepdim=True) > plan.tolerance
                 if number == 0 and task.level >= config.distinct_levels and state.worthwhile is not None:
                     enough = enough & state.worthwhile
-                if not _static() and not enough.any():
+                if not is_static() and not enough.any():
                     break
             draw = None if task.seed is None else derived_seed(task.seed, ROUND_DRAW, number)
             index = selection.target_patches(left, slots, config.selection_power, draw)
@@ -310,7 +311,7 @@ def _kept(index: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
 
     Where shapes may depend on values, K shrinks to the most that a target keeps.
     """
-    if _static():
+    if is_static():
         return torch.where(wanted, index, -1), wanted
     fewest, most = (int(count) for count in torch.aminmax(wanted.sum(1)))
     index, wanted = index[:, :most], wanted[:, :most]
@@ -322,8 +323,3 @@ def _no_patches(task: LevelTask) -> Round:
     coords = torch.zeros(image.shape[0], 0, 2, dtype=torch.int64, device=image.device)
     patches = image.new_zeros(image.shape[0], 0, task.classes, PATCH, PATCH)
     return Round(coords, patches, patches, patches.flatten(2).sum(2), None)
-
-
-def _static() -> bool:
-    """Whether shapes must not depend on values: under torch.compile and export, and while a CUDA graph is captured."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
