@@ -62,9 +62,10 @@ def transformer_block(
              or not below their number is no key, and one named twice counts twice. Usually L is that number, and each
              entry its own position, or -1 to hide that key. What a hidden key holds, NaN too, changes nothing. None:
              all are seen. Where no key is, attention adds nothing but the bias of `out`.
-    backend: None, "triton" (float32, float16 and bfloat16 on CUDA devices, no gradients, D up to 256, D / heads a
-             power of two of at least 16), "native" (float32 on the CPU, no gradients, D up to 512, H up to 2048) or
-             "reference", torch's own layers and `selected_attention`. None takes the first that can serve.
+    backend: None, "triton" (float32, float16 and bfloat16 on CUDA devices, Triton 3.3 or newer, no gradients, D up to
+             256, D / heads a power of two of at least 16), "native" (float32 on the CPU, no gradients, D up to 512, H
+             up to 2048) or "reference", torch's own layers and `selected_attention`. None takes the first that can
+             serve.
     Returns tokens [B, N, D] and own [B, N, 2D], contiguous. Differentiable as `selected_attention` is: where a gradient
     is wanted, the reference serves; also under autocast, which acts on the layers. Memory may have another floating
     dtype than tokens, and becomes that of `own`, with the reference alone.
@@ -182,7 +183,7 @@ _transformer_block = backends.register(
 backends.declare(
     "transformer_block",
     {
-        "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
+        "triton": backends.Backend(triton.missing, triton.unsupported, triton_launch.slower),
         "native": backends.Backend(library.missing, native.unsupported),
         "reference": backends.Backend(),
     },

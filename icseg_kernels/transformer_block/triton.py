@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +15,29 @@ from icseg_kernels.backend import without_gradients
 from icseg_kernels.transformer_block.shapes import shapes
 
 MOST_CHANNELS, LEAST_OF_A_HEAD = 256, 16
+
+
+def _too_old(version: str) -> list[str]:
+    """Why the kernels do not compile: products of three dimensions inside a loop, before 3.3."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) >= (3, 3):
+        return []
+    return [f"it needs Triton 3.3 or newer, got {version}"]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # missing, or installed under another name
+        return "unknown"
+
+
+_missing = [*triton_launch.missing(), *_too_old(_version())]
+
+
+def missing() -> list[str]:
+    """Why the kernels cannot serve any call on this machine."""
+    return list(_missing)
 
 
 def unsupported(

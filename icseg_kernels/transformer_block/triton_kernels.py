@@ -251,12 +251,13 @@ def _arithmetic(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
 def project_options(rows: int, dim: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     """Constants of `project_kernel`, and options of its launch, for `rows` tokens of all samples."""
     few = dtype.itemsize > 2 or rows * dim < 64 * 64 * _ENOUGH // 3
+    channels = triton.next_power_of_2(dim)
     return {
         "D": dim,
-        "CHANNELS": triton.next_power_of_2(dim),
-        "BLOCK_TOKENS": 16 if few else 64,
+        "CHANNELS": channels,
+        "BLOCK_TOKENS": 16 if few else 32 if channels > 128 else 64,
         "BLOCK_OUTPUTS": 32 if few else 64,
-        "BLOCK_INNER": 32 if dtype.itemsize > 2 else min(128, triton.next_power_of_2(dim)),
+        "BLOCK_INNER": min(channels, 128 if dtype.itemsize == 2 else 64 if tf32 else 32),
         **_arithmetic(dtype, tf32),
         "num_warps": 4,
         "num_stages": 2,
