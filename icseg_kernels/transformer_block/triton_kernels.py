@@ -1,7 +1,12 @@
-"""Kernels of transformer_block: one of queries, keys and values, one of all that follows."""
+"""Kernels of transformer_block: one of queries, keys and values, one of all that follows.
+
+Heads are the first dimension of three in products, so that each has warps of its own. Of memory, that comes in
+pieces, and of own tokens, rows are read where they lie: one loop over keys, hidden ones are not read.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -230,7 +235,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     tl.store(to + channel[None, :], x.to(q.dtype), mask=written & inside)
 
 
-_ENOUGH = 132  # programs, for the largest GPUs
+_ENOUGH = 132  # programs: as many as an H100 has multiprocessors
 _SLOTS = (0, 1, 2, 4, 8)
 MOST_PIECES = _SLOTS[-1]
 
@@ -248,6 +253,7 @@ def _arithmetic(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=1024)
 def project_options(rows: int, dim: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     """Constants of `project_kernel`, and options of its launch, for `rows` tokens of all samples."""
     few = dtype.itemsize > 2 or rows * dim < 64 * 64 * _ENOUGH // 3
@@ -264,6 +270,7 @@ def project_options(rows: int, dim: int, dtype: torch.dtype, tf32: bool) -> dict
     }
 
 
+@functools.lru_cache(maxsize=1024)
 def attend_options(
     samples: int, count: int, dim: int, heads: int, hidden: int, pieces: int, dtype: torch.dtype, tf32: bool
 ) -> dict[str, Any]:
