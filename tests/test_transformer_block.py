@@ -494,7 +494,7 @@ def test_opcheck(hiding):
     index = some_hidden(3, 21) if hiding else None
     torch.library.opcheck(
         torch.ops.icseg.transformer_block.default,
-        (tokens, memory, list(block[:14]), heads, index, 1e-5),
+        (tokens, memory, list(block[:14]), heads, index, 1e-5, "native"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -721,7 +721,7 @@ def test_operators_called_directly_check_before_raw_pointers():
     op = torch.ops.icseg.transformer_block
     good = {
         "tokens": torch.zeros(2, 3, 8), "memory": [torch.zeros(2, 1, 16)], "weights": list(GOOD[:14]),
-        "heads": 2, "index": torch.zeros(2, 4, dtype=torch.int64), "eps": 1e-5,
+        "heads": 2, "index": torch.zeros(2, 4, dtype=torch.int64), "eps": 1e-5, "backend": "native",
     }  # fmt: skip
     assert op(**good)[0].shape == (2, 3, 8)
     for changes, message in (

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.transformer_block import native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.transformer_block import native, reference, triton
+from icseg_kernels.transformer_block.shapes import shapes
 
 __all__ = ["BlockWeights", "transformer_block"]
 
@@ -61,8 +62,10 @@ def transformer_block(
              or not below their number is no key, and one named twice counts twice. Usually L is that number, and each
              entry its own position, or -1 to hide that key. What a hidden key holds, NaN too, changes nothing. None:
              all are seen. Where no key is, attention adds nothing but the bias of `out`.
-    backend: None, "native" (float32 on the CPU, no gradients, D up to 512, H up to 2048) or "reference", torch's own
-             layers and `selected_attention`. None takes native where it can serve.
+    backend: None, "triton" (float32, float16 and bfloat16 on CUDA devices, Triton 3.3 or newer, no gradients, D up to
+             256, D / heads a power of two of at least 16), "native" (float32 on the CPU, no gradients, D up to 512, H
+             up to 2048) or "reference", torch's own layers and `selected_attention`. None takes the first that can
+             serve.
     Returns tokens [B, N, D] and own [B, N, 2D], contiguous. Differentiable as `selected_attention` is: where a gradient
     is wanted, the reference serves; also under autocast, which acts on the layers. Memory may have another floating
     dtype than tokens, and becomes that of `own`, with the reference alone.
@@ -107,7 +110,8 @@ def transformer_block(
             raise TypeError(f"index must be int32 or int64, got {index.dtype}")
         if len(index.shape) != 2 or index.shape[0] != samples:
             raise ValueError(f"index must have shape [B, L] with B = {samples}, got {list(index.shape)}")
-    if backends.select("transformer_block", backend, tokens, memory, weights, index, autocasting) == "reference":
+    name = backends.select("transformer_block", backend, tokens, memory, weights, heads, index, autocasting)
+    if name == "reference":
         return reference.transformer_block(tokens, memory, block, heads, index, backend)
     # Weights that require gradients are the reference's by now.
     if (
@@ -116,31 +120,32 @@ def transformer_block(
         and not any(map(Tensor.is_neg, weights))
         and not any(map(Tensor._is_zerotensor, weights))
     ):
-        return native.apply(tokens, memory, weights, heads, index, eps)
-    found, own = _transformer_block(tokens, list(memory), list(weights), heads, index, eps)
+        return _IMPLEMENTATIONS[name].apply(tokens, memory, weights, heads, index, eps)
+    found, own = _transformer_block(tokens, list(memory), list(weights), heads, index, eps, name)
     return found, own
 
 
 def _check_weights(weights: Sequence[Any], tokens: Tensor, autocasting: bool) -> bool:
-    """Whether they are as usual: torch's own tensors such as `tokens`, on a CPU."""
+    """Whether they are as usual: torch's own tensors such as `tokens`, on a CPU or a CUDA device."""
     first = weights[10]
     checks.floating("block.mlp_in_weight", first)
     if len(first.shape) != 2 or first.shape[0] < 1:
         raise ValueError(f"block.mlp_in_weight must have shape [H, D] with H > 0, got {list(first.shape)}")
-    shapes, dtype = native.shapes(tokens.shape[2], first.shape[0]), tokens.dtype
-    for weight, shape in zip(weights, shapes, strict=True):
+    expected, dtype, device = shapes(tokens.shape[2], first.shape[0]), tokens.dtype, tokens.device
+    on_cpu = tokens.is_cpu
+    for weight, shape in zip(weights, expected, strict=True):
         if not (
             type(weight) in _PLAIN
             and weight.shape == shape
             and weight.dtype is dtype
-            and weight.is_cpu
+            and (weight.is_cpu if on_cpu else weight.device == device)
             and weight.layout is torch.strided
         ):
             break
     else:
-        if tokens.is_cpu:
+        if on_cpu or tokens.is_cuda:
             return True  # without building names
-    for name, weight, shape in zip(BlockWeights._fields, weights, shapes, strict=False):
+    for name, weight, shape in zip(BlockWeights._fields, weights, expected, strict=False):
         _check_tensor(f"block.{name}", weight, tokens, any_dtype=autocasting)
         if weight.shape != shape:
             raise ValueError(f"block.{name} must have shape {list(shape)}, got {list(weight.shape)}")
@@ -161,15 +166,27 @@ def _fake(tokens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return tokens.new_empty((samples, count, dim)), tokens.new_empty((samples, count, 2 * dim))
 
 
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native}
+
+
+def _implementation(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = arguments
+    return _IMPLEMENTATIONS[backend].transformer_block(*rest)
+
+
 _transformer_block = backends.register(
-    "transformer_block(Tensor tokens, Tensor[] memory, Tensor[] weights, SymInt heads, Tensor? index, float eps)"
-    " -> (Tensor, Tensor)",
-    native.transformer_block,
+    "transformer_block(Tensor tokens, Tensor[] memory, Tensor[] weights, SymInt heads, Tensor? index, float eps, "
+    "str backend) -> (Tensor, Tensor)",
+    _implementation,
     _fake,
 )
 backends.declare(
     "transformer_block",
-    {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton.missing, triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

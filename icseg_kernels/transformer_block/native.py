@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icseg_kernels import library
 from icseg_kernels.backend import without_gradients
+from icseg_kernels.transformer_block.shapes import shapes
 
 # B, N, D, heads, hidden, keys, listed, slots, bytes
 _workspace = library.function("icseg_transformer_block_workspace", [c_int64] * 8 + [c_void_p])
@@ -25,7 +26,12 @@ MOST_CHANNELS, MOST_HIDDEN = 512, 2048
 
 
 def unsupported(
-    tokens: Tensor, memory: Sequence[Tensor], weights: Sequence[Tensor], index: Tensor | None, autocasting: bool
+    tokens: Tensor,
+    memory: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads: int,
+    index: Tensor | None,
+    autocasting: bool,
 ) -> list[str]:
     """Why the library cannot serve these tensors."""
     reasons = []
@@ -83,13 +89,6 @@ def _guard(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
             f"{name} must be float32 {list(shape)} on the CPU, got {list(tensor.shape)} {tensor.dtype} on "
             f"{tensor.device}"
         )
-
-
-def shapes(dim: int, hidden: int) -> tuple[tuple[int, ...], ...]:
-    """Of the weights and biases, in their order."""
-    d, h = dim, hidden
-    attention = (d,), (d,), (d, d), (d,), (2 * d, d), (2 * d,), (d, d), (d,)
-    return *attention, (d,), (d,), (h, d), (h,), (d, h), (d,)
 
 
 def apply(
