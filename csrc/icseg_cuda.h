@@ -27,6 +27,7 @@ enum icseg_cuda_code {
     ICSEG_CUDA_DRAWS = 2,
     ICSEG_CUDA_TOO_LARGE = 3,
     ICSEG_CUDA_WINDOWS = 4,
+    ICSEG_CUDA_DRIVER = 5,
     ICSEG_CUDA_RUNTIME = 1000,
 };
 
@@ -38,6 +39,9 @@ ICSEG_CUDA_API int icseg_cuda_abi_version(void);
 
 /* The version of nvcc and of the CUDA runtime that is linked in, for bug reports. */
 ICSEG_CUDA_API const char* icseg_cuda_build(void);
+
+/* ICSEG_CUDA_DRIVER if this machine has no CUDA driver, or one too old for the library. Touches no device. */
+ICSEG_CUDA_API int icseg_cuda_driver(void);
 
 /* One sentence for a code that a call returned. */
 ICSEG_CUDA_API const char* icseg_cuda_error(int code);

@@ -108,12 +108,12 @@ __device__ inline float likely_floor(const Summary& row, int most) {
     return floor >= row.most ? floor : minus_infinity();
 }
 
-// Whether an element of logit `logit` may have a score of at least `floor` by its random word: the exponential E of its
-// noise -log E is at least v, the word as a fraction, so log2 v < (logit - floor) log2(e) =: x must hold, but for the
-// error of the noise. With u = (word >> 8) * 2^-24 <= v, the bits of a positive float being at most
+// Whether an element of logit `logit` may have a score above `floor` by its random word. Then logit plus noise exceeds
+// it also before the sum is rounded. The exponential E of the noise -log E is at least v, the word as a fraction, so
+// log2 v < (logit - floor) log2(e) =: x must hold, but for the error of the noise. With u = (word >> 8) * 2^-24 <= v, the bits of a positive float being at most
 // 2^23 (log2 + 127), bits(u) <= 2^23 (x + 127) must hold, but for errors, which 1024 covers (csrc/cpu/kernels/draw.h).
 // The scale 2^24 of u is taken into the constant. False for NaN and -inf.
-__device__ __forceinline__ bool may_reach(float logit, uint32_t word, float floor) {
+__device__ __forceinline__ bool may_exceed(float logit, uint32_t word, float floor) {
     const float bits = static_cast<float>(__float_as_int(static_cast<float>(static_cast<int>(word >> 8))));
     return fmaf(logit - floor, 1.44269504f * 8388608, (127 + 24) * 8388608.0f + 1024) > bits;
 }
@@ -142,8 +142,8 @@ struct Drawing {
     uint64_t* keys;
     int capacity;
 
-    uint32_t bound;  // ordered bits that an element must have
-    float floor;     // a score that it must have: less than or equal to what the bound says
+    uint32_t bound;  // ordered bits that an element must reach
+    float floor;     // the score below, which it must exceed
     int kept;        // keys
 
     uint32_t bits[4 * kGroups];  // of the chunk's elements; 0 where they are out
@@ -167,7 +167,7 @@ ICSEG_UNROLL
                 philox(noise, static_cast<uint32_t>(group), words);
 ICSEG_UNROLL
                 for (int c = 0; c < 4; ++c) {
-                    score[c] = may_reach(score[c], words[c], floor) ? score[c] + gumbel(words[c]) : minus_infinity();
+                    score[c] = may_exceed(score[c], words[c], floor) ? score[c] + gumbel(words[c]) : minus_infinity();
                 }
             } else if (noise.values != nullptr) {
 ICSEG_UNROLL
@@ -266,17 +266,18 @@ ICSEG_UNROLL
             return key >= least ? key : uint64_t(0);
         });
         kept = most;
-        // Among equal scores, later elements come last.
         const uint32_t reached = static_cast<uint32_t>(least >> 32);
-        bound = shift <= 32 ? reached + 1 : reached;
-        if (bound <= kMinusInfinityBits) bound = kMinusInfinityBits + 1;
-        floor = reached <= kMinusInfinityBits ? minus_infinity() : score_of(reached);
+        raise(shift <= 32 ? reached + 1 : reached);  // among equal scores, later elements come last
+    }
+
+    __device__ __forceinline__ void raise(uint32_t to) {
+        bound = to > kMinusInfinityBits ? to : kMinusInfinityBits + 1;
+        floor = score_of(bound - 1);
     }
 
     // Keys of at least `from`, of which the best `most` are right if there are as many.
     __device__ __forceinline__ void take(float from) {
-        floor = from;
-        bound = from > minus_infinity() ? ordered(from) : kMinusInfinityBits + 1;
+        raise(ordered(from));
         kept = 0;
         if (threadIdx.x == 0) scratch.count = 0;
         __syncthreads();

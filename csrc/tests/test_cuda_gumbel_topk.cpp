@@ -165,21 +165,21 @@ float moved(float value, int steps) {
     return value;
 }
 
-// No word is ruled out whose score reaches the floor, least of all where it just does.
-void nothing_is_ruled_out_that_reaches_the_floor() {
+// No word is ruled out whose score exceeds the floor, least of all where it just does.
+void nothing_is_ruled_out_that_exceeds_the_floor() {
     Random random(1);
     for (int i = 0; i < 300000; ++i) {
         const uint32_t word = static_cast<uint32_t>(random.bits()) >> random.integer(0, 31);
         const float logit = static_cast<float>(random.normal() * random.pick({1e-3, 1.0, 100.0, 1e6}));
-        const float score = logit + icseg_cuda::gumbel(word), floor = moved(score, -static_cast<int>(random.integer(0, 2)));
-        if (!icseg_cuda::may_reach(logit, word, floor)) fail("logit %g and word %u may reach %g", logit, word, floor);
-        CHECK(icseg_cuda::may_reach(logit, word, -INFINITY));
-        CHECK(!icseg_cuda::may_reach(NAN, word, floor) && !icseg_cuda::may_reach(-INFINITY, word, floor));
+        const float score = logit + icseg_cuda::gumbel(word), floor = moved(score, -static_cast<int>(random.integer(1, 3)));
+        if (!icseg_cuda::may_exceed(logit, word, floor)) fail("logit %g and word %u may exceed %g", logit, word, floor);
+        CHECK(icseg_cuda::may_exceed(logit, word, -INFINITY));
+        CHECK(!icseg_cuda::may_exceed(NAN, word, floor) && !icseg_cuda::may_exceed(-INFINITY, word, floor));
     }
 }
 
 void errors() {
-    nothing_is_ruled_out_that_reaches_the_floor();
+    nothing_is_ruled_out_that_exceeds_the_floor();
     CHECK(refused(-1, 4, 2) == ICSEG_CUDA_NEGATIVE_SIZE);
     CHECK(refused(1, INT64_MIN, 2) == ICSEG_CUDA_NEGATIVE_SIZE);
     CHECK(refused(1, 4, -1) == ICSEG_CUDA_NEGATIVE_SIZE);
