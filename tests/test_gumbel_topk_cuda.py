@@ -92,7 +92,7 @@ def test_gradient(of_noise: bool) -> None:
     logits, k = normal(3, 50), 6
     logits[0, 4] = NAN
     logits[1, :48] = -INF  # fewer than k are left
-    indices, scores, logsumexp, kappa, kappa_index = reference.gumbel_topk(logits, k, 1, None)
+    indices, _, logsumexp, _, kappa_index = reference.gumbel_topk(logits, k, 1, None)
     arguments = (indices, kappa_index, logsumexp, normal(3, k), normal(3), normal(3, seed=1), of_noise)
     expected = reference.gumbel_topk_backward(logits, *arguments)
     there = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments]
