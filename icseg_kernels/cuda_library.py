@@ -18,7 +18,7 @@ PATH = Path(__file__).with_name("libicseg_cuda.so")
 MOST_DRAWS = 4096
 MOST_PIXELS = 20480
 MOST_TAPS = 127
-_LEAST_CAPABILITY = (8, 0)
+_LEAST_MAJOR = 8  # of the compute capability
 
 _OF_THE_LIBRARY = {
     "icseg_cuda_abi_version": (c_int, []),
@@ -61,20 +61,26 @@ def _opened() -> ctypes.CDLL | str:
         return str(error)
 
 
+@torch.compiler.assume_constant_result  # to compilers, which cannot look into libraries
+def _reasons() -> str:
+    """Why no CUDA backend can serve, in lines; empty if nothing is missing."""
+    return _found_reasons()
+
+
 @functools.cache
-def _reasons() -> tuple[str, ...]:
+def _found_reasons() -> str:
     reasons = [] if torch.version.cuda else ["it runs on CUDA devices, and torch was built without CUDA"]
     library = _opened()
     if isinstance(library, str):
         reasons.append(library)
     elif not reasons and (code := library.icseg_cuda_driver()):
         reasons.append(f"there is {library.icseg_cuda_error(code).decode()}")
-    return tuple(reasons)
+    return "\n".join(reasons)
 
 
 def missing() -> list[str]:
     """Why no CUDA backend can serve on this machine; an empty list if the library is there. Touches no device."""
-    return list(_reasons())
+    return _reasons().splitlines()
 
 
 def get() -> ctypes.CDLL:
@@ -115,8 +121,10 @@ def unsupported_tensor(name: str, tensor: Tensor) -> list[str]:
     reasons = []
     if tensor.dtype == torch.float64:
         reasons.append(f"it computes in float32, and {name} is float64")
-    if (capability := torch.cuda.get_device_capability(tensor.device)) < _LEAST_CAPABILITY:
-        reasons.append(f"it needs compute capability 8.0, and {tensor.device} has {capability[0]}.{capability[1]}")
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if properties.major < _LEAST_MAJOR:
+        found = f"{properties.major}.{properties.minor}"
+        reasons.append(f"it needs compute capability {_LEAST_MAJOR}.0, and {tensor.device} has {found}")
     return reasons
 
 

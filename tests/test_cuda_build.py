@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
 
 from icseg_kernels import cuda_library
 from icseg_kernels.gumbel_topk import cuda  # noqa: F401
@@ -228,3 +230,11 @@ def test_missing_gives_reasons_and_touches_no_device() -> None:
         assert not torch.cuda.is_initialized()"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("[")
+
+
+def test_missing_can_be_asked_by_compiled_functions() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def reasons(x: Tensor) -> Tensor:
+        return x + len(cuda_library.missing())
+
+    assert reasons(torch.zeros(())) == len(cuda_library.missing())

@@ -13,7 +13,7 @@ struct Sizes {
     Sizes(Random& random, bool large) : batch(random.size(2)) {
         count = random.size(random.pick<int64_t>({9, 60, 1024, 1100}));
         if (random.chance(8)) count = random.integer(3000, 4200);
-        if (large) batch = 1, count = random.pick<int64_t>({16384, 16389, 33000, 40001});
+        if (large) batch = 1, count = random.pick<int64_t>({16384, 16389, 40001, 65536});
         k = random.chance(15) ? count : random.integer(0, random.chance(50) ? std::min<int64_t>(count, 40) : count);
         if (large) k = random.pick<int64_t>({0, 1, 64, 1000, 4095});
         if (k >= 4096) k = 4095;
