@@ -229,7 +229,7 @@ ICSEG_UNROLL
 
     // Keeps the `most` best of keys[0, kept) and the chunk's, and raises the bound.
     __device__ __forceinline__ void select(int first) {
-        uint64_t own[kOwn + 1];  // C++ has no empty arrays
+        uint64_t own[kOwn + 1] = {};  // C++ has no empty arrays
 ICSEG_UNROLL
         for (int i = 0; i < kOwn; ++i) {
             const int place = i * kThreads + static_cast<int>(threadIdx.x);

@@ -35,14 +35,16 @@ class _Settings(ctypes.Structure):
 _ARGUMENTS = [c_void_p] * 3 + [c_int64, c_void_p] + [c_int64] * 2 + [c_uint64] + [c_void_p] * 3
 _draw = cuda_library.function("icseg_cuda_sample_patches_f32", _ARGUMENTS)
 
+_MOST_PIXELS_OF_99_KIB = 12288
+
 
 def unsupported(weights: Tensor, candidates: int, windows: Windows, k: int, differentiable: bool) -> list[str]:
     """Why the library cannot draw k of the `candidates` windows of `weights`."""
     reasons = cuda_library.unsupported_tensor("weights", weights)
     padding = windows.before + windows.after
     pixels = (weights.shape[2] + padding) * (weights.shape[3] + padding)
-    if pixels > cuda_library.MOST_PIXELS:
-        reasons.append(f"it keeps at most {cuda_library.MOST_PIXELS} pixels of a padded map, got {pixels}")
+    if pixels > (most := _most_pixels(weights)):
+        reasons.append(f"it keeps at most {most} pixels of a padded map, got {pixels}")
     if k > cuda_library.MOST_DRAWS:
         reasons.append(f"it draws at most {cuda_library.MOST_DRAWS} windows, got k = {k}")
     if (taps := blur_taps(windows.blur_sigma)) > cuda_library.MOST_TAPS:
@@ -50,6 +52,15 @@ def unsupported(weights: Tensor, candidates: int, windows: Windows, k: int, diff
     if differentiable:
         reasons.append("it has no gradients")
     return reasons
+
+
+def _most_pixels(weights: Tensor) -> int:
+    """Pixels of a padded map that fit the shared memory of a block, where `weights` is: 163 KiB or more, or 99 KiB."""
+    if weights.is_cuda:
+        properties = torch.cuda.get_device_properties(weights.device)
+        if properties.major == 12 or (properties.major == 8 and properties.minor in (6, 9)):
+            return _MOST_PIXELS_OF_99_KIB
+    return cuda_library.MOST_PIXELS
 
 
 def sample_patches(
