@@ -34,7 +34,7 @@ struct Scratch {
     DrawScratch draw;
     float taps[ICSEG_CUDA_MOST_TAPS + 1];
 };
-static_assert(sizeof(Scratch) + 8 * ICSEG_CUDA_MOST_PIXELS <= 163 << 10, "two maps fit a block of any sm_x0");
+static_assert(sizeof(Scratch) + 8 * ICSEG_CUDA_MOST_PIXELS <= 163 << 10, "two maps fit a block of sm_80, sm_90 or sm_100");
 static_assert(sizeof(Scratch) + 8 * 12288 <= 99 << 10, "as icseg_kernels/patches/sample_cuda.py says of others");
 static_assert(sizeof(Scratch) % sizeof(float4) == 0 && alignof(Scratch) <= alignof(float4), "the maps are aligned");
 
