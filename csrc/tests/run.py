@@ -4,6 +4,7 @@
     python csrc/tests/run.py --sanitize address,undefined    against sources built with sanitizers
     python csrc/tests/run.py --sanitize thread               without OpenMP, which ThreadSanitizer cannot see into
 
+CUDA kernels (csrc/cuda) run on the CPU, as fibers (cuda_on_cpu.h), which sanitizers do not follow: only as installed.
 Other arguments go to the program: --seed S, --iterations N, names of tests.
 """
 
@@ -44,7 +45,8 @@ def build(sanitize: str | None, directory: Path) -> Path:
     """The test program: linked with the built library, or with objects of its sources if `sanitize` is given."""
     compiler = setup.find_compiler()
     flags = [*compiler, *setup.FLAGS, *setup.openmp_flags(compiler), "-pthread"]
-    tests = [[*flags, "-O1", "-g", "-c", str(path)] for path in sorted(TESTS.glob("*.cpp"))]
+    sources = [path for path in sorted(TESTS.glob("*.cpp")) if not (sanitize and "cuda" in path.stem)]
+    tests = [[*flags, "-O1", "-g", "-c", str(path)] for path in sources]
     commands = [[*command, "-o", str(directory / f"{Path(command[-1]).stem}.test.o")] for command in tests]
     if sanitize:
         commands += setup.compile_commands(compiler, directory)
