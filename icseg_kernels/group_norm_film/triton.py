@@ -1,4 +1,4 @@
-"""group_norm_film by Triton kernels. A group of up to 16384 values is read once."""
+"""group_norm_film by Triton kernels. A group of up to 16384 values is read once; backward, of half as many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from icseg_kernels import triton_launch
 from icseg_kernels.numerics import accumulation_dtype
 
-MOST_VALUES = 16384  # of a group, padded, in the registers of a program
+MOST_VALUES = 16384  # of a group, padded, in the registers of a program: of the gradient half
 MOST_PARTS = 128  # of a larger group
 _TILE = 4096  # values of a larger group, padded, at a time
 
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 
 def forward_tile(each: int, length: int) -> Tile:
     """For a group of `each` channels of `length` pixels."""
-    tile = _tile(each, length)
+    tile = _tile(each, length, MOST_VALUES)
     if not tile.parts:
         return tile
     tiles = math.ceil(each / tile.channels) * math.ceil(length / tile.pixels)
@@ -41,7 +41,7 @@ def forward_tile(each: int, length: int) -> Tile:
 
 
 def backward_tile(each: int, length: int) -> Tile:
-    tile = _tile(each, length)
+    tile = _tile(each, length, MOST_VALUES // 2)
     if not tile.parts:
         return tile
     # A program of the second launch adds up the parts of all channels of its group: few where these are many.
@@ -49,9 +49,9 @@ def backward_tile(each: int, length: int) -> Tile:
     return tile._replace(parts=min(_power_of_two(math.ceil(length / tile.pixels)), parts))
 
 
-def _tile(each: int, length: int) -> Tile:
+def _tile(each: int, length: int, most: int) -> Tile:
     channels, pixels = _power_of_two(each), _power_of_two(length)
-    if channels * pixels <= MOST_VALUES:
+    if channels * pixels <= most:
         return Tile(channels, pixels, max(1, min(channels * pixels // 512, 16)), 0)
     pixels = min(pixels, _TILE)
     return Tile(min(channels, _TILE // pixels), pixels, 8, 1)

@@ -348,6 +348,7 @@ def _compilations() -> Iterator[Compilation]:
         tile = forward_tile(8, length)
         for kernel in (moments_kernel, apply_kernel) if tile.parts else (forward_kernel,):
             yield _compiled(kernel, dtype, 8, length, tile)
+    for dtype, length in itertools.product(_POINTERS, (64, 1024, 65536)):
         tile = backward_tile(8, length)
         if not tile.parts:
             yield _compiled(backward_kernel, dtype, 8, length, tile)
