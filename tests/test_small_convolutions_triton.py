@@ -146,9 +146,9 @@ def test_what_is_not_finite_stays_in_its_window(bad):
 
 def test_strided_views():
     """Nothing but the images and weights themselves is read."""
-    x, layers = images("stem", 3), stack("stem")
+    x, layers = images("stem", 2), stack("stem")[:2]
     expected = by("triton", x, layers)
-    apart = torch.full((4, 10, 5, 10), math.nan, device=DEVICE)
+    apart = torch.full((3, 10, 5, 10), math.nan, device=DEVICE)
     view = apart.permute(0, 2, 1, 3)[1:, 1:-1, 1:-1, 2:-1]
     view.copy_(x)
     for other in (view, x.mT.contiguous().mT, x.to(memory_format=torch.channels_last)):
@@ -156,7 +156,7 @@ def test_strided_views():
         assert torch.equal(by("triton", other, layers), expected)
     weights = [layer._replace(weight=torch.stack([layer.weight] * 2, dim=-1)[..., 0]) for layer in layers]
     assert torch.equal(by("triton", x, weights), expected)
-    same = x[:1, :, :1].expand(3, -1, 8, -1)
+    same = x[:1, :, :1].expand(2, -1, 8, -1)
     assert torch.equal(by("triton", same, layers), by("triton", same.contiguous(), layers))
 
 
@@ -172,7 +172,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_the_same_bits_twice():
-    x, layers = images("large", 3), stack("large")
+    x, layers = images("head", 3), stack("head")
     assert torch.equal(by("triton", x, layers), by("triton", x, layers))
 
 
@@ -204,7 +204,7 @@ def test_compile_is_one_node():
     compiled = torch.compile(run, fullgraph=True, backend=recorder)
     layers = stack("head")
     with torch.no_grad():
-        for count in (3, 3, 4, 5):
+        for count in (2, 2, 3, 4):
             x = images("head", count)
             assert torch.equal(compiled(count * x, layers), run(count * x, layers))
     assert len(recorder.graphs) <= 2

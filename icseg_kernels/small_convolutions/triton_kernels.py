@@ -61,7 +61,7 @@ def _layer(  # type: ignore[no-untyped-def]
                 mask=weighted[:, None] & (n < CO)[None, :],
                 other=0,
             ).to(OPERAND)  # [BLOCK_K, WIDTH]
-            total = tl.dot(pixels, weights, total, input_precision=PRECISION)
+            total = tl.dot(pixels, weights, total, input_precision=PRECISION, out_dtype=ACC)
         if bias is not None:
             total += tl.load(bias + n, mask=n < CO, other=0).to(ACC)[None, :]
         total = tl.where(total > 0, total, total * slope).to(target.dtype.element_ty)
