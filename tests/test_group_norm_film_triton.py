@@ -37,7 +37,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cut":
         monkeypatch.setattr(triton, "MOST_VALUES", 0)
         monkeypatch.setattr(triton, "MOST_PARTS", 4)
-        monkeypatch.setattr(triton, "_TILE", 16)
+        monkeypatch.setattr(triton, "_TILE", 32)
     return request.param
 
 
@@ -95,9 +95,10 @@ def test_any_gain_bias_and_activation(cut, kinds, activation):
 
 
 @interpreted
-def test_gradcheck(cut):
-    inputs = [t.requires_grad_() for t in arguments(1, 2, (9,), FILMS[0], torch.float64)]
-    assert torch.autograd.gradcheck(by("triton", 1), inputs, nondet_tol=0.0)
+def test_gradcheck(cut, monkeypatch):
+    monkeypatch.setattr(triton, "_TILE", 8)
+    inputs = [t.requires_grad_() for t in arguments(1, 2, (5,), FILMS[0], torch.float64)]
+    assert torch.autograd.gradcheck(by("triton", 1), inputs, nondet_tol=0.0, fast_mode=cut == "cut")
 
 
 @interpreted
@@ -137,10 +138,10 @@ def test_constant_groups_are_their_bias(cut):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_in_its_group(cut, bad):
-    x = normal(2, 8, 5, 5).to(DEVICE, torch.float32)
-    clean = group_norm_film(x, 4, activation="gelu", backend="triton")
+    x = normal(2, 4, 5, 5).to(DEVICE, torch.float32)
+    clean = group_norm_film(x, 2, activation="gelu", backend="triton")
     x[1, 3, 2, 2] = bad
-    out = group_norm_film(x, 4, activation="gelu", backend="triton")
+    out = group_norm_film(x, 2, activation="gelu", backend="triton")
     assert out[1, 2:4].isnan().all()
     out[1, 2:4] = clean[1, 2:4]
     assert torch.equal(out, clean)
@@ -211,7 +212,7 @@ def test_gain_and_bias_of_other_dtypes():
 
 
 def test_the_same_bits_twice_and_in_any_company(cut):
-    x, gain, bias = arguments(3, 4, (9, 5), ("channel", "sample"), torch.float32)
+    x, gain, bias = arguments(2, 4, (9, 5), ("channel", "sample"), torch.float32)
     first, second = (with_gradients(by("triton", 2), (x, gain, bias)) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)

@@ -175,21 +175,20 @@ _ALIGNED = ("zx_batch", "zx_image", "zy_batch", "zy_image", "elements")
 def _compilations() -> Iterator[Compilation]:
     """Of contiguous tensors: pairs and their mean, and pairs alone; backward with one image of x and with several."""
     for (dtype, pointer), (block, warps) in itertools.product(_POINTERS.items(), BLOCKS):
-        for kernel, more in (
-            (tail_kernel, {"mean_pointer": None}),
-            (tail_kernel, {}),
-            (tail_backward_kernel, {"ONE": False, "grad_mean_pointer": None}),
-            (tail_backward_kernel, {"ONE": True}),
+        for what, kernel, more in (
+            ("pairs", tail_kernel, {"mean_pointer": None}),
+            ("pairs and mean", tail_kernel, {}),
+            ("backward of pairs", tail_backward_kernel, {"ONE": False, "grad_mean_pointer": None}),
+            ("backward of pairs and mean, one x", tail_backward_kernel, {"ONE": True}),
         ):
-            if block != BLOCKS[-1][0] and more:
+            if block != BLOCKS[-1][0] and kernel != tail_kernel:
                 continue
             names = kernel.arg_names
             given = {"ACTIVATION": 3, "ACC": tl.float32, "BLOCK": block, "zx_step": 1, "zy_step": 1} | more
             kinds = dict.fromkeys(_INTEGERS, "i32") | {"slope": "fp32"}
             kinds |= {name: pointer for name in names if name.endswith("pointer")}
-            what = " ".join([kernel.__name__.removesuffix("_kernel"), dtype, str(block), *more])
             yield Compilation(
-                f"cross_conv: {what}",
+                f"cross_conv: {what} {dtype} {block}",
                 kernel,
                 {name: kinds[name] for name in names if name in kinds and name not in given},
                 given,
