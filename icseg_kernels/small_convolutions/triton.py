@@ -44,14 +44,15 @@ class Plan(NamedTuple):
 
     images:       of a group, which a program convolves together.
     second, slot: elements of scratch before the second map, and of one program.
-    rows, terms:  pixels, and products summed up, at a time.
+    rows:         pixels at a time, of each layer.
+    terms:        products summed up at a time.
     warps:        of a program.
     """
 
     images: int
     second: int
     slot: int
-    rows: int
+    rows: tuple[int, ...]
     terms: int
     warps: int
 
@@ -69,8 +70,8 @@ def plan(size: Size, layers: Sequence[Layer], samples: int, *, fused: bool) -> P
     kept = [images * count * width for count, width in maps[:-1]] + [0, 0]
     second = max(kept[::2])
     most = 128 if widest <= 64 else 64
-    rows = max(16, min(most, _power_of_two(images * pixels)))
-    warps = 8 if rows * max(widest, 32) >= 4096 else 4
+    rows = tuple(max(16, min(most, _power_of_two(images * count))) for count, _ in maps)
+    warps = 8 if max(rows) * max(widest, 32) >= 4096 else 4
     return Plan(images, second, second + max(kept[1::2]), rows, 16 if fused else 32, warps)
 
 
@@ -82,7 +83,6 @@ def constants(size: Size, layers: Sequence[Layer], chosen: Plan) -> dict[str, An
         "IMAGES": chosen.images,
         "SECOND": chosen.second,
         "SLOT": chosen.slot,
-        "BLOCK_M": chosen.rows,
         "BLOCK_K": chosen.terms,
         "C0": channels,
         "H0": height,
@@ -92,6 +92,7 @@ def constants(size: Size, layers: Sequence[Layer], chosen: Plan) -> dict[str, An
     for i, layer in enumerate([*layers, *[nothing] * (LAYERS - len(layers))], 1):
         found |= {f"C{i}": layer.outputs, f"KERNEL{i}": layer.kernel, f"STRIDE{i}": layer.stride}
         found |= {f"PADDING{i}": layer.padding, f"REPLICATE{i}": layer.replicate, f"WIDTH{i}": _padded(layer.outputs)}
+        found[f"ROWS{i}"] = chosen.rows[i - 1] if i <= len(layers) else 0
     return found
 
 

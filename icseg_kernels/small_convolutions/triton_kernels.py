@@ -82,14 +82,14 @@ def stack_kernel(  # type: ignore[no-untyped-def]
     LAYERS: tl.constexpr, IMAGES: tl.constexpr, SECOND: tl.constexpr, SLOT: tl.constexpr,
     C0: tl.constexpr, H0: tl.constexpr, W0: tl.constexpr,
     C1: tl.constexpr, KERNEL1: tl.constexpr, STRIDE1: tl.constexpr, PADDING1: tl.constexpr, REPLICATE1: tl.constexpr,
-    WIDTH1: tl.constexpr,
+    WIDTH1: tl.constexpr, ROWS1: tl.constexpr,
     C2: tl.constexpr, KERNEL2: tl.constexpr, STRIDE2: tl.constexpr, PADDING2: tl.constexpr, REPLICATE2: tl.constexpr,
-    WIDTH2: tl.constexpr,
+    WIDTH2: tl.constexpr, ROWS2: tl.constexpr,
     C3: tl.constexpr, KERNEL3: tl.constexpr, STRIDE3: tl.constexpr, PADDING3: tl.constexpr, REPLICATE3: tl.constexpr,
-    WIDTH3: tl.constexpr,
+    WIDTH3: tl.constexpr, ROWS3: tl.constexpr,
     C4: tl.constexpr, KERNEL4: tl.constexpr, STRIDE4: tl.constexpr, PADDING4: tl.constexpr, REPLICATE4: tl.constexpr,
-    WIDTH4: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH4: tl.constexpr, ROWS4: tl.constexpr,
+    BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`groups` of IMAGES images, on a grid of as many programs as there are slots of SLOT elements.
 
@@ -101,7 +101,7 @@ def stack_kernel(  # type: ignore[no-untyped-def]
         _layer(
             x + tl.cast(first, tl.int64) * x_image, weight1, bias1, out if LAYERS == 1 else here, slope1,
             first, samples, x_image, x_channel, x_row, x_column, IMAGES, C0, C0, H0, W0,
-            C1, KERNEL1, STRIDE1, PADDING1, REPLICATE1, WIDTH1, LAYERS == 1, BLOCK_M, BLOCK_K, OPERAND, ACC, PRECISION,
+            C1, KERNEL1, STRIDE1, PADDING1, REPLICATE1, WIDTH1, LAYERS == 1, ROWS1, BLOCK_K, OPERAND, ACC, PRECISION,
         )  # fmt: skip
         H1: tl.constexpr = (H0 + 2 * PADDING1 - KERNEL1) // STRIDE1 + 1
         W1: tl.constexpr = (W0 + 2 * PADDING1 - KERNEL1) // STRIDE1 + 1
@@ -109,7 +109,7 @@ def stack_kernel(  # type: ignore[no-untyped-def]
             _layer(
                 here, weight2, bias2, out if LAYERS == 2 else here + SECOND, slope2,
                 first, samples, H1 * W1 * WIDTH1, 1, W1 * WIDTH1, WIDTH1, IMAGES, C1, WIDTH1, H1, W1,
-                C2, KERNEL2, STRIDE2, PADDING2, REPLICATE2, WIDTH2, LAYERS == 2, BLOCK_M, BLOCK_K,
+                C2, KERNEL2, STRIDE2, PADDING2, REPLICATE2, WIDTH2, LAYERS == 2, ROWS2, BLOCK_K,
                 OPERAND, ACC, PRECISION,
             )  # fmt: skip
         if LAYERS > 2:
@@ -118,7 +118,7 @@ def stack_kernel(  # type: ignore[no-untyped-def]
             _layer(
                 here + SECOND, weight3, bias3, out if LAYERS == 3 else here, slope3,
                 first, samples, H2 * W2 * WIDTH2, 1, W2 * WIDTH2, WIDTH2, IMAGES, C2, WIDTH2, H2, W2,
-                C3, KERNEL3, STRIDE3, PADDING3, REPLICATE3, WIDTH3, LAYERS == 3, BLOCK_M, BLOCK_K,
+                C3, KERNEL3, STRIDE3, PADDING3, REPLICATE3, WIDTH3, LAYERS == 3, ROWS3, BLOCK_K,
                 OPERAND, ACC, PRECISION,
             )  # fmt: skip
             if LAYERS > 3:
@@ -127,7 +127,7 @@ def stack_kernel(  # type: ignore[no-untyped-def]
                 _layer(
                     here, weight4, bias4, out, slope4,
                     first, samples, H3 * W3 * WIDTH3, 1, W3 * WIDTH3, WIDTH3, IMAGES, C3, WIDTH3, H3, W3,
-                    C4, KERNEL4, STRIDE4, PADDING4, REPLICATE4, WIDTH4, True, BLOCK_M, BLOCK_K,
+                    C4, KERNEL4, STRIDE4, PADDING4, REPLICATE4, WIDTH4, True, ROWS4, BLOCK_K,
                     OPERAND, ACC, PRECISION,
                 )  # fmt: skip
 
