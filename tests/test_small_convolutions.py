@@ -377,7 +377,7 @@ def test_opcheck(name):
     slopes = [1.0 if slope is None else slope for slope in slopes]
     torch.library.opcheck(
         torch.ops.icseg.small_convolutions.default,
-        (images(name, 3), weights, biases, *rest, slopes),
+        (images(name, 3), weights, biases, *rest, slopes, "native"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

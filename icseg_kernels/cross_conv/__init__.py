@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.cross_conv import native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.cross_conv import native, reference, triton
 from icseg_kernels.cross_conv.convolution import Geometry, convolve_both
 from icseg_kernels.numerics import autocast
 
@@ -19,11 +19,16 @@ __all__ = ["cross_conv2d", "cross_conv2d_and_mean", "cross_conv2d_mean"]
 # torch.nn.Conv2d's names -> torch.nn.functional.pad's
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 _ACTIVATIONS = ("relu", "leaky_relu", "gelu")
-_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native, "reference": reference}
 
 for _op in ("cross_conv2d", "cross_conv2d_mean", "cross_conv2d_and_mean"):
     backends.declare(
-        _op, {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()}
+        _op,
+        {
+            "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
+            "native": backends.Backend(library.missing, native.unsupported),
+            "reference": backends.Backend(),
+        },
     )
 
 
@@ -52,7 +57,8 @@ def cross_conv2d(
     bias:         [Co] or None. All of one dtype, unless autocast is enabled, which acts as on torch.nn.Conv2d.
     stride, dilation, padding, padding_mode: as torch.nn.Conv2d; padding="same", the default, needs stride 1.
     activation:   of every pair: None, "relu", "leaky_relu" (slope `negative_slope` below 0) or "gelu" (exact).
-    backend:      None, "native" (CPU) or "reference": of what follows the convolutions, which are torch's.
+    backend:      None, "triton" (CUDA, not float64), "native" (CPU) or "reference": of what follows the convolutions,
+                  which are torch's.
     Returns [B, Sx, Sy, Co, Ho, Wo]. Differentiable, any number of times, also in forward mode; with an activation
     once, and in reverse mode only. Raises TypeError or ValueError for an argument of another type, dtype, shape,
     device or range, BackendError if the named backend cannot serve.
@@ -156,8 +162,11 @@ def _activated(
     elif _channels_last(zx) and _channels_last(zy):  # what follows is elementwise
         results = _activated(zx.movedim(2, -1), zy.movedim(2, -1), pairs, mean, activation, slope, backend)
         return results[0].movedim(-1, 3) if pairs else results[0], results[1].movedim(-1, 2) if mean else results[1]
-    if backend == "native" and backends.unwatched((zx, zy)):
-        return native.tail(zx, zy, pairs, mean, activation, slope, overwrite=True)
+    if backend != "reference" and backends.unwatched((zx, zy)):
+        found: tuple[Tensor, Tensor] = _IMPLEMENTATIONS[backend].tail(
+            zx, zy, pairs, mean, activation, slope, overwrite=True
+        )
+        return found
     return backends.call(_CrossTail, _tail, zx, zy, pairs, mean, activation, slope, backend)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.group_norm_film import native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.group_norm_film import native, reference, triton
 from icseg_kernels.numerics import accumulation_dtype
 
 __all__ = ["group_norm_film"]
 
-_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native, "reference": reference}
 
 
 def group_norm_film(
@@ -39,7 +39,8 @@ def group_norm_film(
     gain, bias: [C], or [N, C] for one a sample, any strides, any of these dtypes; None: 1 and 0.
     activation: None or "gelu", exact (by the error function).
     eps:        added to the variance.
-    backend:    None, "native" (CPU) or "reference". Computed in float32 for the 16-bit types, else in the dtype of x.
+    backend:    None, "triton" (CUDA, not float64), "native" (CPU) or "reference". Computed in float32 for the 16-bit
+                types, else in the dtype of x.
     Returns [N, C, *spatial], contiguous, of the dtype of x. Once differentiable with respect to x, gain and bias; the
     gradients are bitwise reproducible. Raises TypeError or ValueError for an argument of another type, dtype, shape,
     device or range, BackendError if the named backend cannot serve.
@@ -158,7 +159,11 @@ _backward = backends.register(
 )
 backends.declare(
     "group_norm_film",
-    {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.small_convolutions import native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.small_convolutions import native, reference, triton
 
 __all__ = ["ConvLayer", "small_convolutions"]
+
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native}  # the reference is differentiable as it is
 
 
 class ConvLayer(NamedTuple):
@@ -39,8 +41,9 @@ def small_convolutions(x: Tensor, layers: Sequence[ConvLayer], *, backend: str |
 
     x:       [N, C, h, w] float16, bfloat16, float32 or float64, any strides; C, h, w > 0.
     layers:  at least one; weights and biases of the dtype of x.
-    backend: None, "native" (float32 on the CPU, no gradients, up to 16 layers, maps of up to 128 channels and 32 x 32
-             pixels) or "reference", torch's own convolutions.
+    backend: None, "triton" (CUDA, not float64), "native" (float32 on the CPU, up to 16 layers), both without gradients
+             and for maps of up to 128 channels and 32 x 32 pixels, or "reference", torch's own convolutions. "triton"
+             rounds factors of float32 to TF32 where torch.set_float32_matmul_precision allows it.
     Returns [N, C', h', w'], contiguous. Differentiable as torch's convolutions are: where a gradient is wanted, the
     reference serves. Under autocast, 16-bit tensors become float32, in which the layers are then computed. Raises
     TypeError or ValueError for an argument of another type, dtype, shape, device or range, BackendError if the named
@@ -71,17 +74,19 @@ def small_convolutions(x: Tensor, layers: Sequence[ConvLayer], *, backend: str |
     sizes = [size]
     for i, layer in enumerate(layers):
         sizes.append(size := _checked(f"layers[{i}]", layer, x, size))
-    if backends.select("small_convolutions", backend, x, layers, sizes) == "reference":
+    name = backends.select("small_convolutions", backend, x, layers, sizes)
+    if name == "reference":
         if not autocasting:
             return reference.small_convolutions(x, layers)
         with torch.autocast(kind, enabled=False):
             return reference.small_convolutions(x, layers)
     if backends.unwatched((x, *(tensor for layer in layers for tensor in layer[:2]))):
-        return native.convolve(x, layers, size)
+        convolved: Tensor = _IMPLEMENTATIONS[name].convolve(x, layers, size)
+        return convolved
     weights, biases, strides, paddings, replicates, slopes = map(list, zip(*layers, strict=True))
     slopes = [1.0 if slope is None else float(slope) for slope in slopes]
     return _small_convolutions(
-        x, weights, biases, list(map(int, strides)), list(map(int, paddings)), replicates, slopes
+        x, weights, biases, list(map(int, strides)), list(map(int, paddings)), replicates, slopes, name
     )
 
 
@@ -142,6 +147,12 @@ def _widened_layer(layer: ConvLayer) -> ConvLayer:
     return layer._replace(weight=_widened(layer.weight), bias=bias)
 
 
+def _implementation(*arguments: Any) -> Tensor:
+    *of_layers, backend = arguments
+    found: Tensor = _IMPLEMENTATIONS[backend].small_convolutions(*of_layers)
+    return found
+
+
 def _fake(x: Tensor, weights: list[Tensor], _: Any, strides: list[int], paddings: list[int], *rest: Any) -> Tensor:
     height, width = x.shape[2:]
     for weight, stride, padding in zip(weights, strides, paddings, strict=True):
@@ -151,13 +162,17 @@ def _fake(x: Tensor, weights: list[Tensor], _: Any, strides: list[int], paddings
 
 _small_convolutions = backends.register(
     "small_convolutions(Tensor x, Tensor[] weights, Tensor?[] biases, SymInt[] strides, SymInt[] paddings,"
-    " bool[] replicates, float[] slopes) -> Tensor",
-    native.small_convolutions,
+    " bool[] replicates, float[] slopes, str backend) -> Tensor",
+    _implementation,
     _fake,
 )
 backends.declare(
     "small_convolutions",
-    {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 
