@@ -75,7 +75,7 @@ def project(tmp_path) -> Path:
 def run_hook(hook: str, project: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:
     """Call the build backend as pip does; return the finished process and the file that it made."""
     command = [sys.executable, "-c", HOOK, hook, str(project.parent)]
-    variables = {**os.environ, "ICSEG_REQUIRE_NATIVE": "", **environment}
+    variables = {**os.environ, "ICSEG_REQUIRE_NATIVE": "", "ICSEG_CUDA": "0", **environment}
     done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True)
     return done, project.parent / (done.stdout.split() or ["nothing"])[-1]
 
