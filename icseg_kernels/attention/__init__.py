@@ -103,13 +103,15 @@ def selected_attention(
                 strides; they get no gradient. Rows of k that no list names are not turned.
     return_lse: also return log(sum(exp(scores))) [B, h, Nq], sink included; float32, or float64 for float64.
                 Two results over disjoint keys, without sinks, merge exactly with it.
-    backend:    None, "native" or "reference". Without index and logsumexp, the reference is torch's SDPA, and None
-                takes it where it is the faster one (`native.slower`).
+    backend:    None, "triton", "native" or "reference". Without index and logsumexp, the reference is torch's SDPA,
+                and None takes it where it is the faster one (`triton.slower`, `native.slower`). Triton serves up to 256
+                channels and up to 4 runs of kv_end.
 
     Returns [B, h, Nq, Dv] in the dtype of q, always a new tensor (there is no `out=`). A query with no key gives
     0, and logsumexp -inf (0 with a sink). Once differentiable in q, k and v, also through logsumexp; not in forward
     mode. Without index and logsumexp the half types are computed as SDPA does (under torch.compile, q times a given
-    scale is rounded to its dtype first), otherwise in float32; autocast acts as on SDPA.
+    scale is rounded to its dtype first), otherwise in float32; but factors of Triton's products are rounded to the
+    half type, and to TF32 where torch.set_float32_matmul_precision allows it. Autocast acts as on SDPA.
     Raises TypeError or ValueError for an argument of another type, dtype, shape, device or range, BackendError if
     the named backend cannot serve.
 

@@ -43,7 +43,7 @@ _NOT_SLOWER = 1.5 * 10**6
 _NOT_SLOWER_WITH_GRADIENTS = 64 * 10**6
 
 
-def slower(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, by_sdpa: bool, *_: object) -> bool:
+def slower(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, by_sdpa: bool, *rest: object) -> bool:
     """Whether torch's own attention is the better choice, for a call that it could serve (`by_sdpa`)."""
     if not by_sdpa:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -51,11 +52,10 @@ class _Bounds(NamedTuple):
     stops: tuple[int, int, int]  # where the first three runs end
     ends: tuple[int, int, int, int]  # keys that each run sees
 
-    @property
-    def between(self) -> list[int]:
-        """How many keys there are between consecutive bounds."""
-        ordered = sorted(self.ends)
-        return [b - a for a, b in zip([0, *ordered], ordered, strict=False)]
+    def between(self, listed: int) -> list[int]:
+        """How many keys there are from 0 to `listed` between consecutive bounds."""
+        bounds = [0, *sorted(self.ends), listed]
+        return [b - a for a, b in itertools.pairwise(bounds)]
 
 
 def _bounds(queries: list[int], keys: list[int], nq: int, listed: int) -> _Bounds:
@@ -111,7 +111,8 @@ def _call(
     (b, h, nq, d), (_, _, nk, dv) = q.shape, v.shape
     _guard("k", k, (b, h, nk, d), q)
     _guard("v", v, (b, h, nk, dv), q)
-    groups, listed, strides = 1, nk, (0, 0, 0)
+    groups, listed = 1, nk
+    strides: tuple[int, ...] = (0, 0, 0)
     if index is not None:
         _, groups, listed = index.shape
         _guard("index", index, (b, groups, listed), q, index.dtype)
@@ -289,7 +290,10 @@ def backward(
         grad_lse = grad_lse.contiguous()
     bounds, groups, listed = call.bounds, call.groups, call.listed
     grad_q, mean = q.new_empty(q.shape), torch.empty_like(lse)
-    of_queries, of_keys = kernels.backward_blocks(q.dtype, call.options["BLOCK_D"], call.options["BLOCK_DV"])
+    ordered = sorted(bounds.ends)
+    pieces = [listed] * groups if groups > 1 else bounds.between(listed)
+    block_d, block_dv = call.options["BLOCK_D"], call.options["BLOCK_DV"]
+    of_queries, of_keys = kernels.backward_blocks(q.dtype, block_d, block_dv, call.lengths, pieces, b * h)
     tiles = kernels.tiles(call.lengths, of_queries.queries)
     triton_launch.launch(
         kernels.backward_queries_kernel,
@@ -325,9 +329,7 @@ def backward(
     if index is not None:
         part_k = q.new_empty((b, groups, listed, h, d), dtype=total)
         part_v = q.new_empty((b, groups, listed, h, dv), dtype=total)
-    ordered = sorted(bounds.ends)
-    pieces = [listed] if groups > 1 else [*bounds.between, listed - ordered[-1]]
-    tiles = kernels.tiles(pieces, of_keys.keys)
+    tiles = kernels.tiles(pieces, of_keys.keys) // groups
     triton_launch.launch(
         kernels.backward_keys_kernel,
         (b * h * groups * tiles,),

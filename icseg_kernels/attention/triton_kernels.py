@@ -1,8 +1,8 @@
 """Attention over selected keys as Triton kernels.
 
 A tile of queries lies in one group of queries and one run of kv_end, so that all its rows see the same keys; a tile of
-keys, which gathers gradients, lies between two bounds of kv_end, so that a run sees all its keys or none. With a rotation,
-even and odd channels are apart from the load on, and a product over channels is the sum of two.
+keys, which gathers gradients, lies between two bounds of kv_end, so that a run sees all its keys or none. With a
+rotation, even and odd channels are apart from the load on, and a product over channels is the sum of two.
 """
 
 from __future__ import annotations
@@ -113,11 +113,7 @@ def _whole(  # type: ignore[no-untyped-def]
 @triton.jit
 def _number(pointer, value, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
     """What lies at `pointer`, or without one `value`."""
-    if pointer is not None:
-        value = tl.load(pointer).to(SUM)
-    else:
-        value = tl.full((), value, SUM)
-    return value
+    return tl.load(pointer).to(SUM) if pointer is not None else tl.full((), value, SUM)
 
 
 @triton.jit
@@ -445,7 +441,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, BY_POSITION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """grad_k [B, h, Nk, D], grad_v [B, h, Nk, Dv] from part_k, part_v [B, G, M, h, ...]: sums in the order of the lists.
+    """grad_k [B, h, Nk, D], grad_v [B, h, Nk, Dv]: sums of part_k, part_v [B, G, M, h, ...] in the order of the lists.
 
     A program has HEADS heads of one row. The grid is B * Nk * slices of heads; BY_POSITION, it is B * G * M * slices,
     only the first program that has a row works, and rows that no list names are not written.
@@ -549,15 +545,25 @@ def splits(programs: int, listed: int, block: int) -> tuple[int, int]:
     return -(-listed // chunk), chunk
 
 
-def backward_blocks(dtype: torch.dtype, block_d: int, block_dv: int) -> tuple[Blocks, Blocks]:
-    """For the gradients of queries, and for those of keys and values."""
-    wide = max(block_d, block_dv)
-    warps = 4 if wide <= 64 else 8
-    if dtype.itemsize == 2:
-        of_queries = Blocks(64 if wide <= 128 else 32, 64 if wide <= 64 else 32, warps, 2)
-        return of_queries, Blocks(32, 64 if wide <= 128 else 32, warps, 2)
-    small = 32 if wide <= 64 else 16
-    return Blocks(32, small, warps, 2), Blocks(small, 32, warps, 2)
+def backward_blocks(
+    dtype: torch.dtype, block_d: int, block_dv: int, lengths: list[int], pieces: list[int], heads: int
+) -> tuple[Blocks, Blocks]:
+    """For the gradients of queries, and for those of keys and values of `pieces` between the bounds of kv_end."""
+    wide, half = max(block_d, block_dv), dtype.itemsize == 2
+    queries, keys = (
+        next((n for n in _backward_sizes(wide, half) if heads * tiles(runs, n) >= _PROGRAMS), 16)
+        for runs in (lengths, pieces)
+    )
+    return _backward_blocks(wide, half, queries, keys)
+
+
+def _backward_sizes(wide: int, half: bool) -> tuple[int, ...]:
+    return (64, 32) if half and wide <= 128 else (32,)
+
+
+def _backward_blocks(wide: int, half: bool, queries: int, keys: int) -> tuple[Blocks, Blocks]:
+    other, warps = (64 if wide <= 64 else 32) if half else 32 if wide <= 64 else 16, 4 if wide <= 64 else 8
+    return Blocks(queries, other, warps, 2), Blocks(min(other, 32), keys, warps, 2)
 
 
 MERGED = 16  # queries of a program that merges splits
@@ -585,7 +591,13 @@ _OF_TOKENS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
 
 
 def _compilation(
-    name: str, kernel: Any, dtype: torch.dtype, sums: set[str], without: set[str], blocks: Blocks | None, **constants: Any
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    sums: set[str],
+    without: set[str],
+    blocks: Blocks | None,
+    **constants: Any,
 ) -> Compilation:
     """sums: tensors of tokens that are in the dtype of sums here; without: tensors that are None."""
     signature: dict[str, str] = {}
@@ -644,30 +656,32 @@ def _compilations(dtype: torch.dtype, d: int, dv: int, *, indexed: bool, rotary:
             found.append(
                 _compilation(name, forward_kernel, dtype, parts, without, blocks, SINK=True, **sizes, **options)
             )
-    of_queries, of_keys = backward_blocks(dtype, block_d, block_dv)
-    for name, kernel, blocks in (
-        ("backward of queries", backward_queries_kernel, of_queries),
-        ("backward of keys", backward_keys_kernel, of_keys),
-    ):
-        sums = {"grad_k", "grad_v"} if indexed and kernel is backward_keys_kernel else set()
-        sizes = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-        found.append(_compilation(f"{name} {kind}", kernel, dtype, sums, without, blocks, **sizes, **options))
+    for size in (*_backward_sizes(wide, half), 16)[: 1 if few else None]:
+        of_queries, of_keys = _backward_blocks(wide, half, size, size)
+        for name, kernel, blocks in (
+            ("backward of queries", backward_queries_kernel, of_queries),
+            ("backward of keys", backward_keys_kernel, of_keys),
+        ):
+            sums = {"grad_k", "grad_v"} if indexed and kernel is backward_keys_kernel else set()
+            sizes = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+            name += f" {kind} {size}"
+            found.append(_compilation(name, kernel, dtype, sums, without, blocks, **sizes, **options))
     return found
 
 
 COMPILATIONS = [
     *(
         compilation
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
         for indexed, rotary in ((True, False), (False, True))
-        for compilation in _compilations(dtype, 64, 64, indexed=indexed, rotary=rotary, few=dtype == torch.bfloat16)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        for compilation in _compilations(dtype, 64, 64, indexed=indexed, rotary=rotary, few=dtype != torch.float16)
     ),
     *(
         compilation
-        for dtype in (torch.float32, torch.float16)
         for d, dv, rotary in ((16, 16, False), (32, 32, True), (128, 128, False), (256, 256, False), (256, 256, True))
-        for compilation in _compilations(dtype, d, dv, indexed=True, rotary=rotary, few=True)
+        for compilation in _compilations(torch.float16, d, dv, indexed=True, rotary=rotary, few=True)
     ),
+    *_compilations(torch.float32, 256, 256, indexed=True, rotary=True, few=True),
     _compilation(
         "merge float16 64",
         merge_kernel,
