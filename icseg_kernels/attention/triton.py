@@ -200,7 +200,8 @@ def forward(
     total = numerics.accumulation_dtype(q.dtype)
     out, lse = q.new_empty((b, nq, h, dv)), q.new_empty((b, h, nq), dtype=total)
     block_dv = call.options["BLOCK_DV"]
-    blocks = kernels.forward_blocks(q.dtype, call.options["BLOCK_D"], block_dv, call.lengths, b * h)
+    rotary = call.options["ROTARY"]
+    blocks = kernels.forward_blocks(q.dtype, call.options["BLOCK_D"], block_dv, rotary, call.lengths, b * h)
     tiles = kernels.tiles(call.lengths, blocks.queries)
     seen = max(call.bounds.ends)
     splits, chunk = kernels.splits(b * h * tiles, seen, blocks.keys)
@@ -292,8 +293,8 @@ def backward(
     grad_q, mean = q.new_empty(q.shape), torch.empty_like(lse)
     ordered = sorted(bounds.ends)
     pieces = [listed] * groups if groups > 1 else bounds.between(listed)
-    block_d, block_dv = call.options["BLOCK_D"], call.options["BLOCK_DV"]
-    of_queries, of_keys = kernels.backward_blocks(q.dtype, block_d, block_dv, call.lengths, pieces, b * h)
+    block_d, block_dv, rotary = (call.options[name] for name in ("BLOCK_D", "BLOCK_DV", "ROTARY"))
+    of_queries, of_keys = kernels.backward_blocks(q.dtype, block_d, block_dv, rotary, call.lengths, pieces, b * h)
     tiles = kernels.tiles(call.lengths, of_queries.queries)
     triton_launch.launch(
         kernels.backward_queries_kernel,

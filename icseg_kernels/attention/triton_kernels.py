@@ -519,21 +519,23 @@ def tiles(lengths: list[int], block: int) -> int:
     return sum(-(-n // block) for n in lengths)
 
 
-def forward_blocks(dtype: torch.dtype, block_d: int, block_dv: int, lengths: list[int], heads: int) -> Blocks:
+def forward_blocks(
+    dtype: torch.dtype, block_d: int, block_dv: int, rotary: bool, lengths: list[int], heads: int
+) -> Blocks:
     """For `lengths` of runs or groups of queries, in each of `heads` heads of the batch."""
-    wide, half = max(block_d, block_dv), dtype.itemsize == 2
-    queries = next((n for n in _query_blocks(wide, half) if heads * tiles(lengths, n) >= _PROGRAMS), 16)
-    return _forward_blocks(wide, half, queries)
+    found = _forward_blocks(dtype, max(block_d, block_dv), rotary)
+    return next((blocks for blocks in found if heads * tiles(lengths, blocks.queries) >= _PROGRAMS), found[-1])
 
 
-def _query_blocks(wide: int, half: bool) -> tuple[int, ...]:
-    return (64, 32) if half or wide <= 64 else (32,)
-
-
-def _forward_blocks(wide: int, half: bool, queries: int) -> Blocks:
-    if half:
-        return Blocks(queries, 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 3 if wide <= 64 else 2)
-    return Blocks(queries, 32 if wide <= 128 else 16, 4 if wide <= 128 else 8, 2)
+def _forward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[Blocks]:
+    """Of ever fewer queries, for more programs."""
+    warps = 4 if wide <= 128 else 8
+    if dtype.itemsize == 2:
+        keys, stages = 64 if wide <= 128 else 32, 3 if wide <= 64 else 2
+        sizes = (64, 32, 16) if wide <= 128 or not rotary else (32, 16)
+        return [Blocks(queries, keys, warps, stages) for queries in sizes]
+    sizes = (64, 32, 16) if wide <= 64 else (32, 16) if wide <= 128 else (16,)
+    return [Blocks(queries, 32 if wide <= 128 else 16, 8 if queries == 64 else warps, 2) for queries in sizes]
 
 
 def splits(programs: int, listed: int, block: int) -> tuple[int, int]:
@@ -546,24 +548,32 @@ def splits(programs: int, listed: int, block: int) -> tuple[int, int]:
 
 
 def backward_blocks(
-    dtype: torch.dtype, block_d: int, block_dv: int, lengths: list[int], pieces: list[int], heads: int
+    dtype: torch.dtype,
+    block_d: int,
+    block_dv: int,
+    rotary: bool,
+    lengths: list[int],
+    pieces: list[int],
+    heads: int,
 ) -> tuple[Blocks, Blocks]:
     """For the gradients of queries, and for those of keys and values of `pieces` between the bounds of kv_end."""
-    wide, half = max(block_d, block_dv), dtype.itemsize == 2
-    queries, keys = (
-        next((n for n in _backward_sizes(wide, half) if heads * tiles(runs, n) >= _PROGRAMS), 16)
-        for runs in (lengths, pieces)
+    found = _backward_blocks(dtype, max(block_d, block_dv), rotary)
+    return (
+        next((a for a, _ in found if heads * tiles(lengths, a.queries) >= _PROGRAMS), found[-1][0]),
+        next((b for _, b in found if heads * tiles(pieces, b.keys) >= _PROGRAMS), found[-1][1]),
     )
-    return _backward_blocks(wide, half, queries, keys)
 
 
-def _backward_sizes(wide: int, half: bool) -> tuple[int, ...]:
-    return (64, 32) if half and wide <= 128 else (32,)
-
-
-def _backward_blocks(wide: int, half: bool, queries: int, keys: int) -> tuple[Blocks, Blocks]:
-    other, warps = (64 if wide <= 64 else 32) if half else 32 if wide <= 64 else 16, 4 if wide <= 64 else 8
-    return Blocks(queries, other, warps, 2), Blocks(min(other, 32), keys, warps, 2)
+def _backward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[tuple[Blocks, Blocks]]:
+    """Of ever fewer queries, and of ever fewer keys."""
+    if dtype.itemsize == 2:
+        sizes = (64, 32, 16) if wide <= 128 else (16,) if rotary else (32, 16)
+        other, warps = 64 if wide <= 64 else 32 if wide <= 128 or not rotary else 16, 4 if wide <= 64 else 8
+    else:
+        sizes = (32, 16) if wide <= 128 else (16,)
+        other, warps = 32 if wide <= 64 else 16, 8
+    stages = 2 if wide <= 128 else 1  # more registers than there are, otherwise
+    return [(Blocks(size, other, warps, 2), Blocks(min(other, 32), size, warps, stages)) for size in sizes]
 
 
 MERGED = 16  # queries of a program that merges splits
@@ -637,7 +647,7 @@ def _compilation(
 def _compilations(dtype: torch.dtype, d: int, dv: int, *, indexed: bool, rotary: bool, few: bool) -> list[Compilation]:
     """All of one kind of call; few: only the largest blocks."""
     block_d, block_dv = padded(d, rotary), padded(dv, False)
-    wide, half = max(block_d, block_dv), dtype.itemsize == 2
+    wide = max(block_d, block_dv)
     kind = f"{str(dtype).removeprefix('torch.')} {d}x{dv}{' index' if indexed else ''}{' rotary' if rotary else ''}"
     without = {"scale_pointer", "grad_lse"}
     without |= set() if indexed else {"index"}
@@ -645,27 +655,21 @@ def _compilations(dtype: torch.dtype, d: int, dv: int, *, indexed: bool, rotary:
     options: dict[str, Any] = {"D": d, "DV": dv, "GROUPED": False, "ROTARY": rotary, "BLOCK_D": block_d}
     options |= {"BLOCK_DV": block_dv, "SUM": tl.float32, "FACTOR": _TYPES[dtype], "PRECISION": "ieee"}
     found = []
-    for queries in (*_query_blocks(wide, half), 16)[: 1 if few else None]:
-        blocks = _forward_blocks(wide, half, queries)
+    for blocks in _forward_blocks(dtype, wide, rotary)[: 1 if few else None]:
         sizes = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-        name = f"forward {kind} {queries}"
-        found.append(_compilation(name, forward_kernel, dtype, set(), without, blocks, SINK=False, **sizes, **options))
-        if half and queries == 16:
-            parts = {"out"}
-            name += " split"
-            found.append(
-                _compilation(name, forward_kernel, dtype, parts, without, blocks, SINK=True, **sizes, **options)
-            )
-    for size in (*_backward_sizes(wide, half), 16)[: 1 if few else None]:
-        of_queries, of_keys = _backward_blocks(wide, half, size, size)
-        for name, kernel, blocks in (
-            ("backward of queries", backward_queries_kernel, of_queries),
-            ("backward of keys", backward_keys_kernel, of_keys),
-        ):
-            sums = {"grad_k", "grad_v"} if indexed and kernel is backward_keys_kernel else set()
-            sizes = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-            name += f" {kind} {size}"
-            found.append(_compilation(name, kernel, dtype, sums, without, blocks, **sizes, **options))
+        for parts in (False, True)[: 1 + (blocks.queries == 16 and not few)]:
+            name, sums = f"forward {kind} {blocks.queries}{' split' if parts else ''}", {"out"} if parts else set()
+            sizes["SINK"] = parts
+            found.append(_compilation(name, forward_kernel, dtype, sums, without, blocks, **sizes, **options))
+    for of_queries, of_keys in _backward_blocks(dtype, wide, rotary)[: 1 if few else None]:
+        name = f"backward of {of_queries.queries} queries {kind}"
+        sizes = {"BLOCK_M": of_queries.queries, "BLOCK_N": of_queries.keys}
+        kernel = backward_queries_kernel
+        found.append(_compilation(name, kernel, dtype, set(), without, of_queries, **sizes, **options))
+        name, sums = f"backward of {of_keys.keys} keys {kind}", {"grad_k", "grad_v"} if indexed else set()
+        sizes = {"BLOCK_M": of_keys.queries, "BLOCK_N": of_keys.keys}
+        kernel = backward_keys_kernel
+        found.append(_compilation(name, kernel, dtype, sums, without, of_keys, **sizes, **options))
     return found
 
 
