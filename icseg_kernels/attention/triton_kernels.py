@@ -530,6 +530,7 @@ def forward_blocks(
 def _forward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[Blocks]:
     """Of ever fewer queries, for more programs."""
     warps = 4 if wide <= 128 else 8
+    sizes: tuple[int, ...]
     if dtype.itemsize == 2:
         keys, stages = 64 if wide <= 128 else 32, 3 if wide <= 64 else 2
         sizes = (64, 32, 16) if wide <= 128 or not rotary else (32, 16)
@@ -566,12 +567,13 @@ def backward_blocks(
 
 def _backward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[tuple[Blocks, Blocks]]:
     """Of ever fewer queries, and of ever fewer keys."""
+    sizes: tuple[int, ...]
     if dtype.itemsize == 2:
         sizes = (64, 32, 16) if wide <= 128 else (16,) if rotary else (32, 16)
         other, warps = 64 if wide <= 64 else 32 if wide <= 128 or not rotary else 16, 4 if wide <= 64 else 8
     else:
         sizes = (32, 16) if wide <= 128 else (16,)
-        other, warps = 32 if wide <= 64 else 16, 8
+        other, warps = 32 if wide <= 64 and not rotary else 16, 8
     stages = 2 if wide <= 128 else 1  # more registers than there are, otherwise
     return [(Blocks(size, other, warps, 2), Blocks(min(other, 32), size, warps, stages)) for size in sizes]
 
@@ -619,8 +621,8 @@ def _compilation(
             constants[argument] = None
         elif argument == "index":
             signature[argument] = "*i64"
-        elif argument == "scale":
-            signature[argument] = "fp32"
+        elif argument in ("scale", "scale_pointer"):
+            signature[argument] = "fp32" if argument == "scale" else "*fp64"
         elif argument in _OF_TOKENS | _OF_SUMS:
             signature[argument] = "*fp32" if argument in _OF_SUMS | sums else _POINTERS[dtype]
         elif argument in _VARYING:
@@ -645,13 +647,12 @@ def _compilation(
 
 
 def _compilations(dtype: torch.dtype, d: int, dv: int, *, indexed: bool, rotary: bool, few: bool) -> list[Compilation]:
-    """All of one kind of call; few: only the largest blocks."""
+    """All of one kind of call; few: only the largest blocks. With a rotation, the scale lies at a pointer."""
     block_d, block_dv = padded(d, rotary), padded(dv, False)
     wide = max(block_d, block_dv)
     kind = f"{str(dtype).removeprefix('torch.')} {d}x{dv}{' index' if indexed else ''}{' rotary' if rotary else ''}"
-    without = {"scale_pointer", "grad_lse"}
+    without = set() if rotary else {"scale_pointer", "grad_lse", "q_cos", "q_sin", "k_cos", "k_sin"}
     without |= set() if indexed else {"index"}
-    without |= set() if rotary else {"q_cos", "q_sin", "k_cos", "k_sin"}
     options: dict[str, Any] = {"D": d, "DV": dv, "GROUPED": False, "ROTARY": rotary, "BLOCK_D": block_d}
     options |= {"BLOCK_DV": block_dv, "SUM": tl.float32, "FACTOR": _TYPES[dtype], "PRECISION": "ieee"}
     found = []
