@@ -313,6 +313,9 @@ def test_limits_are_named() -> None:
     wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
     with pytest.raises(NotImplementedError, match=r"it serves D up to 256, got 257; it serves Dv up to 256, got 257"):
         selected_attention(wide, wide, wide, backend="triton")
+    turn = Rotation(*torch.ones(2, 1, device=DEVICE))
+    with pytest.raises(NotImplementedError, match="it turns D up to 128, got 130"):
+        selected_attention(*(t[..., :130] for t in (wide, wide, wide)), rotary=(turn, None), backend="triton")
     runs = [(1, n) for n in range(5)]
     with pytest.raises(NotImplementedError, match="it serves up to 4 runs of kv_end, got 5"):
         selected_attention(q, k, v, kv_end=runs, backend="triton")

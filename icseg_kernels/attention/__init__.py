@@ -105,7 +105,7 @@ def selected_attention(
                 Two results over disjoint keys, without sinks, merge exactly with it.
     backend:    None, "triton", "native" or "reference". Without index and logsumexp, the reference is torch's SDPA,
                 and None takes it where it is the faster one (`triton.slower`, `native.slower`). Triton serves up to 256
-                channels and up to 4 runs of kv_end.
+                channels (128 that are turned) and up to 4 runs of kv_end.
 
     Returns [B, h, Nq, Dv] in the dtype of q, always a new tensor (there is no `out=`). A query with no key gives
     0, and logsumexp -inf (0 with a sink). Once differentiable in q, k and v, also through logsumexp; not in forward

@@ -12,6 +12,7 @@ from icseg_kernels import numerics, triton_launch
 from icseg_kernels.attention import native
 
 _MOST_CHANNELS = 256
+_MOST_TURNED_CHANNELS = 128  # more need more registers than there are
 _MOST_RUNS = 4
 # Multiply-adds of a call without gradients from which on torch's attention is faster, though it first turns q and k in
 # passes of their own. An estimate, not a measurement.
@@ -23,7 +24,10 @@ def unsupported(
 ) -> list[str]:
     """Why the kernels cannot serve these tensors."""
     reasons = [*triton_launch.unsupported_device("q", q), *triton_launch.unsupported_dtype("q", q)]
-    for name, channels in (("D", q.shape[3]), ("Dv", v.shape[3])):
+    d, dv = q.shape[3], v.shape[3]
+    if rotary and d > _MOST_TURNED_CHANNELS:
+        reasons.append(f"it turns D up to {_MOST_TURNED_CHANNELS}, got {d}")
+    for name, channels in (("D", d), ("Dv", dv)):
         if channels > _MOST_CHANNELS:
             reasons.append(f"it serves {name} up to {_MOST_CHANNELS}, got {channels}")
     if runs > _MOST_RUNS:

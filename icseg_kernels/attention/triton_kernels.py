@@ -63,14 +63,14 @@ def _tile_of_queries(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _row_of(index, position, stride, stop, rows):  # type: ignore[no-untyped-def]
-    """Rows (int64, 0 where not valid) that a list names at `position`, and which are valid."""
+    """Rows (int32, 0 where not valid) that a list names at `position`, and which are valid."""
     valid = position < stop
     if index is not None:
-        row = tl.load(index + position.to(tl.int64) * stride, mask=valid, other=-1).to(tl.int64)
+        row = tl.load(index + position.to(tl.int64) * stride, mask=valid, other=-1)
         valid = valid & (row >= 0) & (row < rows)
-        row = tl.where(valid, row, 0)
+        row = tl.where(valid, row, 0).to(tl.int32)
     else:
-        row = position.to(tl.int64)
+        row = position
     return row, valid
 
 
@@ -81,7 +81,7 @@ def _channels(pointer, row, row_stride, channel_stride, valid, CHANNELS: tl.cons
     mask = valid[:, None]
     if CHANNELS < BLOCK:
         mask = mask & (channel[None, :] < CHANNELS)
-    where = pointer + row[:, None] * row_stride + channel[None, :].to(tl.int64) * channel_stride
+    where = pointer + row[:, None].to(tl.int64) * row_stride + channel[None, :].to(tl.int64) * channel_stride
     return tl.load(where, mask=mask, other=0.0)
 
 
@@ -147,7 +147,6 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     )
     query = first + tl.arange(0, BLOCK_M)
     present = query < stop
-    query = query.to(tl.int64)
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
     if index is not None:
@@ -216,7 +215,6 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     head, batch = (program % heads).to(tl.int64), (program // heads).to(tl.int64)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     present = query < queries
-    query = query.to(tl.int64)
     channel = tl.arange(0, BLOCK_DV)
     mask = present[:, None] & (channel[None, :] < DV)
     of_lse = (batch * heads + head) * queries + query
@@ -271,7 +269,6 @@ def backward_queries_kernel(  # type: ignore[no-untyped-def]
     )
     query = first + tl.arange(0, BLOCK_M)
     present = query < stop
-    query = query.to(tl.int64)
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
     if index is not None:
@@ -397,7 +394,6 @@ def backward_keys_kernel(  # type: ignore[no-untyped-def]
         for here in range(start, halt, BLOCK_M):
             query = here + tl.arange(0, BLOCK_M)
             present = query < halt
-            query = query.to(tl.int64)
             norm = _base_2(tl.load(lse + query, mask=present, other=float("-inf")))
             average = tl.load(mean + query, mask=present, other=0.0)
             x = _channels(q, query, q_n, q_d, present, D, BLOCK_D)
@@ -574,8 +570,10 @@ def _backward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[tuple[
     else:
         sizes = (32, 16) if wide <= 128 else (16,)
         other, warps = 32 if wide <= 64 and not rotary else 16, 8
-    stages = 2 if wide <= 128 else 1  # more registers than there are, otherwise
-    return [(Blocks(size, other, warps, 2), Blocks(min(other, 32), size, warps, stages)) for size in sizes]
+    # Where registers would not suffice for two stages, on one architecture or another.
+    stages = 1 if dtype.itemsize > 2 and rotary else 2
+    stages_of_keys = stages if 16 < wide <= 128 else 1
+    return [(Blocks(size, other, warps, stages), Blocks(min(other, 32), size, warps, stages_of_keys)) for size in sizes]
 
 
 MERGED = 16  # queries of a program that merges splits
@@ -683,10 +681,11 @@ COMPILATIONS = [
     ),
     *(
         compilation
-        for d, dv, rotary in ((16, 16, False), (32, 32, True), (128, 128, False), (256, 256, False), (256, 256, True))
+        for d, dv, rotary in ((16, 16, False), (32, 32, True), (128, 128, True), (128, 256, True), (256, 256, False))
         for compilation in _compilations(torch.float16, d, dv, indexed=True, rotary=rotary, few=True)
     ),
-    *_compilations(torch.float32, 256, 256, indexed=True, rotary=True, few=True),
+    *_compilations(torch.float32, 128, 128, indexed=True, rotary=True, few=True),
+    *_compilations(torch.float32, 256, 256, indexed=True, rotary=False, few=True),
     _compilation(
         "merge float16 64",
         merge_kernel,
