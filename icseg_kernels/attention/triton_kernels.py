@@ -524,15 +524,18 @@ def forward_blocks(
 
 
 def _forward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[Blocks]:
-    """Of ever fewer queries, for more programs."""
+    """Of ever fewer queries, for more programs; no more, nor more stages, than registers suffice for."""
     warps = 4 if wide <= 128 else 8
-    sizes: tuple[int, ...]
     if dtype.itemsize == 2:
-        keys, stages = 64 if wide <= 128 else 32, 3 if wide <= 64 else 2
-        sizes = (64, 32, 16) if wide <= 128 or not rotary else (32, 16)
-        return [Blocks(queries, keys, warps, stages) for queries in sizes]
-    sizes = (64, 32, 16) if wide <= 64 else (32, 16) if wide <= 128 else (16,)
-    return [Blocks(queries, 32 if wide <= 128 else 16, 8 if queries == 64 else warps, 2) for queries in sizes]
+        most, keys = 64 if wide <= 128 or not rotary else 32, 64 if wide <= 128 else 32
+        stages = 3 if wide <= 64 else 2 if wide <= 128 or not rotary else 1
+    else:
+        most, keys, stages = 64 if wide <= 64 else 32 if wide <= 128 else 16, 32 if wide <= 128 else 16, 2
+    return [
+        Blocks(queries, keys, 8 if queries == 64 and dtype.itemsize > 2 else warps, stages)
+        for queries in (64, 32, 16)
+        if queries <= most
+    ]
 
 
 def splits(programs: int, listed: int, block: int) -> tuple[int, int]:
@@ -562,18 +565,20 @@ def backward_blocks(
 
 
 def _backward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[tuple[Blocks, Blocks]]:
-    """Of ever fewer queries, and of ever fewer keys."""
-    sizes: tuple[int, ...]
+    """Of ever fewer queries, and of ever fewer keys; no more, nor more stages, than registers suffice for."""
     if dtype.itemsize == 2:
-        sizes = (64, 32, 16) if wide <= 128 else (16,) if rotary else (32, 16)
+        most = 64 if wide <= 64 or (wide <= 128 and not rotary) else 16 if wide > 128 and rotary else 32
         other, warps = 64 if wide <= 64 else 32 if wide <= 128 or not rotary else 16, 4 if wide <= 64 else 8
     else:
-        sizes = (32, 16) if wide <= 128 else (16,)
+        most = 32 if wide <= 128 else 16
         other, warps = 32 if wide <= 64 and not rotary else 16, 8
-    # Where registers would not suffice for two stages, on one architecture or another.
     stages = 1 if dtype.itemsize > 2 and rotary else 2
     stages_of_keys = stages if 16 < wide <= 128 else 1
-    return [(Blocks(size, other, warps, stages), Blocks(min(other, 32), size, warps, stages_of_keys)) for size in sizes]
+    return [
+        (Blocks(size, other, warps, stages), Blocks(min(other, 32), size, warps, stages_of_keys))
+        for size in (64, 32, 16)
+        if size <= most
+    ]
 
 
 MERGED = 16  # queries of a program that merges splits
@@ -645,13 +650,22 @@ def _compilation(
 
 
 def _compilations(dtype: torch.dtype, d: int, dv: int, *, indexed: bool, rotary: bool, few: bool) -> list[Compilation]:
-    """All of one kind of call; few: only the largest blocks. With a rotation, the scale lies at a pointer."""
+    """All of one kind of call; few: only the largest blocks.
+
+    With a rotation, the scale lies at a pointer; without one, there are groups if there are lists.
+    """
     block_d, block_dv = padded(d, rotary), padded(dv, False)
     wide = max(block_d, block_dv)
     kind = f"{str(dtype).removeprefix('torch.')} {d}x{dv}{' index' if indexed else ''}{' rotary' if rotary else ''}"
     without = set() if rotary else {"scale_pointer", "grad_lse", "q_cos", "q_sin", "k_cos", "k_sin"}
     without |= set() if indexed else {"index"}
-    options: dict[str, Any] = {"D": d, "DV": dv, "GROUPED": False, "ROTARY": rotary, "BLOCK_D": block_d}
+    options: dict[str, Any] = {
+        "D": d,
+        "DV": dv,
+        "GROUPED": indexed and not rotary,
+        "ROTARY": rotary,
+        "BLOCK_D": block_d,
+    }
     options |= {"BLOCK_DV": block_dv, "SUM": tl.float32, "FACTOR": _TYPES[dtype], "PRECISION": "ieee"}
     found = []
     for blocks in _forward_blocks(dtype, wide, rotary)[: 1 if few else None]:
@@ -681,7 +695,14 @@ COMPILATIONS = [
     ),
     *(
         compilation
-        for d, dv, rotary in ((16, 16, False), (32, 32, True), (128, 128, True), (128, 256, True), (256, 256, False))
+        for d, dv, rotary in (
+            (16, 16, False),
+            (32, 32, True),
+            (128, 128, False),
+            (128, 128, True),
+            (128, 256, True),
+            (256, 256, False),
+        )
         for compilation in _compilations(torch.float16, d, dv, indexed=True, rotary=rotary, few=True)
     ),
     *_compilations(torch.float32, 128, 128, indexed=True, rotary=True, few=True),
