@@ -525,17 +525,12 @@ def forward_blocks(
 
 def _forward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[Blocks]:
     """Of ever fewer queries, for more programs; no more, nor more stages, than registers suffice for."""
-    warps = 4 if wide <= 128 else 8
     if dtype.itemsize == 2:
         most, keys = 64 if wide <= 128 or not rotary else 32, 64 if wide <= 128 else 32
         stages = 3 if wide <= 64 else 2 if wide <= 128 or not rotary else 1
-    else:
-        most, keys, stages = 64 if wide <= 64 else 32 if wide <= 128 else 16, 32 if wide <= 128 else 16, 2
-    return [
-        Blocks(queries, keys, 8 if queries == 64 and dtype.itemsize > 2 else warps, stages)
-        for queries in (64, 32, 16)
-        if queries <= most
-    ]
+        return [Blocks(n, keys, 4 if wide <= 128 else 8, stages) for n in (64, 32, 16) if n <= most]
+    most, keys = 64 if wide <= 64 else 32 if wide <= 128 else 16, 32 if wide <= (64 if rotary else 128) else 16
+    return [Blocks(n, keys, 8 if n == 64 or wide > 64 else 4, 2) for n in (64, 32, 16) if n <= most]
 
 
 def splits(programs: int, listed: int, block: int) -> tuple[int, int]:
