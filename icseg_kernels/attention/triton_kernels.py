@@ -606,7 +606,7 @@ def _compilation(
     dtype: torch.dtype,
     sums: set[str],
     without: set[str],
-    blocks: Blocks | None,
+    blocks: Blocks,
     **constants: Any,
 ) -> Compilation:
     """sums: tensors of tokens that are in the dtype of sums here; without: tensors that are None."""
@@ -630,17 +630,15 @@ def _compilation(
         else:
             signature[argument] = "i32"
             aligned.append(argument)
-    options: dict[str, Any] = {}
-    if blocks is not None:
-        options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     return Compilation(
         f"selected_attention: {name}",
         kernel,
         signature,
         constants,
         aligned=tuple(aligned),
-        tensor_cores=blocks is not None and dtype.itemsize == 2,
-        **options,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        tensor_cores="PRECISION" in constants and dtype.itemsize == 2,
     )
 
 
@@ -708,7 +706,7 @@ COMPILATIONS = [
         torch.float16,
         set(),
         set(),
-        None,
+        Blocks(MERGED, 0, 4, 3),
         DV=64,
         BLOCK_M=MERGED,
         BLOCK_DV=64,
@@ -721,7 +719,7 @@ COMPILATIONS = [
             torch.float16,
             set(),
             set(),
-            None,
+            Blocks(0, CHUNK, ROWS_WARPS, 3),
             D=64,
             DV=64,
             HEADS=4,
