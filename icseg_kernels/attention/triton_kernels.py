@@ -563,14 +563,17 @@ def _backward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[tuple[
     """Of ever fewer queries, and of ever fewer keys; no more, nor more stages, than registers suffice for."""
     if dtype.itemsize == 2:
         most = 64 if wide <= 64 or (wide <= 128 and not rotary) else 16 if wide > 128 and rotary else 32
-        other, warps = 64 if wide <= 64 else 32 if wide <= 128 or not rotary else 16, 4 if wide <= 64 else 8
+        keys = 64 if wide <= 64 and not rotary else 32 if wide <= 128 or not rotary else 16
+        queries = 16 if rotary and wide == 64 else min(keys, 32)
+        warps, warps_of_keys = 4 if wide <= (32 if rotary else 64) else 8, 4 if wide <= 64 else 8
     else:
         most = 32 if wide <= 128 else 16
-        other, warps = 32 if wide <= 64 and not rotary else 16, 8
+        keys = queries = 32 if wide <= 64 and not rotary else 16
+        warps = warps_of_keys = 8
     stages = 1 if dtype.itemsize > 2 and rotary else 2
     stages_of_keys = stages if 16 < wide <= 128 else 1
     return [
-        (Blocks(size, other, warps, stages), Blocks(min(other, 32), size, warps, stages_of_keys))
+        (Blocks(size, keys, warps, stages), Blocks(queries, size, warps_of_keys, stages_of_keys))
         for size in (64, 32, 16)
         if size <= most
     ]
