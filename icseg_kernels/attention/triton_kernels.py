@@ -526,7 +526,7 @@ def forward_blocks(
 def _forward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[Blocks]:
     """Of ever fewer queries, for more programs; no more, nor more stages, than registers suffice for."""
     if dtype.itemsize == 2:
-        most, keys = 64 if wide <= 128 or not rotary else 32, 64 if wide <= 128 else 32
+        most, keys = 64 if wide <= 64 or not rotary else 32, 64 if wide <= 128 else 32
         stages = 3 if wide <= 64 else 2 if wide <= 128 or not rotary else 1
         return [Blocks(n, keys, 4 if wide <= 128 else 8, stages) for n in (64, 32, 16) if n <= most]
     most, keys = 64 if wide <= 64 else 32 if wide <= 128 else 16, 32 if wide <= (64 if rotary else 128) else 16
