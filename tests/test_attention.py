@@ -638,7 +638,7 @@ def bad(**changes: object) -> dict[str, object]:
             ValueError,
             "D must be even, got 5",
         ),
-        (lambda: bad(backend="triton"), NotImplementedError, "selected_attention has no triton backend"),
+        (lambda: bad(backend="cuda"), NotImplementedError, "selected_attention has no cuda backend"),
         (lambda: bad(backend="fast"), ValueError, "backend must be one of"),
     ],
 )

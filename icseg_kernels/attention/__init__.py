@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library, numerics
-from icseg_kernels.attention import native, reference
+from icseg_kernels import checks, flops, library, numerics, triton_launch
+from icseg_kernels.attention import native, reference, triton
 
 __all__ = ["KeyBounds", "Rotation", "selected_attention"]
 
@@ -27,12 +27,13 @@ class Rotation(NamedTuple):
 
 Rotary = tuple[Rotation | None, Rotation | None]
 
-_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native, "reference": reference}
 _NO_ANGLES = (None,) * 4
 
 backends.declare(
     "selected_attention",
     {
+        "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton.slower),
         "native": backends.Backend(library.missing, native.unsupported, native.slower),
         "reference": backends.Backend(),
     },
@@ -102,13 +103,15 @@ def selected_attention(
                 strides; they get no gradient. Rows of k that no list names are not turned.
     return_lse: also return log(sum(exp(scores))) [B, h, Nq], sink included; float32, or float64 for float64.
                 Two results over disjoint keys, without sinks, merge exactly with it.
-    backend:    None, "native" or "reference". Without index and logsumexp, the reference is torch's SDPA, and None
-                takes it where it is the faster one (`native.slower`).
+    backend:    None, "triton", "native" or "reference". Without index and logsumexp, the reference is torch's SDPA,
+                and None takes it where it is the faster one (`triton.slower`, `native.slower`). Triton serves up to 256
+                channels (128 that are turned) and up to 4 runs of kv_end.
 
     Returns [B, h, Nq, Dv] in the dtype of q, always a new tensor (there is no `out=`). A query with no key gives
     0, and logsumexp -inf (0 with a sink). Once differentiable in q, k and v, also through logsumexp; not in forward
     mode. Without index and logsumexp the half types are computed as SDPA does (under torch.compile, q times a given
-    scale is rounded to its dtype first), otherwise in float32; autocast acts as on SDPA.
+    scale is rounded to its dtype first), otherwise in float32; but factors of Triton's products are rounded to the
+    half type, and to TF32 where torch.set_float32_matmul_precision allows it. Autocast acts as on SDPA.
     Raises TypeError or ValueError for an argument of another type, dtype, shape, device or range, BackendError if
     the named backend cannot serve.
 
@@ -129,7 +132,7 @@ def selected_attention(
     scale = None if scale is None else checks.number("scale", scale)
     # SDPA of no key would be NaN where q is, and of no feature NaN everywhere.
     by_sdpa = index is None and not return_lse and q.shape[3] > 0 and (sink or 0 not in (keys or [k.shape[2]]))
-    name = backends.select("selected_attention", backend, q, k, v, index, by_sdpa)
+    name = backends.select("selected_attention", backend, q, k, v, index, by_sdpa, len(queries), rotary is not None)
     angles = _NO_ANGLES if rotary is None else _checked_rotary(rotary, q, k)
     if by_sdpa and name == "reference":
         return reference.dense(q, k, v, *angles, queries, keys, sink, scale)
@@ -282,7 +285,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     (b, h, nq, _), dv = q.shape, v.shape[3]
     lse = q.new_empty(b, h, nq, dtype=numerics.accumulation_dtype(q.dtype))
-    if backend == "native":
+    if backend in ("triton", "native"):
         return q.new_empty(b, nq, h, dv).transpose(1, 2), lse
     return q.new_empty(b, h, nq, dv), lse
 

@@ -43,20 +43,20 @@ _NOT_SLOWER = 1.5 * 10**6
 _NOT_SLOWER_WITH_GRADIENTS = 64 * 10**6
 
 
-def slower(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, by_sdpa: bool) -> bool:
+def slower(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, by_sdpa: bool, *rest: object) -> bool:
     """Whether torch's own attention is the better choice, for a call that it could serve (`by_sdpa`)."""
     if not by_sdpa:
         return False
-    if (
-        torch.compiler.is_compiling()
-        or q.dtype.itemsize < 4
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if torch.compiler.is_compiling() or q.dtype.itemsize < 4 or transformed():
         return True
     (b, h, nq, d), (_, _, nk, dv) = q.shape, v.shape
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return b * h * nq * nk * (d + dv) < (_NOT_SLOWER_WITH_GRADIENTS if differentiated else _NOT_SLOWER)
+
+
+def transformed() -> bool:
+    """Whether the call is differentiated in forward mode or by a function transform."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def forward(
