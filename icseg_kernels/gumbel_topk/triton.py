@@ -1,11 +1,11 @@
 """gumbel_topk by Triton kernels. Indices and scores equal the reference bit for bit.
 
-One launch for rows of up to 16384 elements and k below 512; longer rows take two. A larger k takes one more, or a sort.
+One launch for rows of up to 8192 elements and k below 512; longer rows take two. A larger k takes one more, or a sort.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from icseg_kernels import triton_launch
 from icseg_kernels.numerics import accumulation_dtype
 
 _MOST_CANDIDATES = 2**31 - 2**15  # so that no index of a tile overflows int32
-_RANKED_AT_ONCE = 512  # survivors that the drawing kernel ranks by itself
+RANKED_AT_ONCE = 512  # survivors that the drawing kernel ranks by itself
 _RANKED = 16384  # more are sorted
 
 
@@ -58,8 +58,9 @@ def gumbel_topk(
     """As the reference's. Inputs are read where they lie."""
     draw = outputs(logits, k, probabilities=True)
     draw_into(draw, logits, seed, noise)
-    assert draw.logsumexp is not None and draw.kappa is not None and draw.kappa_index is not None
-    return draw.indices, draw.scores, draw.logsumexp, draw.kappa, draw.kappa_index
+    _, indices, scores, *of_rows, _ = draw
+    logsumexp, kappa, kappa_index = cast(list[Tensor], of_rows)
+    return indices, scores, logsumexp, kappa, kappa_index
 
 
 def outputs(like: Tensor, k: int, *, probabilities: bool = False, coords: bool = False) -> Draw:
@@ -99,10 +100,10 @@ def draw_into(
     batch, count = logits.shape
     k = draw.indices.shape[1]
     device = logits.device
-    dtype = _triton_dtype(draw.scores.dtype)
+    dtype = triton_dtype(draw.scores.dtype)
     kind, source, noise_strides = noise_arguments(seed, noise)
     strides = (*logits.stride(), *noise_strides)
-    ranked = k < _RANKED_AT_ONCE
+    ranked = k < RANKED_AT_ONCE
     written = (draw.indices, draw.scores, draw.logsumexp, draw.kappa, draw.kappa_index, draw.coords)
     columns, stride, before, no_patch = corners if corners is not None else Corners(1, 1, 0, 0)
     grid = (columns, stride, before)
@@ -148,6 +149,7 @@ def draw_into(
             **options,
             **launch,
         )
+        options["TILE"], launch["num_warps"] = kernels.tile_of(chunks * kept)
         triton_launch.launch(
             kernels.merge_kernel,
             (batch,),
@@ -160,6 +162,7 @@ def draw_into(
             chunks,
             k,
             *grid,
+            IN_TILE=chunks * kept <= kernels.LARGEST_TILE,
             **options,
             **last,
             **launch,
@@ -223,13 +226,13 @@ def gumbel_topk_backward(
         BLOCK=kernels.BACKWARD_BLOCK,
         RANKS=kernels.RANKS,
         OF_NOISE=of_noise,
-        DTYPE=_triton_dtype(grad.dtype),
+        DTYPE=triton_dtype(grad.dtype),
         enable_fp_fusion=False,
     )
     return grad
 
 
-def _triton_dtype(dtype: torch.dtype) -> Any:
+def triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]

@@ -20,7 +20,7 @@ from icseg_kernels.philox_triton_kernels import noise_of_groups
 
 RANKS = 64  # survivors ranked at a time
 CHUNK = 4096  # elements of a chunk of a long row
-LARGEST_TILE = 16384  # of a row in one piece
+LARGEST_TILE = 8192  # of a row in one piece
 BACKWARD_BLOCK = 1024
 
 
@@ -82,7 +82,7 @@ def _ordered(scores):  # type: ignore[no-untyped-def]
 @triton.jit
 def _interval(DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first key above that of -inf, and the first above that of inf."""
-    if DTYPE == tl.float64:
+    if DTYPE == tl.float64:  # noqa: SIM300
         low = tl.full((), 0x0010000000000000, tl.uint64)
         high = tl.full((), 0xFFF0000000000001, tl.uint64)
     else:
@@ -152,7 +152,7 @@ def _best_of_tile(scores, wanted):  # type: ignore[no-untyped-def]
 @triton.jit
 def _as_bits(index, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """int32 indices as floats of the same bits, to lie beside scores."""
-    if DTYPE == tl.float64:
+    if DTYPE == tl.float64:  # noqa: SIM300
         bits = index.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         bits = index.to(tl.float32, bitcast=True)
@@ -418,8 +418,8 @@ def filter_kernel(  # type: ignore[no-untyped-def]
     tl.store(candidates + place, scores, mask=chosen)
     tl.store(candidates + plane + place, _as_bits(element, DTYPE), mask=chosen)
     for start in range(found, kept, RANKS):
-        place = start + tl.arange(0, RANKS)
-        tl.store(candidates + place, tl.full([RANKS], float("-inf"), DTYPE), mask=place < kept)
+        empty = start + tl.arange(0, RANKS)
+        tl.store(candidates + empty, tl.full([RANKS], float("-inf"), DTYPE), mask=empty < kept)
 
 
 @triton.jit
@@ -451,11 +451,15 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     before,
     TILE: tl.constexpr,
     RANKS: tl.constexpr,
+    IN_TILE: tl.constexpr,
     RANKED: tl.constexpr,
     DTYPE: tl.constexpr,
     NO_PATCH: tl.constexpr,
 ):
-    """As `draw_kernel`, from the filter's candidates [B, 2, total], which are in the order of their index."""
+    """As `draw_kernel`, from the filter's candidates [B, 2, total], which are in the order of their index.
+
+    IN_TILE: there are at most TILE of them.
+    """
     row = tl.program_id(0)
     if logsumexp_pointer is not None:
         sums = sums_pointer + row.to(tl.int64) * 2 * chunks
@@ -473,36 +477,43 @@ def merge_kernel(  # type: ignore[no-untyped-def]
             parts += tl.load(sums + chunks + chunk, mask=chunk < chunks, other=0.0) * scale
         tl.store(logsumexp_pointer + row, _log_of_sum(top, tl.sum(parts)))
     candidates = candidates_pointer + row.to(tl.int64) * 2 * total
-    low, high = _interval(DTYPE)
-    from_low = _count_from(candidates, total, low, TILE)
-    from_high = from_low * 0
-    wanted = tl.minimum(from_low, k + 1)
-    while (high - low > 1) & (from_low != wanted):
-        step = tl.maximum((high - low) >> 2, 1)
-        a = low + step
-        b = a + step
-        c = b + step
-        from_a, from_b, from_c = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
-        for start in range(0, total, TILE):
-            place = start + tl.arange(0, TILE)
-            keys = _ordered(tl.load(candidates + place, mask=place < total, other=float("-inf")))
-            from_a += (keys >= a).to(tl.int32)
-            from_b += (keys >= b).to(tl.int32)
-            from_c += (keys >= c).to(tl.int32)
-        low, high, from_low, from_high = _narrowed(
-            low, high, from_low, from_high, wanted, a, b, c, tl.sum(from_a), tl.sum(from_b), tl.sum(from_c)
-        )
-    needed = wanted - from_high
     survivors = survivors_pointer + row.to(tl.int64) * 2 * (k + 1)
-    above_before, equal_before = from_high * 0, from_high * 0
-    for start in range(0, total, TILE):
-        element = start + tl.arange(0, TILE)
+    if IN_TILE:
+        element = tl.arange(0, TILE)
         scores = tl.load(candidates + element, mask=element < total, other=float("-inf"))
-        chosen, place, above_before, equal_before = _places(
-            _ordered(scores), low, high, above_before, equal_before, needed
-        )
+        chosen, place, wanted = _best_of_tile(scores, k + 1)
         tl.store(survivors + place, scores, mask=chosen)
         tl.store(survivors + k + 1 + place, tl.load(candidates + total + element, mask=chosen), mask=chosen)
+    else:
+        low, high = _interval(DTYPE)
+        from_low = _count_from(candidates, total, low, TILE)
+        from_high = from_low * 0
+        wanted = tl.minimum(from_low, k + 1)
+        while (high - low > 1) & (from_low != wanted):
+            step = tl.maximum((high - low) >> 2, 1)
+            a = low + step
+            b = a + step
+            c = b + step
+            from_a, from_b, from_c = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
+            for start in range(0, total, TILE):
+                place = start + tl.arange(0, TILE)
+                keys = _ordered(tl.load(candidates + place, mask=place < total, other=float("-inf")))
+                from_a += (keys >= a).to(tl.int32)
+                from_b += (keys >= b).to(tl.int32)
+                from_c += (keys >= c).to(tl.int32)
+            low, high, from_low, from_high = _narrowed(
+                low, high, from_low, from_high, wanted, a, b, c, tl.sum(from_a), tl.sum(from_b), tl.sum(from_c)
+            )
+        needed = wanted - from_high
+        above_before, equal_before = from_high * 0, from_high * 0
+        for start in range(0, total, TILE):
+            element = start + tl.arange(0, TILE)
+            scores = tl.load(candidates + element, mask=element < total, other=float("-inf"))
+            chosen, place, above_before, equal_before = _places(
+                _ordered(scores), low, high, above_before, equal_before, needed
+            )
+            tl.store(survivors + place, scores, mask=chosen)
+            tl.store(survivors + k + 1 + place, tl.load(candidates + total + element, mask=chosen), mask=chosen)
     _fill(survivors, wanted, k + 1, DTYPE, RANKS)
     if RANKED:
         tl.debug_barrier()  # what other threads stored is read
@@ -609,15 +620,14 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, k + 1, RANKS):
         draw = start + tl.arange(0, RANKS)
         index = tl.load(indices_pointer + row * k + draw, mask=draw < k, other=-1)
-        values = tl.load(grad_scores_pointer + row * k + draw, mask=draw < k, other=0.0)
-        if kappa_index_pointer is not None:
-            index = tl.where(draw == k, tl.load(kappa_index_pointer + row), index)
-            values = tl.where(draw == k, tl.load(grad_kappa_pointer + row), values)
+        drawn = tl.load(grad_scores_pointer + row * k + draw, mask=draw < k, other=0.0)
+        index = tl.where(draw == k, tl.load(kappa_index_pointer + row), index)
+        drawn = tl.where(draw == k, tl.load(grad_kappa_pointer + row), drawn)
         here = (index >= first) & (index < tl.minimum(first + BLOCK, count)) & (draw <= k)
         if not OF_NOISE:
-            own = tl.load(logits + index * element_stride, mask=here, other=0.0)
-            values += _gradient_of_logsumexp(own.to(DTYPE), logsumexp, grad_logsumexp)
-        tl.store(grad + index, values, mask=here)
+            again = tl.load(logits + index * element_stride, mask=here, other=0.0)
+            drawn += _gradient_of_logsumexp(again.to(DTYPE), logsumexp, grad_logsumexp)
+        tl.store(grad + index, drawn, mask=here)
 
 
 def tile_of(count: int) -> tuple[int, int]:
@@ -660,7 +670,12 @@ def _compilations() -> list[Compilation]:
             name = f"draw, {name}" + ("" if ranked else ", unranked")
         else:
             kernel, name = filter_kernel, f"filter, {name}"
-            signature = common | {"candidates_pointer": "*fp32", "sums_pointer": "*fp32", "kept": "i32", "chunks": "i32"}
+            signature = common | {
+                "candidates_pointer": "*fp32",
+                "sums_pointer": "*fp32",
+                "kept": "i32",
+                "chunks": "i32",
+            }
             signature |= {name: integers[name] for name in ("count", "row_stride", "noise_row_stride")}
         found.append(
             Compilation(
@@ -674,7 +689,7 @@ def _compilations() -> list[Compilation]:
             )
         )
 
-    for count in (256, 512, 1024, 2048, 4096, 8192, 16384):
+    for count in (256, 512, 1024, 2048, 4096, 8192):
         draw("float32", count, "pointer")
     for noise in sources:
         draw("float32", 4096, noise) if noise != "pointer" else None
@@ -684,16 +699,24 @@ def _compilations() -> list[Compilation]:
     for noise in sources:
         draw("float32", 2 * LARGEST_TILE, noise)
     merged = {name: integers[name] for name in ("k", "columns", "stride", "before")}
-    for ranked in (True, False):
+    for total, ranked in (
+        (512, True),
+        (4096, True),
+        (4096, False),
+        (2 * LARGEST_TILE, True),
+        (2 * LARGEST_TILE, False),
+    ):
+        tile, warps = tile_of(total)
+        in_tile = total <= LARGEST_TILE
         found.append(
             Compilation(
-                "gumbel_topk: merge" + ("" if ranked else ", unranked"),
+                f"gumbel_topk: merge, {total}" + ("" if ranked else ", unranked"),
                 merge_kernel,
                 {"candidates_pointer": "*fp32", "sums_pointer": "*fp32", "total": "i32", "chunks": "i32"}
                 | outputs
                 | merged,
-                {"TILE": CHUNK, "RANKS": RANKS, "RANKED": ranked, "DTYPE": tl.float32} | of_patches,
-                num_warps=tile_of(CHUNK)[1],
+                {"TILE": tile, "RANKS": RANKS, "IN_TILE": in_tile, "RANKED": ranked, "DTYPE": tl.float32} | of_patches,
+                num_warps=warps,
                 enable_fp_fusion=False,
             )
         )
