@@ -82,7 +82,7 @@ def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are narrower than the map."""
     from icseg_kernels.patches import sample_triton_kernels
 
-    monkeypatch.setattr(sample_triton_kernels, "block", lambda columns: (4, 8))
+    monkeypatch.setattr(sample_triton_kernels, "block", lambda columns, small: (4, 8))
 
 
 @pytest.mark.usefixtures("launches", "poisoned")

@@ -18,7 +18,6 @@ from icseg_kernels.numerics import accumulation_dtype
 from icseg_kernels.patches.coords import NO_PATCH
 from icseg_kernels.patches.windows import Windows, blur_kernel, blur_taps, candidate_grid
 
-_MOST_PIXELS = 2**31 - 2**15  # on a side of the padded map
 _SMALL = 2**18  # loads of pixels that one program may do for a sample
 _SMALL_CANDIDATES = 4096
 
@@ -48,12 +47,11 @@ class _Sizes(NamedTuple):
     def candidates(self) -> int:
         return self.kept_rows * self.kept_columns
 
-    @property
-    def block(self) -> tuple[int, int]:
-        """(ROWS, COLUMNS) of a block."""
+    def block(self, small: bool) -> tuple[int, int]:
+        """(ROWS, COLUMNS) of a block; small: one program goes through all of a sample's."""
         from icseg_kernels.patches.sample_triton_kernels import block
 
-        return block(max(self.columns, self.width))
+        return block(max(self.columns, self.width), small)
 
     @property
     def loads(self) -> int:
@@ -90,7 +88,7 @@ def window_logits(weights: Tensor, windows: Windows) -> Tensor:
     from icseg_kernels.patches import sample_triton_kernels as kernels
 
     sizes, batch, device = _sizes(weights, windows), weights.shape[0], weights.device
-    rows, columns = sizes.block
+    rows, columns = sizes.block(small=False)
     pool_blocks, blocks = -(-sizes.rows // rows), -(-sizes.kept_rows // rows)
     workspace = _workspace(weights, sizes, pool_blocks)
     dtype = gumbel_topk_triton.triton_dtype(workspace.dtype)
@@ -144,7 +142,7 @@ def _draw_small(
     from icseg_kernels.gumbel_topk.triton_kernels import RANKS
     from icseg_kernels.patches import sample_triton_kernels as kernels
 
-    rows, columns = sizes.block
+    rows, columns = sizes.block(small=True)
     pool_blocks, blocks = -(-sizes.rows // rows), -(-sizes.kept_rows // rows)
     workspace = _workspace(weights, sizes, pool_blocks)
     pointer, temperature = _temperature(windows.temperature, workspace)
@@ -193,7 +191,8 @@ def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, wind
 
     sizes, batch, device = _sizes(weights, windows), weights.shape[0], weights.device
     dtype = accumulation_dtype(weights.dtype)
-    rows, columns = sizes.block
+    small = sizes.loads <= _SMALL
+    rows, columns = sizes.block(small)
     map_blocks, window_blocks = -(-sizes.height // rows), -(-sizes.rows // rows)
     first_maxima, pixels = sizes.rows * sizes.columns, sizes.height * sizes.width
     integer_pass = max(sizes.rows * sizes.width, sizes.height * sizes.columns)
@@ -219,7 +218,6 @@ def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, wind
         map_blocks,
         window_blocks,
     )
-    small = sizes.loads <= _SMALL
     steps = [(5, 1)] if small else list(enumerate([map_blocks, window_blocks, window_blocks, map_blocks, map_blocks]))
     for step, blocks in steps:
         triton_launch.launch(

@@ -17,7 +17,7 @@ from icseg_kernels.compilation import Compilation
 from icseg_kernels.gumbel_topk.triton_kernels import draw_tile, perturbed
 
 BLOCKS = 64  # of which the partial numbers are read at a time
-SMALL_WARPS = 8  # of the program of a small map
+SMALL_WARPS = 16  # of the program of a small map
 _PIXELS = 512  # of a block of rows and columns
 
 
@@ -1041,10 +1041,10 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             )
 
 
-def block(columns: int) -> tuple[int, int]:
-    """(ROWS, COLUMNS) of a block of a map of so many columns."""
+def block(columns: int, small: bool) -> tuple[int, int]:
+    """(ROWS, COLUMNS) of a block of a map of so many columns, a small one in one program or not."""
     across = min(256, max(32, triton.next_power_of_2(columns)))
-    return _PIXELS // across, across
+    return (2 * _PIXELS if small else _PIXELS) // across, across
 
 
 def tile_of_candidates(candidates: int) -> int:
@@ -1073,7 +1073,7 @@ def _compilations() -> list[Compilation]:
     def add(name: str, kernel: Any, map_type: str, warps: int = 4, **options: Any) -> None:
         across = options.pop("width")
         constants: dict[str, Any] = {"DTYPE": tl.float32, "BLOCKS": BLOCKS, "stride_x": 1, "NO_PATCH": 0, "RANKS": 64}
-        constants |= dict(zip(("ROWS", "COLUMNS"), block(across), strict=True)) | options
+        constants |= dict(zip(("ROWS", "COLUMNS"), block(across, warps == SMALL_WARPS), strict=True)) | options
         types = integers | draw | dict.fromkeys(floats, "*fp32")
         types |= {"map_pointer": map_type, "grad_pointer": map_type, "integers_pointer": "*i32"}
         types |= {"temperature_pointer": "*fp64", "temperature": "fp32", "seed_pointer": "*i64"}
