@@ -146,6 +146,7 @@ def _draw_small(
     pool_blocks, blocks = -(-sizes.rows // rows), -(-sizes.kept_rows // rows)
     workspace = _workspace(weights, sizes, pool_blocks)
     pointer, temperature = _temperature(windows.temperature, workspace)
+    tile, warps = kernels.tile_of_candidates(sizes.candidates)
     kind, (noise, seed_tensor, *words), noise_strides = gumbel_topk_triton.noise_arguments(seed, noise)
     triton_launch.launch(
         kernels.sample_kernel,
@@ -175,12 +176,12 @@ def _draw_small(
         ROWS=rows,
         COLUMNS=columns,
         BLOCKS=kernels.BLOCKS,
-        TILE=kernels.tile_of_candidates(sizes.candidates),
+        TILE=tile,
         RANKS=RANKS,
         NOISE=kind,
         DTYPE=gumbel_topk_triton.triton_dtype(workspace.dtype),
         NO_PATCH=NO_PATCH,
-        num_warps=kernels.SMALL_WARPS,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 

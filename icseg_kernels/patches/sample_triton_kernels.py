@@ -17,7 +17,7 @@ from icseg_kernels.compilation import Compilation
 from icseg_kernels.gumbel_topk.triton_kernels import draw_tile, perturbed
 
 BLOCKS = 64  # of which the partial numbers are read at a time
-SMALL_WARPS = 16  # of the program of a small map
+SMALL_WARPS = 16  # of the program of a small map, backward
 _PIXELS = 512  # of a block of rows and columns
 
 
@@ -1047,8 +1047,10 @@ def block(columns: int, small: bool) -> tuple[int, int]:
     return (2 * _PIXELS if small else _PIXELS) // across, across
 
 
-def tile_of_candidates(candidates: int) -> int:
-    return max(256, triton.next_power_of_2(candidates))
+def tile_of_candidates(candidates: int) -> tuple[int, int]:
+    """(TILE, num_warps) of the draw from a small map: so many warps that no register is spilled."""
+    tile = max(256, triton.next_power_of_2(candidates))
+    return tile, SMALL_WARPS if tile <= 1024 else 32
 
 
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -1073,7 +1075,7 @@ def _compilations() -> list[Compilation]:
     def add(name: str, kernel: Any, map_type: str, warps: int = 4, **options: Any) -> None:
         across = options.pop("width")
         constants: dict[str, Any] = {"DTYPE": tl.float32, "BLOCKS": BLOCKS, "stride_x": 1, "NO_PATCH": 0, "RANKS": 64}
-        constants |= dict(zip(("ROWS", "COLUMNS"), block(across, warps == SMALL_WARPS), strict=True)) | options
+        constants |= dict(zip(("ROWS", "COLUMNS"), block(across, warps >= SMALL_WARPS), strict=True)) | options
         types = integers | draw | dict.fromkeys(floats, "*fp32")
         types |= {"map_pointer": map_type, "grad_pointer": map_type, "integers_pointer": "*i32"}
         types |= {"temperature_pointer": "*fp64", "temperature": "fp32", "seed_pointer": "*i64"}
@@ -1106,7 +1108,10 @@ def _compilations() -> list[Compilation]:
         for width in (32, 64, 128, 256):
             add(f"logits, {width}, {of}", logits_kernel, "*fp32", width=width, **sharp)
         add(f"logits, 256, {of}, temperature given", logits_kernel, "*fp32", width=256, **sharp, **given)
-        cases = [("float32", 32, 256, "pointer"), ("float32", 64, 1024, "pointer"), ("float32", 64, 4096, "pointer")]
+        cases = [
+            ("float32", 32, 256, "pointer"),
+            *(("float32", 64, count, "pointer") for count in (512, 1024, 2048, 4096)),
+        ]
         cases += [("float32", 64, 4096, noise) for noise in ("none", "given", "words")]
         cases += [
             ("float32", 128, 4096, "pointer"),
@@ -1114,9 +1119,10 @@ def _compilations() -> list[Compilation]:
             ("bfloat16", 64, 4096, "pointer"),
         ]
         for dtype, width, candidates, noise in cases:
-            options = {"TILE": tile_of_candidates(candidates), "NOISE": noise, **sharp, **seeds[noise]}
+            tile, warps = tile_of_candidates(candidates)
+            options = {"TILE": tile, "NOISE": noise, **sharp, **seeds[noise]}
             name = f"small, {dtype}, {width}, {candidates}, noise {noise}, {of}"
-            add(name, sample_kernel, _TYPES[dtype], SMALL_WARPS, width=width, **options)
+            add(name, sample_kernel, _TYPES[dtype], warps, width=width, **options)
         for dtype, kind in _TYPES.items():
             add(f"backward, small, {dtype}, {of}", backward_kernel, kind, SMALL_WARPS, width=64, STEP=5, **sharp)
             for step in range(5):
