@@ -192,6 +192,7 @@ def draw_into(
         RANKS=kernels.RANKS,
         SORTED=k >= _RANKED,
         NO_PATCH=no_patch,
+        num_warps=8,
         enable_fp_fusion=False,
     )
 

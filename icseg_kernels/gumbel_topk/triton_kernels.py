@@ -726,6 +726,7 @@ def _compilations() -> list[Compilation]:
             rank_kernel,
             {name: kind for name, kind in outputs.items() if name != "logsumexp_pointer"} | merged | {"blocks": "i32"},
             {"RANKS": RANKS, "SORTED": False} | of_patches,
+            num_warps=8,
             enable_fp_fusion=False,
         )
     )

@@ -19,7 +19,7 @@ from icseg_kernels.patches.coords import NO_PATCH
 from icseg_kernels.patches.windows import Windows, blur_kernel, blur_taps, candidate_grid
 
 _SMALL = 2**18  # loads of pixels that one program may do for a sample
-_SMALL_CANDIDATES = 4096
+_SMALL_CANDIDATES = 2048
 
 
 def unsupported(weights: Tensor, candidates: int) -> list[str]:

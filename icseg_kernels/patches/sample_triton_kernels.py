@@ -1110,13 +1110,13 @@ def _compilations() -> list[Compilation]:
         add(f"logits, 256, {of}, temperature given", logits_kernel, "*fp32", width=256, **sharp, **given)
         cases = [
             ("float32", 32, 256, "pointer"),
-            *(("float32", 64, count, "pointer") for count in (512, 1024, 2048, 4096)),
+            *(("float32", 64, count, "pointer") for count in (512, 1024, 2048)),
         ]
-        cases += [("float32", 64, 4096, noise) for noise in ("none", "given", "words")]
+        cases += [("float32", 64, 2048, noise) for noise in ("none", "given", "words")]
         cases += [
-            ("float32", 128, 4096, "pointer"),
-            ("float16", 64, 4096, "pointer"),
-            ("bfloat16", 64, 4096, "pointer"),
+            ("float32", 128, 2048, "pointer"),
+            ("float16", 64, 2048, "pointer"),
+            ("bfloat16", 64, 2048, "pointer"),
         ]
         for dtype, width, candidates, noise in cases:
             tile, warps = tile_of_candidates(candidates)
