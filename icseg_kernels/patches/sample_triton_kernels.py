@@ -1043,7 +1043,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 def block(columns: int, small: bool) -> tuple[int, int]:
     """(ROWS, COLUMNS) of a block of a map of so many columns, a small one in one program or not."""
-    across = min(256, max(32, triton.next_power_of_2(columns)))
+    across = min(64 if small else 256, max(32, triton.next_power_of_2(columns)))
     return (2 * _PIXELS if small else _PIXELS) // across, across
 
 
