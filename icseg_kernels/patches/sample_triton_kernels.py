@@ -1114,7 +1114,6 @@ def _compilations() -> list[Compilation]:
         ]
         cases += [("float32", 64, 2048, noise) for noise in ("none", "given", "words")]
         cases += [
-            ("float32", 128, 2048, "pointer"),
             ("float16", 64, 2048, "pointer"),
             ("bfloat16", 64, 2048, "pointer"),
         ]
