@@ -10,17 +10,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.gumbel_topk import native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.gumbel_topk import native, reference, triton
 from icseg_kernels.gumbel_topk.reference import scattered
 from icseg_kernels.numerics import accumulation_dtype, nan_as_minus_infinity, scalar
 from icseg_kernels.philox import checked_seed
 
-_IMPLEMENTATIONS: dict[str, Any] = {"native": native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native, "reference": reference}
 
 backends.declare(
     "gumbel_topk",
-    {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 
@@ -106,7 +110,7 @@ def gumbel_topk(
              (`icseg_kernels.philox`), so the same logits give the same draw on every device and backend. Rows
              count from the start of the batch: its first half alone draws the same, its second half does not.
     noise:   [B, N] (or broadcastable) noise instead of a seed; 0 gives the plain top-k. Receives gradients.
-    backend: "native" (C++, on the CPU), "reference", or None for the best.
+    backend: "triton" (on CUDA devices), "native" (C++, on the CPU), "reference", or None for the best.
 
     Returns TopK, with scores, logsumexp and kappa in float32 (float64 for float64 logits). Of equal scores,
     the lower index comes first. Gradients reach logits, once, through scores and kappa (1 at the element) and

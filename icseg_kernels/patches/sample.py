@@ -10,20 +10,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
+from icseg_kernels import checks, flops, library, triton_launch
 from icseg_kernels.gumbel_topk import gumbel_topk, noise_source
 from icseg_kernels.gumbel_topk.reference import scattered
 from icseg_kernels.numerics import accumulation_dtype, scalar
-from icseg_kernels.patches import sample_native, sample_reference
+from icseg_kernels.patches import sample_native, sample_reference, sample_triton
 from icseg_kernels.patches.windows import Windows, blur_taps, candidate_grid
 
-_IMPLEMENTATIONS: dict[str, Any] = {"native": sample_native, "reference": sample_reference}
+_IMPLEMENTATIONS: dict[str, Any] = {
+    "triton": sample_triton,
+    "native": sample_native,
+    "reference": sample_reference,
+}
 
 _LEAST_TEMPERATURE = 1e-30  # far below any use; below 1e-38 the logits would not be finite in float32
 
 backends.declare(
     "sample_patches",
-    {"native": backends.Backend(library.missing, sample_native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, sample_triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, sample_native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 
@@ -76,7 +84,7 @@ def sample_patches(
     differentiable: also return weights: the softmax of the perturbed scores over all windows, taken at the
                     drawn ones and renormalised to sum 1, which is the softmax over the drawn ones. scores and
                     weights then carry gradients to the map and to noise; otherwise nothing does.
-    backend:        "native" (C++, on the CPU), "reference", or None for the best.
+    backend:        "triton" (on CUDA devices), "native" (C++, on the CPU), "reference", or None for the best.
 
     Raises TypeError or ValueError for arguments of other types, shapes, devices or ranges, BackendError if the
     named backend cannot serve.
