@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
+from icseg_kernels import checks, flops, library, triton_launch
 from icseg_kernels.numerics import accumulation_dtype
-from icseg_kernels.patches import reference, scatter_native
+from icseg_kernels.patches import reference, scatter_native, scatter_triton
 from icseg_kernels.patches.coords import check_coords, check_integer
 
-_IMPLEMENTATIONS: dict[str, Any] = {"native": scatter_native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": scatter_triton, "native": scatter_native, "reference": reference}
 
 
 class Scatter(NamedTuple):
@@ -53,7 +53,8 @@ def scatter_patches(
             A tensor [p, p] of any real dtype, cast to that of the sums, on the device of `patches`. Where it is
             not positive the patch covers nothing, whatever its values, and gets no gradient. It gets none itself.
         fill: the value where no patch lies, a finite number; rounded to the dtype of `patches`.
-        backend: "native" (C++, on the CPU), "reference", or None for the best that can; see `icseg_kernels.backend`.
+        backend: "triton" (on CUDA devices, not float64), "native" (C++, on the CPU), "reference", or None for the
+            best that can; see `icseg_kernels.backend`.
 
     Returns:
         Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in
@@ -223,7 +224,11 @@ _scatter_backward = backends.register(
 )
 backends.declare(
     "scatter_patches",
-    {"native": backends.Backend(library.missing, scatter_native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, scatter_triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, scatter_native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

@@ -1,0 +1,144 @@
+"""scatter_patches as Triton kernels.
+
+A program owns a tile of an image, adds the patches that lie on it in the order of K, and writes its mean, coverage and
+total weight once; nothing is added by two programs. The gradient is a gather.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from icseg_kernels.patches.gather_triton_kernels import (
+    block_of_patch,
+    clamped_corner,
+    divide,
+    double,
+    patches_on_tile,
+    tile_of_image,
+    valid,
+    volume,
+)
+
+
+@triton.jit(do_not_specialize=["fill", "channels", "height", "columns", "count", "patch"])
+def scatter_kernel(  # type: ignore[no-untyped-def]
+    patches,
+    coords,
+    weight,
+    fill,
+    mean,
+    total,
+    coverage,
+    channels,
+    height,
+    columns,
+    count,
+    patch,
+    stride_batch,
+    stride_k,
+    stride_c,
+    stride_y,
+    stride_x,
+    WEIGHTED: tl.constexpr,
+    FILL_IN_MEMORY: tl.constexpr,
+    KEEP_TOTAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """patches [B, K, C, p, p] -> mean [B, C, H, W], total and coverage [B, 1, H, W]; W = columns * ALIGN."""
+    width = columns * ALIGN
+    image, first, top, left = tile_of_image(channels, height, width, BLOCK_C, BLOCK_Y, BLOCK_X)
+    c, y, x = first + tl.arange(0, BLOCK_C), top + tl.arange(0, BLOCK_Y), left + tl.arange(0, BLOCK_X)
+    coords += image.to(tl.int64) * count * 2
+    patches += image.to(tl.int64) * stride_batch
+    sums = tl.zeros((BLOCK_C, BLOCK_Y, BLOCK_X), ACCUMULATE)
+    weights = tl.zeros((BLOCK_Y, BLOCK_X), ACCUMULATE)
+    for start in range(0, count, CHUNK):
+        waiting = patches_on_tile(coords, start, count, patch, patch, top, left, BLOCK_Y, BLOCK_X, CHUNK)
+        k = tl.min(waiting, 0)
+        while k < count:
+            corner = coords + k.to(tl.int64) * 2
+            i, j = y - tl.load(corner).to(tl.int64), x - tl.load(corner + 1).to(tl.int64)
+            i_inside, j_inside = (i >= 0) & (i < patch), (j >= 0) & (j < patch)
+            counted = i_inside[:, None] & j_inside[None, :]
+            offsets = volume(c * stride_c, i * stride_y, j * stride_x)
+            inside = valid(c < channels, i_inside, j_inside)
+            values = tl.load(patches + k.to(tl.int64) * stride_k + offsets, mask=inside, other=0).to(ACCUMULATE)
+            if WEIGHTED:
+                share = tl.load(weight + (i * patch)[:, None] + j[None, :], mask=counted, other=0)
+                counted = share > 0
+                weights += tl.where(counted, share, 0.0)
+                sums += tl.where(counted[None, :, :], values * share[None, :, :], 0.0)
+            else:
+                weights += counted.to(ACCUMULATE)
+                sums += values
+            waiting = tl.where(waiting == k, count, waiting)
+            k = tl.min(waiting, 0)
+    covered = weights > 0
+    value = double(fill, FILL_IN_MEMORY).to(ACCUMULATE)
+    means = divide(sums, tl.where(covered, weights, 1.0)[None, :, :])
+    means = tl.where(covered[None, :, :], means, value)
+    size = height.to(tl.int64) * width
+    mean += image.to(tl.int64) * channels * size
+    written = valid(c < channels, y < height, x < width)
+    tl.store(mean + volume(c * size, y * width, x), means.to(mean.dtype.element_ty), mask=written)
+    pixels = image.to(tl.int64) * size + (y * width)[:, None] + x[None, :]
+    written = ((y < height) & (first == 0))[:, None] & (x < width)[None, :]
+    tl.store(coverage + pixels, covered.to(tl.int8), mask=written)
+    if KEEP_TOTAL:
+        tl.store(total + pixels, weights, mask=written)
+
+
+@triton.jit(do_not_specialize=["channels", "height", "width", "count", "units"])
+def scatter_backward_kernel(  # type: ignore[no-untyped-def]
+    grad,
+    total,
+    coords,
+    weight,
+    patches,
+    channels,
+    height,
+    width,
+    count,
+    units,
+    stride_batch,
+    stride_c,
+    stride_y,
+    stride_x,
+    WEIGHTED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """grad [B, C, H, W], total [B, 1, H, W] -> patches [B, K, C, p, p], p = units * ALIGN."""
+    patch = units * ALIGN
+    number, c, i, j = block_of_patch(channels, patch, BLOCK_C, BLOCK_Y, BLOCK_X)
+    image, side = (number // count).to(tl.int64), patch.to(tl.int64)
+    corner = coords + number.to(tl.int64) * 2
+    y = clamped_corner(corner, patch, height) + i
+    x = clamped_corner(corner + 1, patch, width) + j
+    y_inside, x_inside = (i < patch) & (y >= 0) & (y < height), (j < patch) & (x >= 0) & (x < width)
+    counted = y_inside[:, None] & x_inside[None, :]
+    pixels = (y * width)[:, None] + x[None, :]
+    weights = tl.load(total + image * height * width + pixels, mask=counted, other=0)
+    inside = valid(c < channels, y_inside, x_inside)
+    offsets = volume(c * stride_c, y * stride_y, x * stride_x)
+    values = tl.load(grad + image * stride_batch + offsets, mask=inside, other=0).to(ACCUMULATE)
+    counted = weights > 0
+    values = divide(values, tl.where(counted, weights, 1.0)[None, :, :])
+    if WEIGHTED:
+        in_patch = (i < patch)[:, None] & (j < patch)[None, :]
+        share = tl.load(weight + (i * side)[:, None] + j[None, :], mask=in_patch, other=0)
+        values *= share[None, :, :]
+        counted &= share > 0
+    values = tl.where(counted[None, :, :], values, 0.0)
+    patches += number.to(tl.int64) * channels * side * side
+    written = valid(c < channels, i < patch, j < patch)
+    tl.store(patches + volume(c * side * side, i * side, j), values.to(patches.dtype.element_ty), mask=written)
