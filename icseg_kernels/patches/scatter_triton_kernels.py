@@ -6,15 +6,22 @@ total weight once; nothing is added by two programs. The gradient is a gather.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from icseg_kernels.compilation import Compilation
 from icseg_kernels.patches.gather_triton_kernels import (
+    POINTERS,
+    accumulation,
+    alignment,
     block_of_patch,
     clamped_corner,
     divide,
     double,
+    patch_blocks,
     patches_on_tile,
+    tile_blocks,
     tile_of_image,
     valid,
     volume,
@@ -142,3 +149,45 @@ def scatter_backward_kernel(  # type: ignore[no-untyped-def]
     patches += number.to(tl.int64) * channels * side * side
     written = valid(c < channels, i < patch, j < patch)
     tl.store(patches + volume(c * side * side, i * side, j), values.to(patches.dtype.element_ty), mask=written)
+
+
+def _forward(dtype: torch.dtype, channels: int, weighted: bool) -> Compilation:
+    blocks = tile_blocks(channels)
+    num_warps, pointer, strides = blocks.pop("num_warps"), POINTERS[dtype], ("stride_batch", "stride_c", "stride_y")
+    pointers = {"patches": pointer, "coords": "*i32", "fill": "i64", "mean": pointer, "coverage": "*i8"}
+    given = {"weight": "*fp32", "total": "*fp32"} if weighted else {}
+    integers = ("channels", "height", "columns", "count", "patch", "stride_k", *strides)
+    options = {"WEIGHTED": weighted, "FILL_IN_MEMORY": False, "KEEP_TOTAL": weighted}
+    absent = {} if weighted else {"weight": None, "total": None}
+    return Compilation(
+        f"scatter_patches: {pointer[1:]} C{channels}{' weight, total' if weighted else ''}",
+        scatter_kernel,
+        pointers | given | dict.fromkeys(integers, "i32"),
+        {"stride_x": 1, "ALIGN": 16, "ACCUMULATE": accumulation(dtype)} | absent | options | blocks,
+        aligned=("stride_k", *strides),
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _backward(dtype: torch.dtype, channels: int, patch_size: int) -> Compilation:
+    blocks = patch_blocks(channels, patch_size)
+    num_warps, pointer, strides = blocks.pop("num_warps"), POINTERS[dtype], ("stride_batch", "stride_c", "stride_y")
+    pointers = {"grad": pointer, "total": "*fp32", "coords": "*i32", "weight": "*fp32", "patches": pointer}
+    integers = ("channels", "height", "width", "count", "units", *strides)
+    constants = {"stride_x": 1, "WEIGHTED": True, "ACCUMULATE": accumulation(dtype), "ALIGN": alignment(patch_size)}
+    return Compilation(
+        f"scatter_patches: backward {pointer[1:]} C{channels} p{patch_size}",
+        scatter_backward_kernel,
+        pointers | dict.fromkeys(integers, "i32"),
+        constants | blocks,
+        aligned=strides,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+COMPILATIONS = [
+    *(_forward(dtype, channels, weighted) for dtype in POINTERS for channels, weighted in ((1, False), (3, True))),
+    *(_backward(dtype, channels, side) for dtype in POINTERS for channels, side in ((1, 16), (3, 8))),
+]
