@@ -19,6 +19,15 @@ _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*b
 
 
 @triton.jit
+def square_root(x):  # type: ignore[no-untyped-def]
+    """Rounded to nearest."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def half_width(x, left, width):  # type: ignore[no-untyped-def]
     """[Y, X] sums of two rows -> [Y, X / 2] means of four pixels; the last column without a partner is its own."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -141,10 +150,7 @@ def halvings_kernel(  # type: ignore[no-untyped-def]
             variance = square - mean * mean
             least = tl.full(variance.shape, LEAST, ACCUMULATE)
             variance = tl.where(variance < least, least, variance)  # NaN stays
-            if ACCUMULATE == tl.float64:
-                spread = tl.sqrt(variance)
-            else:
-                spread = tl.sqrt_rn(variance)
+            spread = square_root(variance)
             pointer = pick(level, spread_1, spread_2, spread_3, spread_4, spread_5, spread_6)
             store(pointer, number, spread, top, left, height, width)
     if WIDE_MEAN:
@@ -180,9 +186,7 @@ def _compilation(
     source = "*fp32" if given else _POINTERS[dtype]
     pointers = {"image": source, "squares": "*fp32" if given else None}
     for kind, there in (("mean", levels), ("spread", spreads)):
-        pointers |= {
-            f"{kind}_{i}": _POINTERS[dtype] if i <= there else None for i in range(1, MOST_LEVELS + 1)
-        }
+        pointers |= {f"{kind}_{i}": _POINTERS[dtype] if i <= there else None for i in range(1, MOST_LEVELS + 1)}
     pointers |= {"wide_mean": "*fp32" if wide_mean else None, "wide_square": "*fp32" if more_spreads else None}
     strides = ("stride_image", "stride_channel", "stride_y")
     num_warps = constants.pop("num_warps")
@@ -201,7 +205,5 @@ def _compilation(
 
 
 COMPILATIONS = [
-    _compilation(dtype, *call)
-    for dtype in _POINTERS
-    for call in ((5, 0), (6, 6), (4, 4, True), (4, 2, False, True))
+    _compilation(dtype, *call) for dtype in _POINTERS for call in ((5, 0), (6, 6), (4, 4, True), (4, 2, False, True))
 ]

@@ -57,9 +57,9 @@ def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
 
 def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Tensor:
     """Adjoint of `gather`: [..., K, C, p, p] added up into [..., C, H, W]."""
-    from icseg_kernels.patches import gather_triton_kernels as kernels
+    from icseg_kernels.patches.gather_triton_kernels import copy_backward_kernel
 
-    return _backward(kernels.copy_backward_kernel, grad, coords, height, width, (), {})
+    return _backward(copy_backward_kernel, grad, coords, height, width, (), {})
 
 
 def gather_bilinear(
@@ -72,6 +72,7 @@ def gather_bilinear(
 ) -> Tensor:
     """[..., C, H, W], [..., K, 2] -> [..., K, C, n, n]: samples of patches of the given extent, borders replicated."""
     from icseg_kernels.patches import gather_triton_kernels as kernels
+    from icseg_kernels.patches.gather_bilinear_triton_kernels import bilinear_kernel
 
     _check_floating("source", source)
     source, lead, sizes, strides = two_leading(source, 3)
@@ -81,7 +82,7 @@ def gather_bilinear(
     align, blocks = kernels.alignment(out_size), kernels.patch_blocks(channels, out_size)
     *extents, in_memory = doubles(source.device, extent_y, extent_x)
     triton_launch.launch(
-        kernels.bilinear_kernel,
+        bilinear_kernel,
         (kernels.patch_programs(outer * inner * count, channels, out_size, blocks),),
         source.device,
         source,
@@ -115,15 +116,21 @@ def gather_bilinear_backward(
     width: int,
 ) -> Tensor:
     """Adjoint of `gather_bilinear` with respect to its source: [..., K, C, n, n] -> [..., C, H, W]."""
-    from icseg_kernels.patches import gather_triton_kernels as kernels
+    from icseg_kernels.patches.gather_bilinear_triton_kernels import bilinear_backward_kernel
 
     *extents, in_memory = doubles(grad.device, extent_y, extent_x)
     options = {"EXTENT_IN_MEMORY": in_memory, "EDGE_TO_EDGE": edge_to_edge}
-    return _backward(kernels.bilinear_backward_kernel, grad, coords, height, width, tuple(extents), options)
+    return _backward(bilinear_backward_kernel, grad, coords, height, width, tuple(extents), options)
 
 
 def _backward(
-    kernel: Any, grad: Tensor, coords: Tensor, height: int, width: int, extents: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    grad: Tensor,
+    coords: Tensor,
+    height: int,
+    width: int,
+    extents: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Tensor:
     from icseg_kernels.patches import gather_triton_kernels as kernels
 

@@ -33,7 +33,8 @@ def scatter(
     if patch_width != patch_size or not _is_table(weight, patch_size, sums):
         shape = None if weight is None else list(weight.shape)
         raise ValueError(
-            f"scatter_patches needs patches [B, K, C, p, p], weight [p, p] of {sums}, got {list(patches.shape)}, {shape}"
+            f"scatter_patches needs patches [B, K, C, p, p] and weight [p, p] of {sums}, got {list(patches.shape)} "
+            f"and {shape}"
         )
     coords, _ = corners(coords, (batch,), count)
     mean = patches.new_empty((batch, channels, height, width))

@@ -13,6 +13,7 @@ from icseg_kernels.patches.coords import check_coords, check_integer
 
 _IMPLEMENTATIONS: dict[str, Any] = {"triton": upsample_triton, "native": upsample_native}
 
+
 def upsample_with_patches(
     coarser: Tensor, patches: Tensor, coords: Tensor, size: tuple[int, int], *, backend: str | None = None
 ) -> Tensor:

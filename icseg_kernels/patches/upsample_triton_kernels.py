@@ -1,4 +1,4 @@
-"""upsample_with_patches as a Triton kernel: a program owns a tile, finds the last patch on each pixel, writes it once."""
+"""upsample_with_patches as a Triton kernel: a program owns a tile and finds the last patch on each of its pixels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def halfway(pixel, length):  # type: ignore[no-untyped-def]
     return low, tl.minimum(low + 1, last), fourths
 
 
-@triton.jit(do_not_specialize=["channels", "low_height", "low_width", "height", "columns", "count", "rows_p", "columns_p"])
+@triton.jit(
+    do_not_specialize=["channels", "low_height", "low_width", "height", "columns", "count", "rows_p", "columns_p"]
+)
 def upsample_kernel(  # type: ignore[no-untyped-def]
     coarser,
     patches,
@@ -78,12 +80,10 @@ def upsample_kernel(  # type: ignore[no-untyped-def]
             k = tl.min(waiting, 0)
     inside = valid(c < channels, y < height, x < width)
     hidden = (seen >= 0)[None, :, :]
-    values = tl.load(patches + (c * patch_stride_c)[:, None, None] + seen[None, :, :], mask=inside & hidden, other=0)
     upper, lower, down = halfway(y, low_height)
     before, after, right = halfway(x, low_width)
     down, right = down.to(ACCUMULATE) * 0.25, right.to(ACCUMULATE) * 0.25
     read = inside & (seen < 0)[None, :, :]
-    line = tl.zeros((BLOCK_C, BLOCK_Y, BLOCK_X), ACCUMULATE)
     doubled = tl.zeros((BLOCK_C, BLOCK_Y, BLOCK_X), ACCUMULATE)
     for row in tl.static_range(2):
         rows, of_row = upper, 1.0 - down
@@ -94,6 +94,7 @@ def upsample_kernel(  # type: ignore[no-untyped-def]
         offsets = volume(c * stride_c, rows * stride_y, after * stride_x)
         line += tl.load(coarser + offsets, mask=read, other=0).to(ACCUMULATE) * right[None, None, :]
         doubled += line * of_row[None, :, None]
+    values = tl.load(patches + (c * patch_stride_c)[:, None, None] + seen[None, :, :], mask=inside & hidden, other=0)
     size = height.to(tl.int64) * width
     out += image.to(tl.int64) * channels * size
     values = tl.where(hidden, values, doubled.to(out.dtype.element_ty))
@@ -103,8 +104,8 @@ def upsample_kernel(  # type: ignore[no-untyped-def]
 def _compilation(dtype: torch.dtype, channels: int) -> Compilation:
     blocks = tile_blocks(channels)
     num_warps, pointer = blocks.pop("num_warps"), POINTERS[dtype]
-    strides = ("stride_batch", "stride_c", "stride_y")
-    strides += tuple(f"patch_{name}" for name in (*strides, "stride_k"))
+    of_map = ("stride_batch", "stride_c", "stride_y")
+    strides = (*of_map, *(f"patch_{name}" for name in (*of_map, "stride_k")))
     sizes = ("channels", "low_height", "low_width", "height", "columns", "count", "rows_p", "columns_p")
     pointers = {"coarser": pointer, "patches": pointer, "coords": "*i32", "out": pointer}
     return Compilation(
