@@ -226,14 +226,16 @@ def bilinear_backward_kernel(  # type: ignore[no-untyped-def]
             along_x = tl.max(tl.where(x < width, j1 - j0 + 1, 0), 0).to(tl.int32)
             for row in range(along_y):
                 i = i0 + row
-                of_row, touches = weight_of_sample(i, y, corner_y, extent_y, samples, height, EDGE_TO_EDGE, ACCUMULATE)
-                i_valid = touches & (i <= i1)
+                of_row, i_touches = weight_of_sample(
+                    i, y, corner_y, extent_y, samples, height, EDGE_TO_EDGE, ACCUMULATE
+                )
+                i_valid = i_touches & (i <= i1)
                 for column in range(along_x):
                     j = j0 + column
-                    of_column, touches = weight_of_sample(
+                    of_column, j_touches = weight_of_sample(
                         j, x, corner_x, extent_x, samples, width, EDGE_TO_EDGE, ACCUMULATE
                     )
-                    inside = valid(c < channels, i_valid, touches & (j <= j1))
+                    inside = valid(c < channels, i_valid, j_touches & (j <= j1))
                     offsets = volume(c * stride_c, i * stride_y, j * stride_x)
                     values = tl.load(grad + k.to(tl.int64) * stride_k + offsets, mask=inside, other=0)
                     weight = (of_row[:, None] * of_column[None, :])[None, :, :]

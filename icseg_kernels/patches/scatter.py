@@ -154,8 +154,10 @@ class _ScatterPatches(torch.autograd.Function):
         return found, *(None,) * 8
 
 
-def _gaussian_for(values: Tensor, patch_size: int) -> Tensor:
-    """The Gaussian weight [p, p] in the dtype of the sums, on the device of `values`."""
+def _gaussian_for(values: Tensor, patch_size: int, backend: str) -> Tensor | str:
+    """The Gaussian weight [p, p] in the dtype of the sums, on the device of `values`; Triton's kernels compute it."""
+    if backend == "triton":
+        return "gaussian"
     dtype = accumulation_dtype(values.dtype)
     if values.is_cpu:
         return _cached_gaussian_weight(patch_size, dtype)
@@ -173,14 +175,14 @@ def _scatter_implementation(
     keep_total: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    table = _gaussian_for(patches, patches.shape[-1]) if gaussian else weight
+    table = _gaussian_for(patches, patches.shape[-1], backend) if gaussian else weight
     return _IMPLEMENTATIONS[backend].scatter(patches, coords, table, fill, height, width, keep_total)
 
 
 def _scatter_backward_implementation(
     grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, gaussian: bool, patch_size: int, backend: str
 ) -> Tensor:
-    table = _gaussian_for(grad, patch_size) if gaussian else weight
+    table = _gaussian_for(grad, patch_size, backend) if gaussian else weight
     return _IMPLEMENTATIONS[backend].scatter_backward(grad, total, coords, table, patch_size)
 
 

@@ -1,4 +1,7 @@
-"""scatter_patches by Triton kernels: one launch each way. Equal to the reference bit for bit."""
+"""scatter_patches by Triton kernels: one launch each way.
+
+Equal to the reference bit for bit; with Gaussian weights, which the kernels compute, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,21 @@ def unsupported(patches: Tensor) -> list[str]:
 def scatter(
     patches: Tensor,
     coords: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | str | None,
     fill: float | Tensor,
     height: int,
     width: int,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.scatter`. Patches of any strides."""
+    """As `reference.scatter`; weight may also be "gaussian". Patches of any strides."""
     from icseg_kernels.patches import scatter_triton_kernels as kernels
     from icseg_kernels.patches.gather_triton_kernels import accumulation, alignment, tile_blocks, tile_programs
 
     batch, count, channels, patch_size, patch_width = patches.shape
     sums = accumulation_dtype(patches.dtype)
-    if patch_width != patch_size or not _is_table(weight, patch_size, sums):
-        shape = None if weight is None else list(weight.shape)
-        raise ValueError(
-            f"scatter_patches needs patches [B, K, C, p, p] and weight [p, p] of {sums}, got {list(patches.shape)} "
-            f"and {shape}"
-        )
+    table, kind = _table(weight, patch_size, sums)
+    if patch_width != patch_size:
+        raise ValueError(f"scatter_patches needs patches [B, K, C, p, p], got {list(patches.shape)}")
     coords, _ = corners(coords, (batch,), count)
     mean = patches.new_empty((batch, channels, height, width))
     total = patches.new_empty((batch, 1, height, width) if keep_total else 0, dtype=sums)
@@ -48,7 +48,7 @@ def scatter(
         patches.device,
         patches,
         coords,
-        None if weight is None else weight.contiguous(),
+        table,
         value,
         mean,
         total if keep_total else None,
@@ -59,7 +59,7 @@ def scatter(
         count,
         patch_size,
         *patches.stride(),
-        WEIGHTED=weight is not None,
+        WEIGHT=kind,
         FILL_IN_MEMORY=fill_in_memory,
         KEEP_TOTAL=keep_total,
         ACCUMULATE=accumulation(patches.dtype),
@@ -70,18 +70,20 @@ def scatter(
     return mean, total, coverage
 
 
-def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, patch_size: int) -> Tensor:
-    """As `reference.scatter_backward`. Gradients of any strides."""
+def scatter_backward(
+    grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | str | None, patch_size: int
+) -> Tensor:
+    """As `reference.scatter_backward`; weight may also be "gaussian". Gradients of any strides."""
     from icseg_kernels.patches import scatter_triton_kernels as kernels
     from icseg_kernels.patches.gather_triton_kernels import accumulation, alignment, patch_blocks, patch_programs
 
     batch, channels, height, width = grad.shape
     sums = accumulation_dtype(grad.dtype)
-    if total.shape != (batch, 1, height, width) or total.dtype != sums or not _is_table(weight, patch_size, sums):
-        shape = None if weight is None else list(weight.shape)
+    table, kind = _table(weight, patch_size, sums)
+    if total.shape != (batch, 1, height, width) or total.dtype != sums:
         raise ValueError(
-            f"the gradient of scatter_patches needs grad [B, C, H, W], total [B, 1, H, W] and weight [p, p] of {sums}, "
-            f"got {list(grad.shape)}, {list(total.shape)} of {total.dtype}, {shape}"
+            f"the gradient of scatter_patches needs total {[batch, 1, height, width]} of {sums}, got "
+            f"{list(total.shape)} of {total.dtype}"
         )
     coords, count = corners(coords, (batch,))
     patches = grad.new_empty((batch, count, channels, patch_size, patch_size))
@@ -93,7 +95,7 @@ def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor
         grad,
         total.contiguous(),
         coords,
-        None if weight is None else weight.contiguous(),
+        table,
         patches,
         channels,
         height,
@@ -101,7 +103,7 @@ def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor
         count,
         patch_size // align,
         *grad.stride(),
-        WEIGHTED=weight is not None,
+        WEIGHT=kind,
         ACCUMULATE=accumulation(grad.dtype),
         ALIGN=align,
         enable_fp_fusion=False,
@@ -110,5 +112,12 @@ def scatter_backward(grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor
     return patches
 
 
-def _is_table(weight: Tensor | None, patch_size: int, dtype: torch.dtype) -> bool:
-    return weight is None or (weight.shape == (patch_size, patch_size) and weight.dtype == dtype)
+def _table(weight: Tensor | str | None, patch_size: int, dtype: torch.dtype) -> tuple[Tensor | None, str]:
+    """What a kernel takes for `weight`: a table or None, and which of them is meant."""
+    if weight is None or isinstance(weight, str):
+        return None, weight or "none"
+    if weight.shape != (patch_size, patch_size) or weight.dtype != dtype:
+        raise ValueError(
+            f"scatter_patches needs weight {[patch_size] * 2} of {dtype}, got {list(weight.shape)} of {weight.dtype}"
+        )
+    return weight.contiguous(), "table"

@@ -28,6 +28,18 @@ from icseg_kernels.patches.gather_triton_kernels import (
 )
 
 
+@triton.jit
+def shares(table, i, j, inside, patch, WEIGHT: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[Y, X]: the weights of rows i and columns j of a patch, from the table or as `gaussian_weight`; 0 outside."""
+    if WEIGHT == "table":
+        return tl.load(table + (i * patch)[:, None] + j[None, :], mask=inside, other=0)
+    else:
+        centre, spread = (patch - 1).to(DTYPE) * 0.5, patch.to(DTYPE) * 0.125
+        y, x = divide(i.to(DTYPE) - centre, spread), divide(j.to(DTYPE) - centre, spread)
+        share = tl.exp(y * y * -0.5)[:, None] * tl.exp(x * x * -0.5)[None, :]
+        return tl.where(inside, tl.maximum(share, tl.full(share.shape, 1e-3, DTYPE)), 0.0)
+
+
 @triton.jit(do_not_specialize=["fill", "channels", "height", "columns", "count", "patch"])
 def scatter_kernel(  # type: ignore[no-untyped-def]
     patches,
@@ -47,7 +59,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     stride_c,
     stride_y,
     stride_x,
-    WEIGHTED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     FILL_IN_MEMORY: tl.constexpr,
     KEEP_TOTAL: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -76,8 +88,8 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
             offsets = volume(c * stride_c, i * stride_y, j * stride_x)
             inside = valid(c < channels, i_inside, j_inside)
             values = tl.load(patches + k.to(tl.int64) * stride_k + offsets, mask=inside, other=0).to(ACCUMULATE)
-            if WEIGHTED:
-                share = tl.load(weight + (i * patch)[:, None] + j[None, :], mask=counted, other=0)
+            if WEIGHT != "none":
+                share = shares(weight, i, j, counted, patch, WEIGHT, ACCUMULATE)
                 counted = share > 0
                 weights += tl.where(counted, share, 0.0)
                 sums += tl.where(counted[None, :, :], values * share[None, :, :], 0.0)
@@ -117,7 +129,7 @@ def scatter_backward_kernel(  # type: ignore[no-untyped-def]
     stride_c,
     stride_y,
     stride_x,
-    WEIGHTED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -140,9 +152,9 @@ def scatter_backward_kernel(  # type: ignore[no-untyped-def]
     values = tl.load(grad + image * stride_batch + offsets, mask=inside, other=0).to(ACCUMULATE)
     counted = weights > 0
     values = divide(values, tl.where(counted, weights, 1.0)[None, :, :])
-    if WEIGHTED:
+    if WEIGHT != "none":
         in_patch = (i < patch)[:, None] & (j < patch)[None, :]
-        share = tl.load(weight + (i * side)[:, None] + j[None, :], mask=in_patch, other=0)
+        share = shares(weight, i, j, in_patch, patch, WEIGHT, ACCUMULATE)
         values *= share[None, :, :]
         counted &= share > 0
     values = tl.where(counted[None, :, :], values, 0.0)
@@ -151,18 +163,18 @@ def scatter_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(patches + volume(c * side * side, i * side, j), values.to(patches.dtype.element_ty), mask=written)
 
 
-def _forward(dtype: torch.dtype, channels: int, weighted: bool) -> Compilation:
+def _forward(dtype: torch.dtype, channels: int, weight: str, keep_total: bool) -> Compilation:
     blocks = tile_blocks(channels)
     num_warps, pointer, strides = blocks.pop("num_warps"), POINTERS[dtype], ("stride_batch", "stride_c", "stride_y")
     pointers = {"patches": pointer, "coords": "*i32", "fill": "i64", "mean": pointer, "coverage": "*i8"}
-    given = {"weight": "*fp32", "total": "*fp32"} if weighted else {}
+    pointers |= ({"weight": "*fp32"} if weight == "table" else {}) | ({"total": "*fp32"} if keep_total else {})
     integers = ("channels", "height", "columns", "count", "patch", "stride_k", *strides)
-    options = {"WEIGHTED": weighted, "FILL_IN_MEMORY": False, "KEEP_TOTAL": weighted}
-    absent = {} if weighted else {"weight": None, "total": None}
+    options = {"WEIGHT": weight, "FILL_IN_MEMORY": False, "KEEP_TOTAL": keep_total}
+    absent = dict.fromkeys({"weight", "total"} - set(pointers))
     return Compilation(
-        f"scatter_patches: {pointer[1:]} C{channels}{' weight, total' if weighted else ''}",
+        f"scatter_patches: {pointer[1:]} C{channels} weight {weight}{', total' if keep_total else ''}",
         scatter_kernel,
-        pointers | given | dict.fromkeys(integers, "i32"),
+        pointers | dict.fromkeys(integers, "i32"),
         {"stride_x": 1, "ALIGN": 16, "ACCUMULATE": accumulation(dtype)} | absent | options | blocks,
         aligned=("stride_k", *strides),
         num_warps=num_warps,
@@ -170,17 +182,18 @@ def _forward(dtype: torch.dtype, channels: int, weighted: bool) -> Compilation:
     )
 
 
-def _backward(dtype: torch.dtype, channels: int, patch_size: int) -> Compilation:
+def _backward(dtype: torch.dtype, channels: int, patch_size: int, weight: str) -> Compilation:
     blocks = patch_blocks(channels, patch_size)
     num_warps, pointer, strides = blocks.pop("num_warps"), POINTERS[dtype], ("stride_batch", "stride_c", "stride_y")
-    pointers = {"grad": pointer, "total": "*fp32", "coords": "*i32", "weight": "*fp32", "patches": pointer}
+    pointers = {"grad": pointer, "total": "*fp32", "coords": "*i32", "patches": pointer}
+    pointers |= {"weight": "*fp32"} if weight == "table" else {}
     integers = ("channels", "height", "width", "count", "units", *strides)
-    constants = {"stride_x": 1, "WEIGHTED": True, "ACCUMULATE": accumulation(dtype), "ALIGN": alignment(patch_size)}
+    constants = {"stride_x": 1, "WEIGHT": weight, "ACCUMULATE": accumulation(dtype), "ALIGN": alignment(patch_size)}
     return Compilation(
-        f"scatter_patches: backward {pointer[1:]} C{channels} p{patch_size}",
+        f"scatter_patches: backward {pointer[1:]} C{channels} p{patch_size} weight {weight}",
         scatter_backward_kernel,
         pointers | dict.fromkeys(integers, "i32"),
-        constants | blocks,
+        constants | dict.fromkeys({"weight"} - set(pointers)) | blocks,
         aligned=strides,
         num_warps=num_warps,
         enable_fp_fusion=False,
@@ -188,6 +201,10 @@ def _backward(dtype: torch.dtype, channels: int, patch_size: int) -> Compilation
 
 
 COMPILATIONS = [
-    *(_forward(dtype, channels, weighted) for dtype in POINTERS for channels, weighted in ((1, False), (3, True))),
-    *(_backward(dtype, channels, side) for dtype in POINTERS for channels, side in ((1, 16), (3, 8))),
+    *(
+        _forward(dtype, *call)
+        for dtype in POINTERS
+        for call in ((1, "none", False), (3, "table", True), (3, "gaussian", True))
+    ),
+    *(_backward(dtype, *call) for dtype in POINTERS for call in ((1, 16, "gaussian"), (3, 8, "table"))),
 ]
