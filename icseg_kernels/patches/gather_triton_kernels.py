@@ -207,7 +207,7 @@ def patch_programs(patches: int, channels: int, side: int, blocks: dict[str, int
 def tile_blocks(channels: int) -> dict[str, int]:
     """Of a kernel whose program owns a tile of images [channels, H, W]."""
     c = min(triton.next_power_of_2(max(channels, 1)), 4)
-    return {"BLOCK_C": c, "BLOCK_Y": min(16, 32 // c), "BLOCK_X": 32, "CHUNK": CHUNK, "num_warps": 4}
+    return {"BLOCK_C": c, "BLOCK_Y": 16 // c, "BLOCK_X": 32, "CHUNK": CHUNK, "num_warps": 4}
 
 
 def tile_programs(images: int, channels: int, height: int, width: int, blocks: dict[str, int]) -> int:

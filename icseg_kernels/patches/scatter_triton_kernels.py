@@ -32,7 +32,7 @@ from icseg_kernels.patches.gather_triton_kernels import (
 def shares(table, i, j, inside, patch, WEIGHT: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """[Y, X]: the weights of rows i and columns j of a patch, from the table or as `gaussian_weight`; 0 outside."""
     if WEIGHT == "table":
-        return tl.load(table + (i * patch)[:, None] + j[None, :], mask=inside, other=0)
+        return tl.load(table + (i.to(tl.int64) * patch)[:, None] + j[None, :], mask=inside, other=0)
     else:
         centre, spread = (patch - 1).to(DTYPE) * 0.5, patch.to(DTYPE) * 0.125
         y, x = divide(i.to(DTYPE) - centre, spread), divide(j.to(DTYPE) - centre, spread)
@@ -82,10 +82,12 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
         k = tl.min(waiting, 0)
         while k < count:
             corner = coords + k.to(tl.int64) * 2
-            i, j = y - tl.load(corner).to(tl.int64), x - tl.load(corner + 1).to(tl.int64)
+            # What lies on the tile is near it: 32 bits, of which fewer registers are needed.
+            i = (top - tl.load(corner).to(tl.int64)).to(tl.int32) + tl.arange(0, BLOCK_Y)
+            j = (left - tl.load(corner + 1).to(tl.int64)).to(tl.int32) + tl.arange(0, BLOCK_X)
             i_inside, j_inside = (i >= 0) & (i < patch), (j >= 0) & (j < patch)
             counted = i_inside[:, None] & j_inside[None, :]
-            offsets = volume(c * stride_c, i * stride_y, j * stride_x)
+            offsets = volume(c * stride_c, i.to(tl.int64) * stride_y, j.to(tl.int64) * stride_x)
             inside = valid(c < channels, i_inside, j_inside)
             values = tl.load(patches + k.to(tl.int64) * stride_k + offsets, mask=inside, other=0).to(ACCUMULATE)
             if WEIGHT != "none":
