@@ -89,9 +89,12 @@ def test_sizes_that_are_no_multiple_of_a_tile(poisoned, channels, patch_size, si
 
 
 def test_more_patches_than_are_tested_at_once(poisoned):
-    coords = corners(1, 300, low=20, high=400)  # few on the image, in any chunk
+    patches, coords = randn(1, 300, 1, 2, 2), corners(1, 300, low=20, high=400)  # few on the image, in any chunk
     coords[0, ::60] = corners(5, low=0, high=5)
-    assert_equal_to_reference(randn(1, 300, 1, 2, 2), coords, (6, 7))
+    found = scatter_patches(patches, coords, (6, 7), backend="triton")
+    expected = scatter_patches(patches.cpu(), coords.cpu(), (6, 7), backend="reference")
+    assert torch.equal(found.mean.cpu(), expected.mean)
+    assert torch.equal(found.coverage.cpu(), expected.coverage)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
@@ -169,7 +172,7 @@ def test_what_was_gathered_comes_back():
 @pytest.mark.skipif(not triton_launch.INTERPRETED, reason="float64 is for the interpreter")
 @pytest.mark.parametrize("weight", [None, "gaussian"])
 def test_gradcheck(weight):
-    patches, coords = randn(1, 3, 1, 2, 2, dtype=torch.float64).requires_grad_(), corners(1, 3, low=-1, high=3)
+    patches, coords = randn(1, 2, 1, 2, 2, dtype=torch.float64).requires_grad_(), corners(1, 2, low=0, high=2)
 
     def write(x: Tensor) -> Tensor:
         return scatter_patches(x, coords, (3, 4), weight=weight, backend="triton").mean
