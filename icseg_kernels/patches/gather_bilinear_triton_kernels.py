@@ -146,7 +146,7 @@ def weight_of_sample(number, pixel, corner, extent, out_size, length, EDGE_TO_ED
 
 @triton.jit
 def samples_of_pixels(pixel, corner, extent, out_size, length, EDGE_TO_EDGE: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first and the last sample of a patch that touch each pixel, int64: none is missing, few are too many."""
+    """The first and the last sample of a patch that touch each pixel, int32: none is missing, few are too many."""
     first = sample_position(corner * 0, corner, extent, out_size, EDGE_TO_EDGE, DTYPE)
     steps = out_size
     if EDGE_TO_EDGE:
@@ -161,8 +161,8 @@ def samples_of_pixels(pixel, corner, extent, out_size, length, EDGE_TO_EDGE: tl.
     least, most = tl.minimum(one, other) - slack, tl.maximum(one, other) + slack
     known = (one == one) & (other == other) & (least == least) & (most == most)
     end = (out_size - 1).to(DTYPE)
-    least = tl.minimum(tl.maximum(tl.ceil(tl.where(known, least, 0.0)), 0.0), end + 1.0).to(tl.int64)
-    most = tl.minimum(tl.maximum(tl.floor(tl.where(known, most, end)), -1.0), end).to(tl.int64)
+    least = tl.minimum(tl.maximum(tl.ceil(tl.where(known, least, 0.0)), 0.0), end + 1.0).to(tl.int32)
+    most = tl.minimum(tl.maximum(tl.floor(tl.where(known, most, end)), -1.0), end).to(tl.int32)
     _, touches = weight_of_sample(least, pixel, corner, extent, out_size, length, EDGE_TO_EDGE, DTYPE)
     least = tl.where(touches, least, least + 1)
     _, touches = weight_of_sample(most, pixel, corner, extent, out_size, length, EDGE_TO_EDGE, DTYPE)
@@ -222,8 +222,8 @@ def bilinear_backward_kernel(  # type: ignore[no-untyped-def]
             corner_x = corner_of_samples(here + 1, extent_x, width, ACCUMULATE)
             i0, i1 = samples_of_pixels(y, corner_y, extent_y, samples, height, EDGE_TO_EDGE, ACCUMULATE)
             j0, j1 = samples_of_pixels(x, corner_x, extent_x, samples, width, EDGE_TO_EDGE, ACCUMULATE)
-            along_y = tl.max(tl.where(y < height, i1 - i0 + 1, 0), 0).to(tl.int32)
-            along_x = tl.max(tl.where(x < width, j1 - j0 + 1, 0), 0).to(tl.int32)
+            along_y = tl.max(tl.where(y < height, i1 - i0 + 1, 0), 0)
+            along_x = tl.max(tl.where(x < width, j1 - j0 + 1, 0), 0)
             for row in range(along_y):
                 i = i0 + row
                 of_row, i_touches = weight_of_sample(
@@ -236,7 +236,7 @@ def bilinear_backward_kernel(  # type: ignore[no-untyped-def]
                         j, x, corner_x, extent_x, samples, width, EDGE_TO_EDGE, ACCUMULATE
                     )
                     inside = valid(c < channels, i_valid, j_touches & (j <= j1))
-                    offsets = volume(c * stride_c, i * stride_y, j * stride_x)
+                    offsets = volume(c * stride_c, i.to(tl.int64) * stride_y, j.to(tl.int64) * stride_x)
                     values = tl.load(grad + k.to(tl.int64) * stride_k + offsets, mask=inside, other=0)
                     weight = (of_row[:, None] * of_column[None, :])[None, :, :]
                     total += tl.where(inside, weight * values.to(ACCUMULATE), 0.0)
@@ -246,6 +246,11 @@ def bilinear_backward_kernel(  # type: ignore[no-untyped-def]
     images += image.to(tl.int64) * channels * size
     written = valid(c < channels, y < height, x < width)
     tl.store(images + volume(c * size, y * width, x), total.to(images.dtype.element_ty), mask=written)
+
+
+def adjoint_blocks(channels: int) -> dict[str, int]:
+    """Of the adjoint, whose weights take registers: more warps to a tile."""
+    return tile_blocks(channels) | {"num_warps": 8}
 
 
 def _forward() -> list[Compilation]:
@@ -282,7 +287,7 @@ def _backward() -> list[Compilation]:
             pointers = {"grad": pointer, "coords": "*fp32" if edge_to_edge else "*i32", "images": pointer}
             pointers |= {"extent_y": "*fp64", "extent_x": "*fp64"}
             constants: dict[str, Any] = {"stride_x": 1, "ALIGN": 16, "EXTENT_IN_MEMORY": True}
-            constants |= {"EDGE_TO_EDGE": edge_to_edge, "ACCUMULATE": accumulation(dtype)} | tile_blocks(channels)
+            constants |= {"EDGE_TO_EDGE": edge_to_edge, "ACCUMULATE": accumulation(dtype)} | adjoint_blocks(channels)
             num_warps = constants.pop("num_warps")
             integers = ("inner", "channels", "height", "columns", "count", "samples", *strides)
             found.append(

@@ -6,6 +6,7 @@ Copies, and the gradients of copies, equal the reference bit for bit; what is re
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ def gather(source: Tensor, coords: Tensor, patch_size: int) -> Tensor:
 
 def gather_backward(grad: Tensor, coords: Tensor, height: int, width: int) -> Tensor:
     """Adjoint of `gather`: [..., K, C, p, p] added up into [..., C, H, W]."""
-    from icseg_kernels.patches.gather_triton_kernels import copy_backward_kernel
+    from icseg_kernels.patches.gather_triton_kernels import copy_backward_kernel, tile_blocks
 
-    return _backward(copy_backward_kernel, grad, coords, height, width, (), {})
+    return _backward(copy_backward_kernel, tile_blocks, grad, coords, height, width, (), {})
 
 
 def gather_bilinear(
@@ -116,15 +117,16 @@ def gather_bilinear_backward(
     width: int,
 ) -> Tensor:
     """Adjoint of `gather_bilinear` with respect to its source: [..., K, C, n, n] -> [..., C, H, W]."""
-    from icseg_kernels.patches.gather_bilinear_triton_kernels import bilinear_backward_kernel
+    from icseg_kernels.patches.gather_bilinear_triton_kernels import adjoint_blocks, bilinear_backward_kernel
 
     *extents, in_memory = doubles(grad.device, extent_y, extent_x)
     options = {"EXTENT_IN_MEMORY": in_memory, "EDGE_TO_EDGE": edge_to_edge}
-    return _backward(bilinear_backward_kernel, grad, coords, height, width, tuple(extents), options)
+    return _backward(bilinear_backward_kernel, adjoint_blocks, grad, coords, height, width, tuple(extents), options)
 
 
 def _backward(
     kernel: Any,
+    blocks_for: Callable[[int], dict[str, int]],
     grad: Tensor,
     coords: Tensor,
     height: int,
@@ -141,7 +143,7 @@ def _backward(
         raise ValueError(f"grad must have shape [..., K, C, p, p], got {list(grad.shape)}")
     coords, _ = corners(coords, lead, count)
     images = grad.new_empty((*lead, channels, height, width))
-    align, blocks = kernels.alignment(width), kernels.tile_blocks(channels)
+    align, blocks = kernels.alignment(width), blocks_for(channels)
     programs = kernels.tile_programs(outer * inner, channels, height, width, blocks) if channels else 0
     triton_launch.launch(
         kernel,
