@@ -72,9 +72,12 @@ def upsample_kernel(  # type: ignore[no-untyped-def]
         k = tl.min(waiting, 0)
         while k < count:
             corner = coords + k.to(tl.int64) * 2
-            i, j = y - tl.load(corner).to(tl.int64), x - tl.load(corner + 1).to(tl.int64)
+            # What lies on the tile is near it: 32 bits, of which fewer registers are needed.
+            i = (top - tl.load(corner).to(tl.int64)).to(tl.int32) + tl.arange(0, BLOCK_Y)
+            j = (left - tl.load(corner + 1).to(tl.int64)).to(tl.int32) + tl.arange(0, BLOCK_X)
             here = ((i >= 0) & (i < rows_p))[:, None] & ((j >= 0) & (j < columns_p))[None, :]
-            offsets = k.to(tl.int64) * patch_stride_k + (i * patch_stride_y)[:, None] + (j * patch_stride_x)[None, :]
+            down_patch, along_patch = i.to(tl.int64) * patch_stride_y, j.to(tl.int64) * patch_stride_x
+            offsets = k.to(tl.int64) * patch_stride_k + down_patch[:, None] + along_patch[None, :]
             seen = tl.where(here, offsets, seen)
             waiting = tl.where(waiting == k, count, waiting)
             k = tl.min(waiting, 0)
