@@ -208,7 +208,7 @@ def test_the_reference_serves_what_the_library_does_not():
 def test_opcheck(count, deviations):
     torch.library.opcheck(
         torch.ops.icseg.halvings.default,
-        (image(2, 1, 9, 6), count, deviations),
+        (image(2, 1, 9, 6), count, deviations, "native"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -302,10 +302,10 @@ def test_operators_called_directly_check_before_raw_pointers():
     op, x = torch.ops.icseg.halvings, torch.zeros(1, 1, 4, 4)
     for bad in (x.double(), x[0]):
         with pytest.raises(ValueError, match=r"image must be float32 \[N, C, h, w\] on the CPU, got"):
-            op(bad, 1, 0)
+            op(bad, 1, 0, "native")
     for counts, message in (((-1, 0), "negative"), ((1, -1), "negative"), ((1, 2), "deviations must not outnumber")):
         with pytest.raises(RuntimeError, match=f"native library: .*{message}"):
-            op(x, *counts)
+            op(x, *counts, "native")
 
 
 @needs_native

@@ -414,7 +414,7 @@ BAD_PATCHES = r"patches must have shape \[B, K, C, p, p\] with p at least 1, got
             (PATCHES, COORDS, (4, 4)),
             {"weight": torch.ones(3, 3, device="meta")},
         ),
-        (BackendError, "scatter_patches has no triton", (PATCHES, COORDS, (4, 4)), {"backend": "triton"}),
+        (BackendError, "scatter_patches has no cuda", (PATCHES, COORDS, (4, 4)), {"backend": "cuda"}),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments, options):

@@ -276,7 +276,7 @@ def test_opcheck(count):
     coarser, patches, coords, size = case((20, 17), count=count)
     torch.library.opcheck(
         torch.ops.icseg.upsample_with_patches.default,
-        (coarser, patches, coords, *size),
+        (coarser, patches, coords, *size, "native"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -387,11 +387,11 @@ def test_operators_called_directly_check_before_raw_pointers():
         (coarser, patches, coords[:, 1:]),
     ):
         with pytest.raises(ValueError, match=r"upsample_with_patches needs coarser \[B, C, h, w\] and patches"):
-            op(*bad, *size)
+            op(*bad, *size, "native")
     with pytest.raises(RuntimeError, match="height and width must be twice those"):
-        op(coarser, patches, coords, 18, 17)
+        op(coarser, patches, coords, 18, 17, "native")
     with pytest.raises(RuntimeError, match="patch must be at least 1"):
-        op(coarser, patches[..., :0], coords, *size)
+        op(coarser, patches[..., :0], coords, *size, "native")
 
 
 @needs_native

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.halvings import native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.halvings import native, reference, triton
 
 __all__ = ["halvings"]
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native}
 
 
 def halvings(
@@ -21,7 +22,8 @@ def halvings(
     image:      [N, C, h, w] float16, bfloat16, float32 or float64, any strides; h, w > 0.
     count:      of halvings.
     deviations: for how many of them, from the first, the standard deviation is wanted too.
-    backend:    None, "native" (float32 on the CPU, no gradients) or "reference"; halvings have the same bits.
+    backend:    None, "triton" (on CUDA devices, not float64, no gradients), "native" (float32 on the CPU, no gradients)
+                or "reference"; halvings have the same bits.
     Returns the halvings, the largest first, each [N, C, ceil(h / 2), ceil(w / 2)] of the one before, and for the first
     `deviations` of them the standard deviation, at least 1e-6, of the pixels of `image` inside each pixel, of the same
     shape. Where a row or column is the last and has no partner, a halving counts it twice for the deviation. All
@@ -40,16 +42,22 @@ def halvings(
         raise ValueError(f"image must have shape [N, C, h, w] with h, w > 0, got {list(shape)}")
     count = checks.integer("count", count, 0)
     deviations = checks.integer("deviations", deviations, 0, count)
-    if backends.select("halvings", backend, image) == "reference":
+    name = backends.select("halvings", backend, image)
+    if name == "reference":
         found = reference.halvings(image, count, deviations)
     elif backends.unwatched((image,)):
-        found = native.halvings(image, count, deviations)
+        found = _implementation(image, count, deviations, name)
     else:
-        found = _halvings(image, count, deviations)
+        found = _halvings(image, count, deviations, name)
     return found[:count], found[count:]
 
 
-def _fake(image: Tensor, count: int, deviations: int) -> list[Tensor]:
+def _implementation(image: Tensor, count: int, deviations: int, backend: str) -> list[Tensor]:
+    found: list[Tensor] = _IMPLEMENTATIONS[backend].halvings(image, count, deviations)
+    return found
+
+
+def _fake(image: Tensor, count: int, deviations: int, backend: str) -> list[Tensor]:
     height, width = image.shape[2:]
     shapes = []
     for _ in range(count):
@@ -58,9 +66,16 @@ def _fake(image: Tensor, count: int, deviations: int) -> list[Tensor]:
     return [image.new_empty(shape) for shape in shapes + shapes[:deviations]]
 
 
-_halvings = backends.register("halvings(Tensor image, int count, int deviations) -> Tensor[]", native.halvings, _fake)
+_halvings = backends.register(
+    "halvings(Tensor image, int count, int deviations, str backend) -> Tensor[]", _implementation, _fake
+)
 backends.declare(
-    "halvings", {"native": backends.Backend(library.missing, native.unsupported), "reference": backends.Backend()}
+    "halvings",
+    {
+        "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.patches import gather_native, reference
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.patches import gather_native, gather_triton, reference
 from icseg_kernels.patches.coords import check_coords, check_integer
 
 ALIGNMENTS = ("pixel", "published")
-_IMPLEMENTATIONS: dict[str, Any] = {"native": gather_native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": gather_triton, "native": gather_native, "reference": reference}
 
 
 def gather_patches(
@@ -53,8 +53,9 @@ def gather_patches(
         patch_size: p, in pixels. With `out_size` it may be a fraction, or a pair (height, width).
         out_size: n, samples a side; None copies.
         alignment: "pixel" or "published"; only with `out_size`.
-        backend: "native" (real dtypes on the CPU), "reference", or None; see `icseg_kernels.backend`. They copy the
-            same bits, and their gradients of copies are the same; what they resample differs by rounding.
+        backend: "triton" (real dtypes on CUDA devices), "native" (real dtypes on the CPU), "reference", or None; see
+            `icseg_kernels.backend`. They copy the same bits, and their gradients of copies are the same; what they
+            resample differs by rounding.
 
     Returns:
         [..., K, C, p, p], or [..., K, C, n, n]; the dtype of `source`. Resampling is computed in float32 for
@@ -207,7 +208,11 @@ _bilinear_backward = backends.register(
 )
 backends.declare(
     "gather_patches",
-    {"native": backends.Backend(library.missing, gather_native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, gather_triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, gather_native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
+from icseg_kernels import checks, flops, library, triton_launch
 from icseg_kernels.numerics import accumulation_dtype
-from icseg_kernels.patches import reference, scatter_native
+from icseg_kernels.patches import reference, scatter_native, scatter_triton
 from icseg_kernels.patches.coords import check_coords, check_integer
 
-_IMPLEMENTATIONS: dict[str, Any] = {"native": scatter_native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": scatter_triton, "native": scatter_native, "reference": reference}
 
 
 class Scatter(NamedTuple):
@@ -53,7 +53,8 @@ def scatter_patches(
             A tensor [p, p] of any real dtype, cast to that of the sums, on the device of `patches`. Where it is
             not positive the patch covers nothing, whatever its values, and gets no gradient. It gets none itself.
         fill: the value where no patch lies, a finite number; rounded to the dtype of `patches`.
-        backend: "native" (C++, on the CPU), "reference", or None for the best that can; see `icseg_kernels.backend`.
+        backend: "triton" (on CUDA devices, not float64), "native" (C++, on the CPU), "reference", or None for the
+            best that can; see `icseg_kernels.backend`.
 
     Returns:
         Scatter(mean [B, C, H, W] in the dtype of `patches`, coverage [B, 1, H, W] bool). Sums are taken in
@@ -153,8 +154,10 @@ class _ScatterPatches(torch.autograd.Function):
         return found, *(None,) * 8
 
 
-def _gaussian_for(values: Tensor, patch_size: int) -> Tensor:
-    """The Gaussian weight [p, p] in the dtype of the sums, on the device of `values`."""
+def _gaussian_for(values: Tensor, patch_size: int, backend: str) -> Tensor | str:
+    """The Gaussian weight [p, p] in the dtype of the sums, on the device of `values`; Triton's kernels compute it."""
+    if backend == "triton":
+        return "gaussian"
     dtype = accumulation_dtype(values.dtype)
     if values.is_cpu:
         return _cached_gaussian_weight(patch_size, dtype)
@@ -172,14 +175,14 @@ def _scatter_implementation(
     keep_total: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    table = _gaussian_for(patches, patches.shape[-1]) if gaussian else weight
+    table = _gaussian_for(patches, patches.shape[-1], backend) if gaussian else weight
     return _IMPLEMENTATIONS[backend].scatter(patches, coords, table, fill, height, width, keep_total)
 
 
 def _scatter_backward_implementation(
     grad: Tensor, total: Tensor, coords: Tensor, weight: Tensor | None, gaussian: bool, patch_size: int, backend: str
 ) -> Tensor:
-    table = _gaussian_for(grad, patch_size) if gaussian else weight
+    table = _gaussian_for(grad, patch_size, backend) if gaussian else weight
     return _IMPLEMENTATIONS[backend].scatter_backward(grad, total, coords, table, patch_size)
 
 
@@ -223,7 +226,11 @@ _scatter_backward = backends.register(
 )
 backends.declare(
     "scatter_patches",
-    {"native": backends.Backend(library.missing, scatter_native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, scatter_triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, scatter_native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

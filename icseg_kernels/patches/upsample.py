@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
-from icseg_kernels.patches import reference, upsample_native
+from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels.patches import reference, upsample_native, upsample_triton
 from icseg_kernels.patches.coords import check_coords, check_integer
+
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": upsample_triton, "native": upsample_native}
 
 
 def upsample_with_patches(
@@ -22,7 +24,8 @@ def upsample_with_patches(
     coords:  [B, K, 2] integer (y, x) of each patch's top-left corner, on the device of `coarser`. What lies outside the
              map is dropped; a patch wholly outside writes nothing. Where patches overlap, the last one is seen.
     size:    (H, W) of the result: 2h or 2h - 1, and 2w or 2w - 1.
-    backend: None, "native" (float32 on the CPU, no gradients) or "reference". Equal up to rounding.
+    backend: None, "triton" (on CUDA devices, not float64, no gradients), "native" (float32 on the CPU, no gradients) or
+             "reference". Equal up to rounding.
     Returns [B, C, H, W], contiguous: F.interpolate(coarser, scale_factor=2, mode="bilinear", align_corners=False), cut
     to `size`, with the patches written over it. Differentiable with respect to `coarser` and `patches`; if a gradient
     is wanted, the reference serves. Autocast changes nothing. Raises TypeError or ValueError for an argument of another
@@ -49,25 +52,35 @@ def upsample_with_patches(
     height, width = checks.pair("size", size, 1)
     if (height + 1) // 2 != shape[2] or (width + 1) // 2 != shape[3]:
         raise ValueError(f"size must be twice that of coarser, {[*shape[2:]]}, or one less, got {[height, width]}")
-    if backends.select("upsample_with_patches", backend, coarser, patches) == "reference":
+    name = backends.select("upsample_with_patches", backend, coarser, patches)
+    if name == "reference":
         return reference.upsample_with_patches(coarser, patches, coords, height, width)
     if backends.unwatched((coarser, patches, coords)):
-        return upsample_native.upsample_with_patches(coarser, patches, coords, height, width)
-    return _upsample(coarser, patches, coords, height, width)
+        return _implementation(coarser, patches, coords, height, width, name)
+    return _upsample(coarser, patches, coords, height, width, name)
 
 
-def _fake(coarser: Tensor, patches: Tensor, coords: Tensor, height: int, width: int) -> Tensor:
+def _implementation(coarser: Tensor, patches: Tensor, coords: Tensor, height: int, width: int, backend: str) -> Tensor:
+    return _IMPLEMENTATIONS[backend].upsample_with_patches(coarser, patches, coords, height, width)
+
+
+def _fake(coarser: Tensor, patches: Tensor, coords: Tensor, height: int, width: int, backend: str) -> Tensor:
     return coarser.new_empty((*coarser.shape[:2], height, width))
 
 
 _upsample = backends.register(
-    "upsample_with_patches(Tensor coarser, Tensor patches, Tensor coords, SymInt height, SymInt width) -> Tensor",
-    upsample_native.upsample_with_patches,
+    "upsample_with_patches(Tensor coarser, Tensor patches, Tensor coords, SymInt height, SymInt width, str backend) "
+    "-> Tensor",
+    _implementation,
     _fake,
 )
 backends.declare(
     "upsample_with_patches",
-    {"native": backends.Backend(library.missing, upsample_native.unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, upsample_triton.unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, upsample_native.unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 
