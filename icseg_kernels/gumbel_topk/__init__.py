@@ -10,17 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library, triton_launch
-from icseg_kernels.gumbel_topk import native, reference, triton
+from icseg_kernels import checks, cuda_library, flops, library, triton_launch
+from icseg_kernels.gumbel_topk import cuda, native, reference, triton
 from icseg_kernels.gumbel_topk.reference import scattered
 from icseg_kernels.numerics import accumulation_dtype, nan_as_minus_infinity, scalar
 from icseg_kernels.philox import checked_seed
 
-_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "native": native, "reference": reference}
+_IMPLEMENTATIONS: dict[str, Any] = {"cuda": cuda, "triton": triton, "native": native, "reference": reference}
 
 backends.declare(
     "gumbel_topk",
     {
+        "cuda": backends.Backend(cuda_library.missing, cuda.unsupported),
         "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
         "native": backends.Backend(library.missing, native.unsupported),
         "reference": backends.Backend(),
@@ -131,7 +132,7 @@ def gumbel_topk(
     if not 0 <= k <= logits.shape[1]:
         raise ValueError(f"k must lie in [0, N] with N = {logits.shape[1]}, got {k}")
     seeded, noise = noise_source(seed, noise, logits.shape, logits.device)
-    chosen = backends.select("gumbel_topk", backend, logits)
+    chosen = backends.select("gumbel_topk", backend, logits, k)
     indices, scores, logsumexp, kappa, _ = backends.call(_GumbelTopK, _op, logits, k, seeded, noise, chosen)
     return TopK(indices, scores, logsumexp, kappa)
 

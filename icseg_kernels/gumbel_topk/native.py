@@ -27,7 +27,7 @@ _MOST_CANDIDATES = 2**31 - 1
 _STACK_DRAWS = 256  # more need a workspace
 
 
-def unsupported(logits: Tensor) -> list[str]:
+def unsupported(logits: Tensor, k: int) -> list[str]:
     """Why the library cannot draw from `logits`."""
     reasons = []
     if not logits.is_cpu:

@@ -39,7 +39,7 @@ class Draw(NamedTuple):
     coords: Tensor | None
 
 
-def unsupported(logits: Tensor) -> list[str]:
+def unsupported(logits: Tensor, k: int) -> list[str]:
     """Why the kernels cannot draw from `logits`."""
     reasons = triton_launch.unsupported_device("logits", logits) + triton_launch.unsupported_dtype("logits", logits)
     return reasons + unsupported_count(logits.shape[1])

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library, triton_launch
+from icseg_kernels import checks, cuda_library, flops, library, triton_launch
 from icseg_kernels.gumbel_topk import gumbel_topk, noise_source
 from icseg_kernels.gumbel_topk.reference import scattered
 from icseg_kernels.numerics import accumulation_dtype, scalar
-from icseg_kernels.patches import sample_native, sample_reference, sample_triton
+from icseg_kernels.patches import sample_cuda, sample_native, sample_reference, sample_triton
 from icseg_kernels.patches.windows import Windows, blur_taps, candidate_grid
 
 _IMPLEMENTATIONS: dict[str, Any] = {
+    "cuda": sample_cuda,
     "triton": sample_triton,
     "native": sample_native,
     "reference": sample_reference,
@@ -28,6 +29,7 @@ _LEAST_TEMPERATURE = 1e-30  # far below any use; below 1e-38 the logits would no
 backends.declare(
     "sample_patches",
     {
+        "cuda": backends.Backend(cuda_library.missing, sample_cuda.unsupported),
         "triton": backends.Backend(triton_launch.missing, sample_triton.unsupported, triton_launch.slower),
         "native": backends.Backend(library.missing, sample_native.unsupported),
         "reference": backends.Backend(),
@@ -95,7 +97,7 @@ def sample_patches(
     windows, candidates = _windows(height, width, patch_size, stride, before, after, temperature, blur_sigma)
     if k > candidates:
         raise ValueError(f"k must lie in [0, {candidates}], the number of candidate windows, got {k}")
-    chosen = backends.select("sample_patches", backend, weights, candidates)
+    chosen = backends.select("sample_patches", backend, weights, candidates, windows, k, differentiable)
     if differentiable and chosen == "reference":
         temperature_ = scalar(cast(float, windows.temperature), weights.device)
         logits = sample_reference.window_logits(weights, windows._replace(temperature=temperature_))

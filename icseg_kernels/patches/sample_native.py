@@ -50,7 +50,7 @@ _workspace_bytes = library.function("icseg_sample_patches_workspace", [c_void_p,
 _MOST = 2**31 - 1
 
 
-def unsupported(weights: Tensor, candidates: int) -> list[str]:
+def unsupported(weights: Tensor, candidates: int, *_: object) -> list[str]:
     """Why the library cannot draw from `candidates` windows of `weights`."""
     reasons = []
     if not weights.is_cpu:

@@ -22,7 +22,7 @@ _SMALL = 2**18  # loads of pixels that one program may do for a sample
 _SMALL_CANDIDATES = 2048
 
 
-def unsupported(weights: Tensor, candidates: int) -> list[str]:
+def unsupported(weights: Tensor, candidates: int, *_: object) -> list[str]:
     """Why the kernels cannot draw from `candidates` windows of `weights`."""
     reasons = triton_launch.unsupported_device("weights", weights)
     reasons += triton_launch.unsupported_dtype("weights", weights)
