@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import backend as backends
-from icseg_kernels import checks, flops, library
+from icseg_kernels import checks, flops, library, triton_launch
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -153,7 +153,7 @@ def gumbel_noise(
     seed:           integer in [-2^63, 2^64), or a 0-dim int64 tensor, which a CUDA graph may refill.
     stream, offset: the counter's two upper words, in [0, 2^32): independent noises under one seed.
     device:         where; None means the seed tensor's device, or the CPU.
-    backend:        "native" (C++, on the CPU), "reference", or None for the best.
+    backend:        "triton" (CUDA devices), "native" (C++, on the CPU), "reference", or None for the best.
 
     Raises TypeError or ValueError; BackendError if the named backend cannot serve.
     """
@@ -188,9 +188,20 @@ def noise_native(seed: Tensor, rows: int, elements: int, stream: int = 0, offset
     return noise
 
 
+def noise_triton(seed: Tensor, rows: int, elements: int, stream: int = 0, offset: int = 0) -> Tensor:
+    """`gumbel_noise` by a Triton kernel."""
+    from icseg_kernels.philox_triton_kernels import gumbel_noise
+
+    return gumbel_noise(seed, rows, elements, stream, offset)
+
+
 # noise; rows, elements; seed; stream, offset
 _native = library.function("icseg_gumbel_noise", [c_void_p, c_int64, c_int64, c_uint64, c_int64, c_int64])
-_IMPLEMENTATIONS = {"native": noise_native, "reference": noise_reference}
+_IMPLEMENTATIONS = {"triton": noise_triton, "native": noise_native, "reference": noise_reference}
+
+
+def _triton_unsupported(seed: Tensor) -> list[str]:
+    return triton_launch.unsupported_device("seed", seed)
 
 
 def _native_unsupported(seed: Tensor) -> list[str]:
@@ -199,7 +210,11 @@ def _native_unsupported(seed: Tensor) -> list[str]:
 
 backends.declare(
     "gumbel_noise",
-    {"native": backends.Backend(library.missing, _native_unsupported), "reference": backends.Backend()},
+    {
+        "triton": backends.Backend(triton_launch.missing, _triton_unsupported, triton_launch.slower),
+        "native": backends.Backend(library.missing, _native_unsupported),
+        "reference": backends.Backend(),
+    },
 )
 
 

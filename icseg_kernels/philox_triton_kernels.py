@@ -6,14 +6,13 @@ Bits equal those of every other backend if nothing is contracted: launch with `e
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from icseg_kernels.compilation import Compilation
+from icseg_kernels.triton_launch import launch
 
 _BLOCK = 1024
 
@@ -83,9 +82,10 @@ def noise_of_groups(seed, row, stream, offset, groups):  # type: ignore[no-untyp
 
 
 @triton.jit
-def noise_kernel(seed_pointer, noise_pointer, elements, stream, offset, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Noise [rows, elements] on a grid of (rows, blocks of BLOCK elements)."""
-    row, block = tl.program_id(0), tl.program_id(1)
+def noise_kernel(seed_pointer, noise_pointer, elements, blocks, stream, offset, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Noise [rows, elements] on a grid of rows * blocks, each of BLOCK elements."""
+    program = tl.program_id(0)
+    row, block = program // blocks, program % blocks
     groups = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     noise = noise_of_groups(tl.load(seed_pointer), row, stream, offset, groups)
     element = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -95,9 +95,9 @@ def noise_kernel(seed_pointer, noise_pointer, elements, stream, offset, BLOCK: t
 def gumbel_noise(seed: Tensor, rows: int, elements: int, stream: int = 0, offset: int = 0) -> Tensor:
     """`icseg_kernels.philox.gumbel_noise` for a 0-dim int64 seed tensor, by a Triton kernel on its device."""
     noise = torch.empty((rows, elements), dtype=torch.float32, device=seed.device)
-    if noise.numel():
-        grid: Any = (rows, triton.cdiv(elements, _BLOCK))
-        noise_kernel[grid](seed, noise, elements, stream, offset, BLOCK=_BLOCK, enable_fp_fusion=False)
+    blocks = triton.cdiv(elements, _BLOCK)
+    arguments = seed, noise, elements, blocks, stream, offset
+    launch(noise_kernel, (rows * blocks,), seed.device, *arguments, BLOCK=_BLOCK, enable_fp_fusion=False)
     return noise
 
 
@@ -105,7 +105,14 @@ COMPILATIONS = [
     Compilation(
         "philox: gumbel_noise",
         noise_kernel,
-        {"seed_pointer": "*i64", "noise_pointer": "*fp32", "elements": "i32", "stream": "i32", "offset": "i32"},
+        {
+            "seed_pointer": "*i64",
+            "noise_pointer": "*fp32",
+            "elements": "i32",
+            "blocks": "i32",
+            "stream": "i32",
+            "offset": "i32",
+        },
         {"BLOCK": _BLOCK},
         enable_fp_fusion=False,
     )

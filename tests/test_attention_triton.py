@@ -348,6 +348,7 @@ def test_torch_serves_where_it_is_the_faster_one(monkeypatch: pytest.MonkeyPatch
     if triton_launch.INTERPRETED:
         assert triton.slower(q, k, v, None, False)
         monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "PREFERRED", True)
     assert triton.slower(q, k, v, None, True)
     assert not triton.slower(q, k, v, None, False)
     assert not triton.slower(q, k, v, None, True, 0, True)

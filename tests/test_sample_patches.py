@@ -431,7 +431,14 @@ def test_compile_serves_new_temperatures_noises_and_counts(differentiable: bool)
             ValueError,
             r"shape \[1, 25\], got \[1, 7\]",
         ),
-        (torch.zeros(1, 1, 8, 8), 1, 4, {"backend": "cuda"}, NotImplementedError, "the cuda backend cannot serve sample_patches"),
+        (
+            torch.zeros(1, 1, 8, 8),
+            1,
+            4,
+            {"backend": "cuda"},
+            NotImplementedError,
+            "cuda backend cannot serve",
+        ),
     ],
 )
 def test_errors(weights: Tensor, k: int, patch_size: int, options: dict, error: type[Exception], message: str) -> None:

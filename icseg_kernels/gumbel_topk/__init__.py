@@ -21,7 +21,7 @@ _IMPLEMENTATIONS: dict[str, Any] = {"cuda": cuda, "triton": triton, "native": na
 backends.declare(
     "gumbel_topk",
     {
-        "cuda": backends.Backend(cuda_library.missing, cuda.unsupported),
+        "cuda": backends.Backend(cuda_library.missing, cuda.unsupported, triton_launch.slower),
         "triton": backends.Backend(triton_launch.missing, triton.unsupported, triton_launch.slower),
         "native": backends.Backend(library.missing, native.unsupported),
         "reference": backends.Backend(),

@@ -29,7 +29,7 @@ _LEAST_TEMPERATURE = 1e-30  # far below any use; below 1e-38 the logits would no
 backends.declare(
     "sample_patches",
     {
-        "cuda": backends.Backend(cuda_library.missing, sample_cuda.unsupported),
+        "cuda": backends.Backend(cuda_library.missing, sample_cuda.unsupported, triton_launch.slower),
         "triton": backends.Backend(triton_launch.missing, sample_triton.unsupported, triton_launch.slower),
         "native": backends.Backend(library.missing, sample_native.unsupported),
         "reference": backends.Backend(),
