@@ -529,7 +529,7 @@ def test_operators_called_directly_check_before_raw_pointers():
     x, weight, bias = torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3), torch.zeros(4)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> Tensor:
-        return op(x, [weight], [bias], [stride], [padding], [False], [1.0])
+        return op(x, [weight], [bias], [stride], [padding], [False], [1.0], "native")
 
     assert call(x, weight, bias).shape == (2, 4, 8, 8)
     for changed, message in (
@@ -553,9 +553,9 @@ def test_operators_called_directly_check_before_raw_pointers():
         with pytest.raises(RuntimeError, match="native library: layers must be 1 to 16 convolutions"):
             call(*changed)
     with pytest.raises(ValueError, match=r"zip\(\)"):
-        op(x, [weight], [bias], [1, 1], [1], [False], [1.0])
+        op(x, [weight], [bias], [1, 1], [1], [False], [1.0], "native")
     with pytest.raises(RuntimeError, match="layers must be 1 to 16"):
-        op(x, [], [], [], [], [], [])
+        op(x, [], [], [], [], [], [], "native")
 
 
 @needs_native
