@@ -15,8 +15,7 @@ _draw = cuda_library.function("icseg_cuda_gumbel_topk_f32", [c_void_p] * 8 + [c_
 # logits, indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa, grad; B, N, k; stride of the rows
 _backward = cuda_library.function("icseg_cuda_gumbel_topk_backward_f32", [c_void_p] * 8 + [c_int64] * 4)
 
-_MOST_CANDIDATES = 2**16  # one block draws a row
-_LONG_ROW = 2**14  # which it takes in parts
+_MOST_CANDIDATES = 2**14  # one block draws a row
 
 
 def unsupported(logits: Tensor, k: int) -> list[str]:
@@ -27,9 +26,6 @@ def unsupported(logits: Tensor, k: int) -> list[str]:
         reasons.append(f"it draws from at most {_MOST_CANDIDATES} candidates, got {count}")
     if k >= cuda_library.MOST_DRAWS and count > cuda_library.MOST_DRAWS:
         reasons.append(f"it draws at most {cuda_library.MOST_DRAWS - 1} of more candidates than that, got k = {k}")
-    elif k >= cuda_library.MOST_DRAWS // 2 and count > _LONG_ROW:
-        most = cuda_library.MOST_DRAWS // 2 - 1
-        reasons.append(f"it draws at most {most} of more than {_LONG_ROW} candidates, got k = {k}")
     return reasons
 
 
