@@ -18,7 +18,6 @@
 
 /* Limits, beyond which a call is refused with ICSEG_CUDA_TOO_LARGE. */
 #define ICSEG_CUDA_MOST_DRAWS 4096   /* min(k + 1, count) of a draw */
-#define ICSEG_CUDA_MOST_CANDIDATES 16384 /* of a row */
 #define ICSEG_CUDA_MOST_PIXELS 20480 /* of a padded map */
 #define ICSEG_CUDA_MOST_TAPS 127     /* of a blur */
 

@@ -11,7 +11,7 @@ from icseg_kernels import cuda_library
 from icseg_kernels.gumbel_topk import cuda, reference
 
 INF, NAN = float("inf"), float("nan")
-SIZES = [(2, 1, 1), (1, 7, 3), (2, 1023, 64), (1, 4096, 4096), (1, 5000, 300), (1, 16001, 64)]
+SIZES = [(2, 1, 1), (1, 7, 3), (2, 1023, 64), (1, 4096, 4096), (1, 5000, 300), (1, 20001, 64)]
 
 pytestmark = pytest.mark.usefixtures("served")
 
@@ -109,7 +109,7 @@ def test_unsupported() -> None:
     elsewhere = torch.zeros(1, 70000, dtype=torch.float64)
     assert cuda.unsupported(elsewhere, 4096) == [
         "it runs on CUDA devices, and logits is on cpu",
-        "it draws from at most 16384 candidates, got 70000",
+        "it draws from at most 65536 candidates, got 70000",
         "it draws at most 4095 of more candidates than that, got k = 4096",
     ]
     assert len(cuda.unsupported(torch.zeros(1, 4096), 4096)) == 1
@@ -118,12 +118,12 @@ def test_unsupported() -> None:
 @pytest.mark.gpu
 @gpu
 def test_the_largest_draws() -> None:
-    logits = normal(3, 16384)
-    assert cuda.unsupported(logits.cuda(), 2047) == []
-    assert len(cuda.unsupported(logits.cuda().double(), 2047)) == 1
+    logits = normal(3, 65536)
+    assert cuda.unsupported(logits.cuda(), 2048) == []
+    assert len(cuda.unsupported(logits.cuda().double(), 2048)) == 1
     for seed in (1, None):
-        check(logits, 2047, seed=seed)
-        check(logits * 100, 2047, seed=seed)
+        check(logits, 2048, seed=seed)
+        check(logits * 100, 4095, seed=seed)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,6 @@ inline bool any_negative(std::initializer_list<int64_t> sizes) {
 inline int checked_draw(int64_t batch, int64_t count, int64_t k, int64_t most) {
     if (any_negative({batch, count, k})) return ICSEG_CUDA_NEGATIVE_SIZE;
     if (k > count) return ICSEG_CUDA_DRAWS;
-    if (count > ICSEG_CUDA_MOST_CANDIDATES) return ICSEG_CUDA_TOO_LARGE;
     if (most > ICSEG_CUDA_MOST_DRAWS || batch > INT_MAX || count > INT_MAX) return ICSEG_CUDA_TOO_LARGE;
     return ICSEG_CUDA_OK;
 }

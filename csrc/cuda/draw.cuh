@@ -110,8 +110,9 @@ __device__ inline float likely_floor(const Summary& row, int most) {
 
 // Whether an element of logit `logit` may have a score above `floor` by its random word. Then logit plus noise exceeds
 // it also before the sum is rounded. The exponential E of the noise -log E is at least v, the word as a fraction, so
-// log2 v < (logit - floor) log2(e) =: x must hold, but for the error of the noise. With u = (word >> 8) * 2^-24 <= v, the bits of a positive float being at most
-// 2^23 (log2 + 127), bits(u) <= 2^23 (x + 127) must hold, but for errors, which 1024 covers (csrc/cpu/kernels/draw.h).
+// log2 v < (logit - floor) log2(e) =: x must hold, but for the error of the noise. With u = (word >> 8) * 2^-24 <= v, the
+// bits of a positive float being at most 2^23 (log2 + 127), bits(u) <= 2^23 (x + 127) must hold, but for errors, which
+// 1024 covers (csrc/cpu/kernels/draw.h).
 // The scale 2^24 of u is taken into the constant. False for NaN and -inf.
 __device__ __forceinline__ bool may_exceed(float logit, uint32_t word, float floor) {
     const float bits = static_cast<float>(__float_as_int(static_cast<float>(static_cast<int>(word >> 8))));
@@ -265,6 +266,7 @@ ICSEG_UNROLL
             const uint64_t key = candidate(i);
             return key >= least ? key : uint64_t(0);
         });
+        __syncthreads();  // else the next chunk's keys may take the places of these
         kept = most;
         const uint32_t reached = static_cast<uint32_t>(least >> 32);
         raise(shift <= 32 ? reached + 1 : reached);  // among equal scores, later elements come last

@@ -15,7 +15,7 @@ _draw = cuda_library.function("icseg_cuda_gumbel_topk_f32", [c_void_p] * 8 + [c_
 # logits, indices, kappa_index, logsumexp, grad_scores, grad_logsumexp, grad_kappa, grad; B, N, k; stride of the rows
 _backward = cuda_library.function("icseg_cuda_gumbel_topk_backward_f32", [c_void_p] * 8 + [c_int64] * 4)
 
-_MOST_CANDIDATES = 2**14  # one block draws a row
+_MOST_CANDIDATES = 2**16  # one block draws a row
 
 
 def unsupported(logits: Tensor, k: int) -> list[str]:
