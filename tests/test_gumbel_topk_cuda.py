@@ -11,7 +11,7 @@ from icseg_kernels import cuda_library
 from icseg_kernels.gumbel_topk import cuda, reference
 
 INF, NAN = float("inf"), float("nan")
-SIZES = [(2, 1, 1), (1, 7, 3), (2, 1023, 64), (1, 4096, 4096), (1, 5000, 300), (1, 20001, 64)]
+SIZES = [(2, 1, 1), (1, 7, 3), (2, 1023, 64), (1, 4096, 4096), (1, 5000, 300), (1, 20001, 64), (1, 65536, 4095)]
 
 pytestmark = pytest.mark.usefixtures("served")
 
