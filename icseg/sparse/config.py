@@ -51,7 +51,7 @@ class SparseConfig(PatchICLConfig):
     most_patches: int = 1024
     exploration: tuple[int, ...] = (16, 40, 24, 6)
     trial: int = 24
-    tolerance: float = 0.04
+    tolerance: float = 0.02
     patches_of_tolerance: int = 1000
     foreground_share: float = 0.6
     dim: int = 128
