@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from icseg_kernels.activation_triton_kernels import divide, gelu, gelu_slope
+from icseg_kernels.arithmetic_triton_kernels import divide, gelu, gelu_slope
 from icseg_kernels.compilation import Compilation
 from icseg_kernels.cross_conv.triton import BLOCKS
 

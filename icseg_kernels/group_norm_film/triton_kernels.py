@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from icseg_kernels.activation_triton_kernels import divide, gelu, gelu_slope
+from icseg_kernels.arithmetic_triton_kernels import divide, gelu, gelu_slope
 from icseg_kernels.compilation import Compilation
 from icseg_kernels.group_norm_film.triton import Tile, backward_tile, forward_tile, summed_channels
 

@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from icseg_kernels.arithmetic_triton_kernels import divide
 from icseg_kernels.compilation import Compilation
 from icseg_kernels.patches.gather_triton_kernels import (
     PATCHES,
@@ -20,7 +21,6 @@ from icseg_kernels.patches.gather_triton_kernels import (
     accumulation,
     alignment,
     block_of_patch,
-    divide,
     double,
     patch_blocks,
     tile_blocks,

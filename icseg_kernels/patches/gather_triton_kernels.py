@@ -17,15 +17,6 @@ CHUNK = 128  # patches that are tested against a tile at once
 
 
 @triton.jit
-def divide(a, b):  # type: ignore[no-untyped-def]
-    """a / b, rounded to nearest, of floats of one dtype."""
-    if a.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.math.div_rn(a, b)
-
-
-@triton.jit
 def double(value, IN_MEMORY: tl.constexpr):  # type: ignore[no-untyped-def]
     """A float64: a number in memory, or the integer of the same bits."""
     if IN_MEMORY:

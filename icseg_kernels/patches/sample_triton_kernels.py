@@ -13,18 +13,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from icseg_kernels.arithmetic_triton_kernels import divide
 from icseg_kernels.compilation import Compilation
 from icseg_kernels.gumbel_topk.triton_kernels import draw_tile, perturbed
 
 BLOCKS = 64  # of which the partial numbers are read at a time
 SMALL_WARPS = 16  # of the program of a small map, backward
 _PIXELS = 512  # of a block of rows and columns
-
-
-@triton.jit
-def _divided(x, y):  # type: ignore[no-untyped-def]
-    """x / y, correctly rounded."""
-    return x / y if x.dtype == tl.float64 else tl.math.div_rn(x, y)
 
 
 @triton.jit
@@ -176,7 +171,7 @@ def _scaled(pooled_pointer, y, x, there, columns, patch, before, height, width, 
     """Rescaled window maxima at (y, x), 0 where there is no window."""
     pooled = tl.load(pooled_pointer + y.to(tl.int64) * columns + x, mask=there, other=0.0)
     value = _resolved(pooled, _touches_padding(y, x, patch, before, height, width), lowest, highest)
-    return tl.where(there, _divided(value - low, spread), 0.0)
+    return tl.where(there, divide(value - low, spread), 0.0)
 
 
 @triton.jit
@@ -240,9 +235,7 @@ def _logits_of_rows(  # type: ignore[no-untyped-def]
             total = _scaled(
                 pooled_pointer, y, x, inside, columns, patch, before, height, width, lowest, highest, low, spread
             )
-        tl.store(
-            logits_pointer + kept_y.to(tl.int64) * kept_columns + kept_x, _divided(total, temperature), mask=inside
-        )
+        tl.store(logits_pointer + kept_y.to(tl.int64) * kept_columns + kept_x, divide(total, temperature), mask=inside)
 
 
 @triton.jit
@@ -562,7 +555,7 @@ def _scatter_scores(  # type: ignore[no-untyped-def]
         index = tl.load(indices_pointer + drawn, mask=drawn < k, other=-1)
         value = tl.load(grad_scores_pointer + drawn, mask=drawn < k, other=0.0)
         here = (index >= first) & (index < last)
-        tl.store(grad_logits_pointer + index, _divided(value.to(DTYPE), temperature), mask=here)
+        tl.store(grad_logits_pointer + index, divide(value.to(DTYPE), temperature), mask=here)
 
 
 @triton.jit
@@ -981,7 +974,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     if STEP == 5:
         tl.debug_barrier()  # what other threads stored is read
     if STEP == 3 or STEP == 5:
-        inverse = _divided(tl.full((), 1.0, DTYPE), (high - low) + 1e-6)
+        inverse = divide(tl.full((), 1.0, DTYPE), (high - low) + 1e-6)
         spread = -_total(of_windows, window_blocks, 5, DTYPE, BLOCKS) * inverse * inverse
         of_low = -_total(of_windows, window_blocks, 4, DTYPE, BLOCKS) * inverse - spread
         of_low = _share(of_low, _total(of_windows, window_blocks, 6, DTYPE, BLOCKS))

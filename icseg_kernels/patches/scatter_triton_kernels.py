@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from icseg_kernels.arithmetic_triton_kernels import divide
 from icseg_kernels.compilation import Compilation
 from icseg_kernels.patches.gather_triton_kernels import (
     POINTERS,
@@ -17,7 +18,6 @@ from icseg_kernels.patches.gather_triton_kernels import (
     alignment,
     block_of_patch,
     clamped_corner,
-    divide,
     double,
     patch_blocks,
     patches_on_tile,

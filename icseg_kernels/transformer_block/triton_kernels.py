@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from icseg_kernels.arithmetic_triton_kernels import gelu
 from icseg_kernels.compilation import Compilation
 
 
@@ -224,7 +225,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         hidden = tl.zeros([BLOCK_TOKENS, BLOCK_HIDDEN], ACCUMULATION)
         hidden += tl.load(mlp_in_bias + unit, mask=unit < HIDDEN, other=0.0).to(ACCUMULATION)[None, :]
         hidden = _product(hidden, normalised, to, written, mlp_in_weight, unit, exists, D, BLOCK_INNER, PRECISION)
-        hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
+        hidden = gelu(hidden)
         down = tl.load(
             mlp_out_weight + channel[None, :] * HIDDEN + unit[:, None],
             mask=inside & (unit < HIDDEN)[:, None], other=0.0,
