@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icseg_kernels import tuning
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -64,7 +66,17 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
     if 0 in grid:
         return
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **options)
+        _launch(kernel, grid, arguments, options)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **options)
+            _launch(kernel, grid, arguments, options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    if tuning.is_used():
+        options = tuning.chosen(kernel, grid, arguments, options, lambda o: kernel[grid](*arguments, **o))
+    kernel[grid](*arguments, **options)
+
+
+if not _missing and not INTERPRETED:
+    tuning.use_named_table()
