@@ -189,6 +189,7 @@ def _draw_small(
 def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, windows: Windows) -> Tensor:
     """Gradient [B, 1, H, W] of the scores [B, k] of windows int64 [B, k], each at most once, to weights; -1 is none."""
     from icseg_kernels.patches import sample_triton_kernels as kernels
+    from icseg_kernels.patches.sample_backward_triton_kernels import backward_kernel
 
     sizes, batch, device = _sizes(weights, windows), weights.shape[0], weights.device
     dtype = accumulation_dtype(weights.dtype)
@@ -222,7 +223,7 @@ def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, wind
     steps = [(5, 1)] if small else list(enumerate([map_blocks, window_blocks, window_blocks, map_blocks, map_blocks]))
     for step, blocks in steps:
         triton_launch.launch(
-            kernels.backward_kernel,
+            backward_kernel,
             (batch * blocks,),
             device,
             *arguments,
