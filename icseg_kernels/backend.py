@@ -109,6 +109,12 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced_in_graphs = _forced.get()
 
 
+def named() -> str | None:
+    """The backend that `use_backend` or ICSEG_BACKEND names here; None: each op takes the best that can serve."""
+    forced = _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
+    return _from_environment if forced is None else forced
+
+
 def named_by_environment() -> str | None:
     """The backend that ICSEG_BACKEND named at import, which is in force where nothing else names one."""
     return _from_environment

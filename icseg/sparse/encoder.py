@@ -56,7 +56,7 @@ def _fusible(x: Tensor) -> bool:
 
 def _conv_layer(conv: nn.Module, follower: nn.Module | None = None) -> ConvLayer | None:
     """A convolution with the leaky ReLU that follows; None if it is another module, or does what the op does not."""
-    if type(conv) is not nn.Conv2d or not _plain(conv) or conv.groups != 1 or conv.dilation != (1, 1):
+    if type(conv) is not nn.Conv2d or not is_plain(conv) or conv.groups != 1 or conv.dilation != (1, 1):
         return None
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
     if isinstance(padding, str) or any(pair[0] != pair[1] for pair in (kernel, stride, padding)):
@@ -65,11 +65,11 @@ def _conv_layer(conv: nn.Module, follower: nn.Module | None = None) -> ConvLayer
         return None
     if conv.padding_mode not in ("zeros", "replicate"):
         return None
-    slope = follower.negative_slope if type(follower) is nn.LeakyReLU and _plain(follower) else None
+    slope = follower.negative_slope if type(follower) is nn.LeakyReLU and is_plain(follower) else None
     return ConvLayer(conv.weight, conv.bias, stride[0], padding[0], conv.padding_mode == "replicate", slope)
 
 
-def _plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether it computes what its class says: without hooks, and with parameters that are not computed from others."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return not hooked and module._parameters.keys() <= {"weight", "bias"}
@@ -170,7 +170,7 @@ class Block(nn.Module):
         modules: dict[str, Any] = self._modules
         norm, norm_mlp, mlp = modules["norm_attention"], modules["norm_mlp"], modules["mlp"]
         layers = norm, modules["query"], modules["key_value"], modules["out"], norm_mlp, *mlp._modules.values()
-        if [type(layer) for layer in layers] != _PLAIN_LAYERS or not all(map(_plain, (*layers, mlp))):
+        if [type(layer) for layer in layers] != _PLAIN_LAYERS or not all(map(is_plain, (*layers, mlp))):
             return None
         if layers[6].approximate != "none" or norm.eps != norm_mlp.eps:
             return None

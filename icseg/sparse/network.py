@@ -12,7 +12,7 @@ from icseg.draws import derived_seed, uniform
 from icseg.masks import level_mask
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
-from icseg.sparse import selection
+from icseg.sparse import fused, selection
 from icseg.sparse.budget import Budget, LevelPlan, shared_out
 from icseg.sparse.cascade import Cascade, LevelTask, Round
 from icseg.sparse.config import SparseConfig
@@ -101,6 +101,8 @@ class SparseNetwork(nn.Module):
         self, images: Tensor, masks: Tensor, *, valid: Tensor | None = None, seed: int | None = None
     ) -> SupportMemory:
         """images [B, S, 1, H, W], masks [B, S, C, H, W] in [0, 1]; `seed` varies which patches stand for equals."""
+        if valid is None and seed is None and fused.serves_support(self, images, masks):
+            return fused.encode_support(self, images, masks)
         encoder = self.support_encoder(images.shape[1], seed=seed)
         for start in range(0, images.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
@@ -126,6 +128,8 @@ class SparseNetwork(nn.Module):
         pyramid = Pyramid.of(image, levels)
         grids = [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)]
         plans = self._plans(budget, memory, [rows * columns for rows, columns in grids], seed)
+        if target_mask is None and seed is None and fused.serves_target(self, image, memory, grids, plans):
+            return fused.forward(self, pyramid, memory, plans, (height, width))
         state = Cascade([[] for _ in self.blocks])
         outputs = []
         for level, plan in enumerate(plans):
