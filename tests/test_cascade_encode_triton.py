@@ -21,6 +21,8 @@ from icseg_kernels.cascade.encode import EncoderWeights, encode_patches
 if triton_launch.missing():
     pytest.skip("; ".join(triton_launch.missing()), allow_module_level=True)
 
+from icseg_kernels.cascade import encode_triton_kernels
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BFLOAT16 = pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, needs_gpu])
 DTYPES = [torch.float32, torch.float16, BFLOAT16]
@@ -79,7 +81,7 @@ class Inputs:
             self.label = self.label_coarse = None
         rows, columns = grid_size(height, width)
         if picks is None:
-            index = torch.stack([torch.randperm(rows * columns, generator=generator) for _ in range(images)])
+            index = torch.stack([torch.randperm(rows * columns, generator=generator)[:2] for _ in range(images)])
         else:
             index = torch.tensor(picks, dtype=torch.int64).expand(images, -1)
         self.coords = coords_of(index, columns)
@@ -126,7 +128,10 @@ class Inputs:
 
 
 def check(inputs: Inputs, dtype: torch.dtype = torch.float32, channels: int = 8) -> None:
-    """Twice the errors of the modules at most, but for some units in the last place of the largest value."""
+    """Twice the errors of the modules at most, but for some units in the last place of the largest value.
+
+    In float64 the oracle is the modules themselves, so that only these units are allowed.
+    """
     torch.use_deterministic_algorithms(False)  # by `poisoned`
     encoder = made_encoder(channels).to(dtype)
     inputs = inputs.to(dtype)
@@ -141,7 +146,8 @@ def check(inputs: Inputs, dtype: torch.dtype = torch.float32, channels: int = 8)
         assert ours.is_contiguous()
         assert right.std() > 0.1
         error, usual = ((x.double() - right).abs().max() for x in (ours, other))
-        assert error <= 2 * usual + 4 * torch.finfo(dtype).eps * right.abs().max()
+        units = 16 if dtype == torch.float64 else 4
+        assert error <= 2 * usual + units * torch.finfo(dtype).eps * right.abs().max()
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
@@ -183,12 +189,12 @@ def test_entries_that_are_no_patches(poisoned, from_logits):
 def test_sizes_of_the_model(poisoned, from_logits):
     """Those of the model itself: 24 channels, 48 patches, 512 pixels; of patches at all borders and some between."""
     config = SparseConfig()
-    picks = [0, 63, 64 * 63, 64 * 64 - 1, *range(100, 4000, 97)][: 48 if torch.cuda.is_available() else 8]
+    picks = [0, 63, 64 * 63, 64 * 64 - 1, *range(100, 4000, 97)][: 48 if torch.cuda.is_available() else 6]
     inputs = Inputs((512, 512), LEVELS - 1, images=1, picks=picks, from_logits=from_logits)
     check(inputs, channels=config.stem_channels)
 
 
-@pytest.mark.parametrize("precision", ["high", pytest.param("highest")])
+@pytest.mark.parametrize("precision", ["high", "highest"])
 def test_tf32_where_it_is_allowed(precision, monkeypatch):
     """In the interpreter both are exact."""
     given = []
@@ -197,7 +203,7 @@ def test_tf32_where_it_is_allowed(precision, monkeypatch):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        encoder, inputs = made_encoder(), Inputs((16, 16)).to(torch.float32)
+        encoder, inputs = made_encoder(), Inputs((16, 16), picks=[0]).to(torch.float32)
         features, units = inputs.run(weights_of(encoder))
     finally:
         torch.set_float32_matmul_precision(before)
@@ -208,7 +214,7 @@ def test_tf32_where_it_is_allowed(precision, monkeypatch):
 
 def test_one_launch(monkeypatch):
     """Of weights that are channels_last nothing is copied; of others the result is the same."""
-    inputs, weights = Inputs((16, 16)).to(torch.float32), weights_of(made_encoder())
+    inputs, weights = Inputs((16, 16), picks=[2]).to(torch.float32), weights_of(made_encoder())
     launches = []
     launch = triton_launch.launch
     monkeypatch.setattr(triton_launch, "launch", lambda *a, **named: (launches.append(a), launch(*a, **named)))
@@ -222,7 +228,7 @@ def test_one_launch(monkeypatch):
 
 
 def test_twice_the_same_bits():
-    inputs, weights = Inputs().to(torch.float32), weights_of(made_encoder())
+    inputs, weights = Inputs(picks=[3, 9]).to(torch.float32), weights_of(made_encoder())
     assert all(map(torch.equal, inputs.run(weights), inputs.run(weights)))
 
 
@@ -238,41 +244,65 @@ def test_nothing(images, picks):
     assert units.shape == (0, 1280)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_in_patches_that_see_it(bad):
-    inputs, weights = Inputs((48, 64), images=2, classes=2).to(torch.float32), weights_of(made_encoder())
+def test_what_is_not_finite_stays_in_patches_that_see_it():
+    inputs, weights = Inputs((32, 40), picks=[0, 12, 18]).to(torch.float32), weights_of(made_encoder())
     clean = inputs.run(weights)
-    inputs.pyramid.image(1)[0, 0, 20, 20] = bad
-    features, units = inputs.run(weights)
     corner = inputs.coords.flatten(0, 1)
     seen = ((corner - HALO <= 20) & (corner - HALO + CROP > 20)).all(1)
     seen[len(seen) // 2 :] = False  # of the other image
-    assert features[seen].isnan().flatten(1).any(1).all()
-    assert torch.equal(features[~seen], clean[0][~seen])
-    assert torch.equal(units[~seen], clean[1][~seen])
-    assert torch.equal(units[:, 768:], clean[1][:, 768:])
+    assert seen.sum() == 2
+    for bad in (math.nan, math.inf):
+        inputs.pyramid.image(1)[0, 0, 20, 20] = bad
+        features, units = inputs.run(weights)
+        assert features[seen].isnan().flatten(1).any(1).all()
+        assert torch.equal(features[~seen], clean[0][~seen])
+        assert torch.equal(units[~seen], clean[1][~seen])
+        assert torch.equal(units[:, 768:], clean[1][:, 768:])
 
 
-def test_the_largest_class_is_nan_where_one_is():
-    for from_logits in (True, False):
-        for which in (0, 1, 2):
-            inputs = Inputs((16, 16), images=1, classes=3, from_logits=from_logits).to(torch.float32)
-            assert inputs.label is not None
-            assert inputs.label_coarse is not None
-            inputs.label[:, which] = math.nan
-            inputs.label_coarse[:, which] = math.nan
-            features, units = inputs.run(weights_of(made_encoder()))
-            assert not features.isnan().any()
-            assert units[:, :768].isnan().all()
-            assert units[:, 768:].isnan().any()
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_largest_class_is_nan_where_one_is(from_logits):
+    weights = weights_of(made_encoder())
+    for which in (0, 1, 2):
+        inputs = Inputs((16, 16), images=1, classes=3, picks=[1], from_logits=from_logits).to(torch.float32)
+        assert inputs.label is not None
+        assert inputs.label_coarse is not None
+        inputs.label[:, which] = math.nan
+        inputs.label_coarse[:, which] = math.nan
+        features, units = inputs.run(weights)
+        assert not features.isnan().any()
+        assert units[:, :768].isnan().all()
+        assert units[:, 768:].isnan().any()
 
 
 def test_patches_are_the_same_alone_and_among_others():
     inputs, weights = Inputs().to(torch.float32), weights_of(made_encoder())
     together = inputs.run(weights)
-    inputs.coords = inputs.coords[:, 2:3]
+    inputs.coords = inputs.coords[:, 1:2]
     for ours, all_of_them in zip(inputs.run(weights), together, strict=True):
-        assert torch.equal(ours, all_of_them.unflatten(0, (2, -1))[:, 2])
+        assert torch.equal(ours, all_of_them.unflatten(0, (2, -1))[:, 1])
+
+
+def test_compiled_ahead_is_what_is_launched(monkeypatch):
+    """But for the operands of products, which are wider in the interpreter."""
+    encoder = PatchEncoder(128, SparseConfig().stem_channels, 1).to(DEVICE).to(memory_format=torch.channels_last)
+    launched = []
+    monkeypatch.setattr(triton_launch, "launch", lambda *_, **named: launched.append(named))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for from_logits in (True, False):
+            Inputs((16, 16), from_logits=from_logits).to(dtype).run(weights_of(encoder, dtype))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    for from_logits in (True, False):
+        Inputs((16, 16), from_logits=from_logits).to(torch.float32).run(weights_of(encoder.float()))
+    torch.set_float32_matmul_precision(before)
+    compiled = [
+        c.constants | {"num_warps": c.num_warps, "num_stages": c.num_stages} for c in encode_triton_kernels.COMPILATIONS
+    ]
+    for options in (*launched, *compiled):
+        del options["OPERAND"]
+    assert all(options in compiled for options in launched)
+    assert all(options in launched for options in compiled)
 
 
 def test_refuses_what_it_cannot_serve():
@@ -293,6 +323,7 @@ def test_refuses_what_it_cannot_serve():
         ({"label": None, "label_coarse": None, "from_logits": False}, "must both be given"),
         ({"label": good["label"][:, :0]}, r"label must be torch.float32 \[2, 1, 8, 8\]"),
         ({"label_coarse": good["label"].expand(-1, 2, -1, -1)}, r"label_coarse must be torch.float32 \[2, 1, 8, 8\]"),
+        ({"from_logits": False}, r"label must be torch.float32 \[2, 1, 16, 16\]"),
         ({"coords": good["coords"].int()}, r"coords must be int64 \[2, K, 2\]"),
         ({"coords": good["coords"][:1]}, r"coords must be int64 \[2, K, 2\]"),
         ({"weights": weights._replace(token_bias=weights.label_stem_bias)}, r"token_bias must be torch.float32 \[48\]"),
@@ -307,14 +338,14 @@ def test_refuses_what_it_cannot_serve():
 
 def test_tiles_cover_every_size():
     """Steps of powers of two, with no more products than the tiles of a program hold."""
-    for fused in (False, True):
+    for itemsize, fused in ((2, False), (4, False), (4, True), (8, True)):
         for channels in (encode.Channels(12, 16, 24, 24, 8, 48, 16, 32), encode.Channels(*[128] * 8)):
-            found = encode.options(channels, fused=fused)
+            found = encode.options(channels, itemsize, fused=fused)
             for name in channels._fields:
                 rows, block, width = (found[f"{name.upper()}_{part}"] for part in ("M", "K", "WIDTH"))
                 assert all(value >= 16 and value & (value - 1) == 0 for value in (rows, block, width))
-                assert rows * block <= 8192
-                assert width * block <= 8192
+                assert rows * block <= 32768 // itemsize
+                assert width * block <= 32768 // itemsize
 
 
 @pytest.mark.gpu

@@ -94,7 +94,7 @@ def encode_patches(
     samples, count = coords.shape[:2]
     channels = weights.channels
     tf32 = image.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    constants = options(channels, fused=image.dtype.itemsize >= 4 and not tf32)
+    constants = options(channels, image.dtype.itemsize, fused=image.dtype.itemsize >= 4 and not tf32)
     patches = samples * count
     features = image.new_empty(patches, channels.stem_4, PATCH, PATCH)
     hidden = image.new_empty(patches, TOKEN * TOKEN * (channels.token + channels.context_2))
@@ -131,8 +131,11 @@ def encode_patches(
     return features, hidden
 
 
-def options(channels: Channels, *, fused: bool) -> dict[str, Any]:
-    """Sizes and launch options of the kernel; fused: products by fused multiply-adds, not on tensor cores."""
+def options(channels: Channels, itemsize: int, *, fused: bool) -> dict[str, Any]:
+    """Sizes and launch options of the kernel, for elements of `itemsize` bytes.
+
+    fused: products are of fused multiply-adds, not on tensor cores.
+    """
     pixels = [(CROP - 2 * i) ** 2 for i in range(1, 5)]
     maps = [count * outputs for count, outputs in zip(pixels, channels[:4], strict=True)]
     first = _aligned(max(3 * CROP**2, maps[1]))
@@ -152,18 +155,17 @@ def options(channels: Channels, *, fused: bool) -> dict[str, Any]:
     sizes = (*pixels, small, tiny, small, tiny)
     for i, (name, outputs) in enumerate(channels._asdict().items()):
         terms = inputs[i] * (9 if i < 4 else 16)
-        rows, block = _blocks(sizes[i], terms, _padded(outputs), fused)
+        rows, block = _blocks(sizes[i], terms, _padded(outputs), itemsize, fused)
         name = name.upper()
         found |= {name: outputs, f"{name}_WIDTH": _padded(outputs), f"{name}_M": rows, f"{name}_K": block}
     return found | {"num_warps": 8, "num_stages": 1}
 
 
-def _blocks(pixels: int, terms: int, width: int, fused: bool) -> tuple[int, int]:
+def _blocks(pixels: int, terms: int, width: int, itemsize: int, fused: bool) -> tuple[int, int]:
     """Pixels and products at a time: few steps, as each waits for what it loads, of a tile that registers hold."""
     rows = min(max(16, _power_of_two(pixels)), 128 if fused else 256)
-    if fused:
-        return rows, 16
-    most = min(8192 // rows, 8192 // width)
+    tile = 4096 if fused else 32768 // itemsize
+    most = min(tile // rows, tile // width)
     return rows, max(16, min(most, _power_of_two(terms)))
 
 
@@ -203,8 +205,9 @@ def _check(
         raise ValueError("label and label_coarse must both be given, or with from_logits both be None")
     if label is not None and label_coarse is not None:
         classes = label.shape[1] if label.ndim == 4 else 0
-        _guard("label", label, (samples, max(classes, 1), *label.shape[2:]), image)
-        _guard("label_coarse", label_coarse, (samples, max(classes, 1), *label_coarse.shape[2:]), image)
+        sizes = (label, label_coarse) if from_logits else (image, coarse)
+        _guard("label", label, (samples, max(classes, 1), *sizes[0].shape[2:]), image)
+        _guard("label_coarse", label_coarse, (samples, max(classes, 1), *sizes[1].shape[2:]), image)
     if coords.ndim != 3 or coords.shape[0] != samples or coords.shape[2] != 2 or coords.dtype != torch.int64:
         raise ValueError(f"coords must be int64 [{samples}, K, 2], got {coords.dtype} {list(coords.shape)}")
     if coords.device != image.device:

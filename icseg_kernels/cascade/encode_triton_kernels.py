@@ -82,16 +82,20 @@ def _clamped(pixel, length):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _copied(maps, top, left, i, j, height, width, side, classes, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest of `classes` maps at (top + i, left + j), borders replicated; NaN if one is."""
-    inside = _touches(top, side, height) & _touches(left, side, width)
-    offset = _clamped(top + i, height) * width + _clamped(left + j, width)
-    size = height.to(tl.int64) * width
+def _places(top, left, i, j, height, width):  # type: ignore[no-untyped-def]
+    """Offsets of the pixels (top + i, left + j), borders replicated, and whether their crop touches the image."""
+    inside = _touches(top, 16, height) & _touches(left, 16, width)
+    return _clamped(top + i, height) * width + _clamped(left + j, width), inside
+
+
+@triton.jit
+def _largest(maps, offset, inside, size, classes, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of `classes` maps of `size` pixels; NaN where one is."""
     largest = tl.full((256,), float("-inf"), ACC)
     for number in range(classes):
         value = tl.load(maps + number * size + offset, mask=inside, other=0).to(ACC)
         largest = tl.where((value > largest) | (value != value), value, largest)
-    return largest, inside
+    return largest
 
 
 @triton.jit
@@ -160,15 +164,10 @@ def encode_kernel(  # type: ignore[no-untyped-def]
         first = scratch + number.to(tl.int64) * STEM_SLOT
         second, framed, labels = first + SECOND, first + FRAMED, first + LABEL
         start = sample * height * width
-        shown, inside = _copied(image + start, top - 4, left - 4, i, j, height, width, 16, 1, ACC)
-        shown = shown * 2 - 1
-        details, inside = _copied(detail + start, top - 4, left - 4, i, j, height, width, 16, detailed, ACC)
-        details = tl.where(detailed > 0, details * 2, 0.0)
-        mean = tl.sum(shown, 0) / 256
-        deviation = tl.sqrt(tl.sum((shown - mean) * (shown - mean), 0) / 256)
-        tl.store(first + pixel * 3, shown.to(kind))
-        tl.store(first + pixel * 3 + 1, details.to(kind))
-        tl.store(first + pixel * 3 + 2, ((shown - mean) / (deviation + 0.05)).to(kind))
+        offset, inside = _places(top - 4, left - 4, i, j, height, width)
+        # Loads before what waits for them.
+        shown = tl.load(image + start + offset, mask=inside, other=0)
+        details = tl.load(detail + start + offset, mask=inside & (detailed > 0), other=0)
         label += sample * classes * label_height * label_width
         if FROM_LOGITS:
             seen = _interpolated(
@@ -178,9 +177,14 @@ def encode_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             seen = tl.sigmoid(seen) * 2 - 1
         else:
-            seen, inside = _copied(label, top - 4, left - 4, i, j, label_height, label_width, 16, classes, ACC)
-            seen = seen * 2 - 1
+            seen = _largest(label, offset, inside, height.to(tl.int64) * width, classes, ACC) * 2 - 1
         tl.store(labels + (i + 1) * 18 + j + 1, seen.to(kind))
+        shown = shown.to(ACC) * 2 - 1
+        mean = tl.sum(shown, 0) / 256
+        deviation = tl.sqrt(tl.sum((shown - mean) * (shown - mean), 0) / 256)
+        tl.store(first + pixel * 3, shown.to(kind))
+        tl.store(first + pixel * 3 + 1, (details.to(ACC) * 2).to(kind))
+        tl.store(first + pixel * 3 + 2, ((shown - mean) / (deviation + 0.05)).to(kind))
         _clear_frame(labels, 18, 1, 512)
         _clear_frame(framed, 10, CHANNELS, 1024)
         tl.debug_barrier()
@@ -219,7 +223,8 @@ def encode_kernel(  # type: ignore[no-untyped-def]
         between = frame + CONTEXT_MAP
         top, left = (top >> 2) - 7, (left >> 2) - 7
         start = sample * coarse_height * coarse_width
-        shown, inside = _copied(coarse + start, top, left, i, j, coarse_height, coarse_width, 16, 1, ACC)
+        offset, inside = _places(top, left, i, j, coarse_height, coarse_width)
+        shown = tl.load(coarse + start + offset, mask=inside, other=0)
         label_coarse += sample * classes * label_coarse_height * label_coarse_width
         if FROM_LOGITS:
             half = tl.full((256,), 0.5, ACC)
@@ -229,14 +234,12 @@ def encode_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             seen = tl.sigmoid(seen) * 2 - 1
         else:
-            seen, inside = _copied(
-                label_coarse, top, left, i, j, label_coarse_height, label_coarse_width, 16, classes, ACC
-            )
+            seen = _largest(label_coarse, offset, inside, coarse_height.to(tl.int64) * coarse_width, classes, ACC)
             seen = tl.where(inside, seen * 2 - 1, 0.0)
         y, x = top + i, left + j
         within = (y >= 0) & (y < coarse_height) & (x >= 0) & (x < coarse_width)
         to = frame + ((i + 1) * 18 + j + 1) * 3
-        tl.store(to, (shown * 2 - 1).to(kind))
+        tl.store(to, (shown.to(ACC) * 2 - 1).to(kind))
         tl.store(to + 1, seen.to(kind))
         tl.store(to + 2, within.to(kind))
         _clear_frame(frame, 18, 3, 1024)
@@ -266,7 +269,7 @@ _MODEL = Channels(12, 16, 24, 24, 8, 48, 16, 32)
 
 
 def _compilation(dtype: torch.dtype, tf32: bool, from_logits: bool) -> Compilation:
-    given = options(_MODEL, fused=dtype == torch.float32 and not tf32)
+    given = options(_MODEL, dtype.itemsize, fused=dtype == torch.float32 and not tf32)
     warps, stages = given.pop("num_warps"), given.pop("num_stages")
     given |= types(dtype, tf32) | {"FROM_LOGITS": from_logits, "SLOPE": 0.05}
     names = [name for name in encode_kernel.arg_names if name not in given]
