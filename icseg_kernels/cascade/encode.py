@@ -217,12 +217,11 @@ def _check(
         if not 0 < outputs <= MOST_CHANNELS:
             raise ValueError(f"{name} must have 1 to {MOST_CHANNELS} channels, got {outputs}")
     inputs = (3, *channels[:3], 1, channels.stem_4 + channels.label_stem, 3, channels.context_1)
-    for i, (fields, outputs) in enumerate(
-        zip(zip(*[iter(weights._fields[:16])] * 2, strict=True), channels, strict=True)
-    ):
+    tensors: tuple[Tensor, ...] = weights[:16]
+    for i, outputs in enumerate(channels):
         side = 3 if i < 4 else 4
-        _guard(fields[0], weights[2 * i], (outputs, inputs[i], side, side), image)
-        _guard(fields[1], weights[2 * i + 1], (outputs,), image)
+        _guard(weights._fields[2 * i], tensors[2 * i], (outputs, inputs[i], side, side), image)
+        _guard(weights._fields[2 * i + 1], tensors[2 * i + 1], (outputs,), image)
 
 
 def _guard(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:

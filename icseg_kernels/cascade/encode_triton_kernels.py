@@ -120,6 +120,68 @@ def _interpolated(  # type: ignore[no-untyped-def]
     return tl.where(classes > 0, largest, 0.0)
 
 
+@triton.jit
+def _cut_patch(  # type: ignore[no-untyped-def]
+    image, detail, label, target, labels, sample, top, left, height, width, label_height, label_width,
+    classes, detailed, FROM_LOGITS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Image, detail and normalised image, into a map [16, 16, 3], and labels, into a framed one [18, 18, 1]."""
+    pixel = tl.arange(0, 256)
+    i, j = pixel // 16, pixel % 16
+    kind = image.dtype.element_ty
+    start = sample * height * width
+    offset, inside = _places(top - 4, left - 4, i, j, height, width)
+    # Loads before what waits for them.
+    shown = tl.load(image + start + offset, mask=inside, other=0)
+    details = tl.load(detail + start + offset, mask=inside & (detailed > 0), other=0)
+    label += sample * classes * label_height * label_width
+    if FROM_LOGITS:
+        seen = _interpolated(
+            label, (top >> 1) - 2, (left >> 1) - 2, (i + 1) // 2 - 1, (j + 1) // 2 - 1,
+            tl.where(i % 2 == 0, 0.75, 0.25).to(ACC), tl.where(j % 2 == 0, 0.75, 0.25).to(ACC),
+            label_height, label_width, 8, classes, ACC,
+        )  # fmt: skip
+        seen = tl.sigmoid(seen) * 2 - 1
+    else:
+        seen = _largest(label, offset, inside, height.to(tl.int64) * width, classes, ACC) * 2 - 1
+    tl.store(labels + (i + 1) * 18 + j + 1, seen.to(kind))
+    shown = shown.to(ACC) * 2 - 1
+    mean = tl.sum(shown, 0) / 256
+    deviation = tl.sqrt(tl.sum((shown - mean) * (shown - mean), 0) / 256)
+    tl.store(target + pixel * 3, shown.to(kind))
+    tl.store(target + pixel * 3 + 1, (details.to(ACC) * 2).to(kind))
+    tl.store(target + pixel * 3 + 2, ((shown - mean) / (deviation + 0.05)).to(kind))
+
+
+@triton.jit
+def _cut_context(  # type: ignore[no-untyped-def]
+    coarse, label, target, sample, top, left, height, width, label_height, label_width, classes,
+    FROM_LOGITS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Image, label and ones inside the image, from (top, left) of the coarse image, into a framed map [18, 18, 3]."""
+    pixel = tl.arange(0, 256)
+    i, j = pixel // 16, pixel % 16
+    kind = coarse.dtype.element_ty
+    offset, inside = _places(top, left, i, j, height, width)
+    shown = tl.load(coarse + sample * height * width + offset, mask=inside, other=0)
+    label += sample * classes * label_height * label_width
+    if FROM_LOGITS:
+        half = tl.full((256,), 0.5, ACC)
+        seen = _interpolated(
+            label, top * 2, left * 2, i * 2, j * 2, half, half, label_height, label_width, 32, classes, ACC
+        )
+        seen = tl.sigmoid(seen) * 2 - 1
+    else:
+        seen = _largest(label, offset, inside, height.to(tl.int64) * width, classes, ACC)
+        seen = tl.where(inside, seen * 2 - 1, 0.0)
+    y, x = top + i, left + j
+    within = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    target += ((i + 1) * 18 + j + 1) * 3
+    tl.store(target, (shown.to(ACC) * 2 - 1).to(kind))
+    tl.store(target + 1, seen.to(kind))
+    tl.store(target + 2, within.to(kind))
+
+
 @triton.jit(
     do_not_specialize=[
         "height", "width", "coarse_height", "coarse_width", "label_height", "label_width", "label_coarse_height",
@@ -151,9 +213,6 @@ def encode_kernel(  # type: ignore[no-untyped-def]
     Those of features and tokens, which take longer, come first. detailed: whether there is a detail.
     """
     CHANNELS: tl.constexpr = STEM_4 + LABEL_STEM
-    pixel = tl.arange(0, 256)
-    i, j = pixel // 16, pixel % 16
-    kind = image.dtype.element_ty
     number = tl.program_id(0) % patches
     sample = (number // count).to(tl.int64)
     top = tl.load(coords + number.to(tl.int64) * 2)
@@ -163,28 +222,10 @@ def encode_kernel(  # type: ignore[no-untyped-def]
         # The maps of the stem go to the beginning of a slot, to its element SECOND, ... and at last to FRAMED.
         first = scratch + number.to(tl.int64) * STEM_SLOT
         second, framed, labels = first + SECOND, first + FRAMED, first + LABEL
-        start = sample * height * width
-        offset, inside = _places(top - 4, left - 4, i, j, height, width)
-        # Loads before what waits for them.
-        shown = tl.load(image + start + offset, mask=inside, other=0)
-        details = tl.load(detail + start + offset, mask=inside & (detailed > 0), other=0)
-        label += sample * classes * label_height * label_width
-        if FROM_LOGITS:
-            seen = _interpolated(
-                label, (top >> 1) - 2, (left >> 1) - 2, (i + 1) // 2 - 1, (j + 1) // 2 - 1,
-                tl.where(i % 2 == 0, 0.75, 0.25).to(ACC), tl.where(j % 2 == 0, 0.75, 0.25).to(ACC),
-                label_height, label_width, 8, classes, ACC,
-            )  # fmt: skip
-            seen = tl.sigmoid(seen) * 2 - 1
-        else:
-            seen = _largest(label, offset, inside, height.to(tl.int64) * width, classes, ACC) * 2 - 1
-        tl.store(labels + (i + 1) * 18 + j + 1, seen.to(kind))
-        shown = shown.to(ACC) * 2 - 1
-        mean = tl.sum(shown, 0) / 256
-        deviation = tl.sqrt(tl.sum((shown - mean) * (shown - mean), 0) / 256)
-        tl.store(first + pixel * 3, shown.to(kind))
-        tl.store(first + pixel * 3 + 1, (details.to(ACC) * 2).to(kind))
-        tl.store(first + pixel * 3 + 2, ((shown - mean) / (deviation + 0.05)).to(kind))
+        _cut_patch(
+            image, detail, label, first, labels, sample, top, left, height, width, label_height, label_width,
+            classes, detailed, FROM_LOGITS, ACC,
+        )  # fmt: skip
         _clear_frame(labels, 18, 1, 512)
         _clear_frame(framed, 10, CHANNELS, 1024)
         tl.debug_barrier()
@@ -221,27 +262,10 @@ def encode_kernel(  # type: ignore[no-untyped-def]
     else:
         frame = scratch + patches.to(tl.int64) * STEM_SLOT + number.to(tl.int64) * CONTEXT_SLOT
         between = frame + CONTEXT_MAP
-        top, left = (top >> 2) - 7, (left >> 2) - 7
-        start = sample * coarse_height * coarse_width
-        offset, inside = _places(top, left, i, j, coarse_height, coarse_width)
-        shown = tl.load(coarse + start + offset, mask=inside, other=0)
-        label_coarse += sample * classes * label_coarse_height * label_coarse_width
-        if FROM_LOGITS:
-            half = tl.full((256,), 0.5, ACC)
-            seen = _interpolated(
-                label_coarse, top * 2, left * 2, i * 2, j * 2, half, half,
-                label_coarse_height, label_coarse_width, 32, classes, ACC,
-            )  # fmt: skip
-            seen = tl.sigmoid(seen) * 2 - 1
-        else:
-            seen = _largest(label_coarse, offset, inside, coarse_height.to(tl.int64) * coarse_width, classes, ACC)
-            seen = tl.where(inside, seen * 2 - 1, 0.0)
-        y, x = top + i, left + j
-        within = (y >= 0) & (y < coarse_height) & (x >= 0) & (x < coarse_width)
-        to = frame + ((i + 1) * 18 + j + 1) * 3
-        tl.store(to, (shown.to(ACC) * 2 - 1).to(kind))
-        tl.store(to + 1, seen.to(kind))
-        tl.store(to + 2, within.to(kind))
+        _cut_context(
+            coarse, label_coarse, frame, sample, (top >> 2) - 7, (left >> 2) - 7, coarse_height, coarse_width,
+            label_coarse_height, label_coarse_width, classes, FROM_LOGITS, ACC,
+        )  # fmt: skip
         _clear_frame(frame, 18, 3, 1024)
         _clear_frame(between, 10, CONTEXT_1, 1024)
         tl.debug_barrier()
