@@ -81,8 +81,8 @@ def encode_patches(
     label:        [N, C, ., .], the masks in [0, 1] at the size of the image, and
     label_coarse: [N, C, ., .], those at the size of `coarse`; or with `from_logits` both are the logits at half the
                   size of the image, or None for labels of zero.
-    coords:       [N, K, 2] int64, (y, x) of the patches' top-left corners in the image, multiples of 8. A patch far
-                  outside is one, of constant inputs.
+    coords:       [N, K, 2] int64, (y, x) of the patches' top-left corners in the image. A patch far outside is one of
+                  constant inputs.
 
     Borders are replicated. In a row of hidden units, those of the token come before those of the context, channel by
     channel. Without gradients. Raises ValueError for tensors of other shapes, dtypes or devices, TypeError for one
