@@ -76,6 +76,31 @@ def _linear(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _wave(angle, cosine):  # type: ignore[no-untyped-def]
+    """sin(angle), where `cosine` cos(angle). In float32 it is right to 2 units in the last place of 1 up to 10,000.
+
+    There is no branch for huge angles, which would take registers and local memory.
+    """
+    if angle.dtype == tl.float64:
+        return tl.where(cosine, tl.cos(angle), tl.sin(angle))
+    else:
+        quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
+        # pi / 2 in three parts, of which the multiples of the first two are exact
+        x = angle - quarters * 1.5703125
+        x = x - quarters * 4.837512969970703125e-4
+        x = x - quarters * 7.549789954891882e-8
+        square = x * x
+        sine = 2.7557319e-6 * square - 1.9841270e-4
+        sine = (sine * square + 8.3333333e-3) * square - 1.6666667e-1
+        sine = sine * square * x + x
+        other = (-2.7557319e-7 * square + 2.4801587e-5) * square - 1.3888889e-3
+        other = ((other * square + 4.1666667e-2) * square - 0.5) * square + 1.0
+        quadrant = quarters.to(tl.int32) + cosine.to(tl.int32)
+        value = tl.where((quadrant & 1) == 0, sine, other)
+        return tl.where((quadrant & 2) == 0, value, -value)
+
+
+@triton.jit
 def _position(  # type: ignore[no-untyped-def]
     x, coords, there, longer, frequency, weight, output, wanted,
     FREQUENCIES: tl.constexpr, PATCH: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,7 +116,7 @@ def _position(  # type: ignore[no-untyped-def]
         place = divide(corner.to(tl.float32) + PATCH / 2, longer.to(tl.float32))
         place = tl.minimum(tl.maximum(place, -1.0), 2.0).to(x.dtype)
         angle = place * tl.load(frequency + wave % FREQUENCIES, mask=exists, other=0.0).to(x.dtype)[None, :]
-        values = tl.where((wave // FREQUENCIES % 2 == 0)[None, :], tl.sin(angle), tl.cos(angle))
+        values = _wave(angle, (wave // FREQUENCIES % 2 == 1)[None, :])
         w = tl.load(
             weight + output[None, :] * (4 * FREQUENCIES) + wave[:, None], mask=wanted & exists[:, None], other=0.0
         )
@@ -105,19 +130,212 @@ def _bias(bias, channel, inside, ACCUMULATION: tl.constexpr):  # type: ignore[no
     return tl.load(bias + channel[None, :], mask=inside, other=0.0).to(ACCUMULATION)
 
 
-@triton.jit
-def _outputs(  # type: ignore[no-untyped-def]
-    held, stored, there, weight, bias, scale, found,
-    WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(noinline=True)
+def _embed(  # type: ignore[no-untyped-def]
+    hidden, coords, longer, registers, token_weight, token_bias, context_weight, context_bias,
+    position_weight, position_bias, frequency, level, role, norm_weight, norm_bias, eps,
+    residual, sample, first_token, count,
+    D: tl.constexpr, CHANNELS: tl.constexpr, REGISTERS: tl.constexpr, TOKEN_TERMS: tl.constexpr,
+    CONTEXT_TERMS: tl.constexpr, FREQUENCIES: tl.constexpr, PATCH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_TERMS: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the WIDTH outputs of a linear layer, times `scale`, to `found` [T, 1]; its inputs: as of `_product`."""
+    """Tokens of patches and registers, to `residual`."""
+    token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
+    there = token < count + REGISTERS
+    is_patch = there & (token >= REGISTERS)
+    channel = tl.arange(0, CHANNELS)
+    inside = (channel < D)[None, :]
+    place = sample * count + token - REGISTERS
+    rows = hidden + place * (TOKEN_TERMS + CONTEXT_TERMS)
+    x = tl.zeros([BLOCK_TOKENS, CHANNELS], ACCUMULATION)
+    x += _bias(token_bias, channel, inside, ACCUMULATION) + _bias(context_bias, channel, inside, ACCUMULATION)
+    x += _bias(position_bias, channel, inside, ACCUMULATION)
+    x += _bias(level, channel, inside, ACCUMULATION) + _bias(role, channel, inside, ACCUMULATION)
+    x = _linear(x, rows, is_patch, token_weight, channel, inside, TOKEN_TERMS, BLOCK_TERMS, PRECISION)
+    rows += TOKEN_TERMS
+    x = _linear(x, rows, is_patch, context_weight, channel, inside, CONTEXT_TERMS, BLOCK_TERMS, PRECISION)
+    x = _position(
+        x, coords + 2 * place, is_patch, longer, frequency, position_weight, channel, inside,
+        FREQUENCIES, PATCH, PRECISION,
+    )  # fmt: skip
+    mean, deviation = _statistics(x, inside, eps, D)
+    x = _normalised(x, mean, deviation, norm_weight, norm_bias, channel, D)
+    register = tl.load(registers + token * D + channel[None, :], mask=(token < REGISTERS) & inside, other=0.0)
+    x = tl.where(is_patch, x, register.to(ACCUMULATION))
+    to = residual + (sample * (count + REGISTERS) + token) * D
+    tl.store(to + channel[None, :], x, mask=there & inside)
+
+
+@triton.jit
+def _normalise(  # type: ignore[no-untyped-def]
+    residual, weight, bias, eps, scratch, row, there,
+    D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_INNER: tl.constexpr, ACCUMULATION: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm of rows [T, 1] of `residual`: [T, C] of the type of `scratch`, and also there if it will be read so."""
+    channel = tl.arange(0, CHANNELS)
+    inside = (channel < D)[None, :]
+    x = tl.load(residual + row + channel[None, :], mask=there & inside, other=0.0)
+    mean, deviation = _statistics(x, inside, eps, D)
+    x = _normalised(x, mean, deviation, weight, bias, channel, D).to(scratch.dtype.element_ty)
+    if CHANNELS > BLOCK_INNER:
+        tl.store(scratch + row + channel[None, :], x, mask=there & inside)
+        tl.debug_barrier()
+    return x
+
+
+@triton.jit(noinline=True)
+def _project(  # type: ignore[no-untyped-def]
+    residual, norm_weight, norm_bias, eps, weight, bias, scale, scratch, found, sample, first_token, tokens,
+    WIDTH: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr, BLOCK_INNER: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the WIDTH outputs of a linear layer of normalised tokens, times `scale`, to `found`, the sample's rows."""
+    token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
+    there = token < tokens
+    row = (sample * tokens + token) * D
+    held = _normalise(
+        residual, norm_weight, norm_bias, eps, scratch, row, there, D, CHANNELS, BLOCK_INNER, ACCUMULATION
+    )
     for first in range(0, WIDTH, BLOCK_OUTPUTS):
         output = first + tl.arange(0, BLOCK_OUTPUTS)
         wanted = (output < WIDTH)[None, :]
         x = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], ACCUMULATION) + _bias(bias, output, wanted, ACCUMULATION)
-        x = _product(x, held, stored, there, weight, output, wanted, D, BLOCK_INNER, PRECISION)
-        tl.store(found + output[None, :], (x * scale).to(found.dtype.element_ty), mask=there & wanted)
+        x = _product(x, held, scratch + row, there, weight, output, wanted, D, BLOCK_INNER, PRECISION)
+        to = found + token.to(tl.int64) * WIDTH + output[None, :]
+        tl.store(to, (x * scale).to(found.dtype.element_ty), mask=there & wanted)
+
+
+@triton.jit(noinline=True)
+def _attend(  # type: ignore[no-untyped-def]
+    queries, memory, memory_length, cache, earlier, scratch, word, number, arrivals, sample, first_token, tokens,
+    D: tl.constexpr, HEADS: tl.constexpr, HEAD_CHANNELS: tl.constexpr, TOGETHER: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention to the rows of memory and cache, both the sample's, to `scratch`; waits before the tokens' own rows."""
+    WIDTH: tl.constexpr = 2 * D
+    CHANNELS: tl.constexpr = BLOCK_HEADS * HEAD_CHANNELS
+    dtype = scratch.dtype.element_ty
+    token = first_token + tl.arange(0, BLOCK_TOKENS)
+    there = token < tokens
+    row = (sample * tokens + token) * D
+
+    # A group is a head and one in SPLITS of every block of keys.
+    GROUPS: tl.constexpr = BLOCK_HEADS * SPLITS
+    group = tl.arange(0, GROUPS)
+    head = (group // SPLITS)[:, None, None]
+    channel = head * HEAD_CHANNELS + tl.arange(0, HEAD_CHANNELS)[None, None, :]  # [g, 1, c]
+    shown = head < HEADS
+    q = tl.load(queries + (row[None, :, None] + channel), mask=shown & there[None, :, None], other=0.0)  # [g, t, c]
+    cache -= memory_length.to(tl.int64) * WIDTH
+    most = tl.full([GROUPS, BLOCK_TOKENS], float("-inf"), ACCUMULATION)
+    total = tl.zeros([GROUPS, BLOCK_TOKENS], ACCUMULATION)
+    attended = tl.zeros([GROUPS, BLOCK_TOKENS, HEAD_CHANNELS], ACCUMULATION)
+    first, end = 0, memory_length + earlier
+    for part in tl.range(0, 2, num_stages=1):
+        if TOGETHER:
+            if part == 1:
+                _wait(word, number, arrivals)
+        for some in range(first, end, SPLITS * BLOCK_KEYS):
+            key = some + (group % SPLITS)[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]  # [g, m]
+            seen = key < end
+            at = tl.where(key < memory_length, memory, cache) + key.to(tl.int64) * WIDTH
+            to_load = shown & seen[:, :, None]
+            k = tl.load(at[:, :, None] + channel, mask=to_load, other=0.0)  # [g, m, c]
+            v = tl.load(at[:, :, None] + (channel + D), mask=to_load, other=0.0)
+            scores = tl.dot(q, tl.permute(k, (0, 2, 1)), out_dtype=ACCUMULATION, input_precision=PRECISION)  # [g, t, m]
+            scores = tl.where(seen[:, None, :], scores, float("-inf"))
+            more = tl.maximum(most, tl.max(scores, 2))
+            base = tl.where(more == float("-inf"), 0.0, more)
+            weights = tl.exp2(scores - base[:, :, None])
+            shrink = tl.exp2(most - base)
+            total = total * shrink + tl.sum(weights, 2)
+            attended = tl.dot(
+                weights.to(dtype), v, attended * shrink[:, :, None], out_dtype=ACCUMULATION, input_precision=PRECISION
+            )
+            most = more
+        first, end = end, end + tokens
+    if SPLITS > 1:
+        parts = tl.reshape(most, (BLOCK_HEADS, SPLITS, BLOCK_TOKENS))
+        whole = tl.max(parts, 1)[:, None, :]
+        of_part = tl.exp2(parts - tl.where(whole == float("-inf"), 0.0, whole))  # [h, s, t]
+        sums = tl.sum(tl.reshape(total, (BLOCK_HEADS, SPLITS, BLOCK_TOKENS)) * of_part, 1)
+        values = tl.reshape(attended, (BLOCK_HEADS, SPLITS, BLOCK_TOKENS, HEAD_CHANNELS))
+        values = tl.sum(values * of_part[:, :, :, None], 1) / sums[:, :, None]
+    else:
+        values = attended / total[:, :, None]
+    values = tl.reshape(tl.permute(values, (1, 0, 2)), (BLOCK_TOKENS, CHANNELS)).to(dtype)
+    of_row = tl.arange(0, CHANNELS)[None, :]
+    tl.store(scratch + row[:, None] + of_row, values, mask=there[:, None] & (of_row < D))
+
+
+@triton.jit(noinline=True)
+def _add(  # type: ignore[no-untyped-def]
+    residual, weight, bias, scratch, sample, first_token, tokens,
+    D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to `residual` what a linear layer makes of the rows of `scratch`."""
+    token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
+    there = token < tokens
+    row = (sample * tokens + token) * D
+    channel = tl.arange(0, CHANNELS)
+    inside = (channel < D)[None, :]
+    at = residual + row + channel[None, :]
+    x = tl.load(at, mask=there & inside, other=0.0) + _bias(bias, channel, inside, ACCUMULATION)
+    x = _linear(x, scratch + row, there, weight, channel, inside, D, BLOCK_INNER, PRECISION)
+    tl.store(at, x, mask=there & inside)
+
+
+@triton.jit(noinline=True)
+def _add_mlp(  # type: ignore[no-untyped-def]
+    residual, norm_weight, norm_bias, eps, in_weight, in_bias, out_weight, out_bias, scratch,
+    sample, first_token, tokens,
+    HIDDEN: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to `residual` what the MLP makes of it."""
+    token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
+    there = token < tokens
+    row = (sample * tokens + token) * D
+    channel = tl.arange(0, CHANNELS)
+    inside = (channel < D)[None, :]
+    held = _normalise(
+        residual, norm_weight, norm_bias, eps, scratch, row, there, D, CHANNELS, BLOCK_INNER, ACCUMULATION
+    )
+    at = residual + row + channel[None, :]
+    x = tl.load(at, mask=there & inside, other=0.0) + _bias(out_bias, channel, inside, ACCUMULATION)
+    for first in range(0, HIDDEN, BLOCK_HIDDEN):
+        unit = first + tl.arange(0, BLOCK_HIDDEN)
+        used = unit < HIDDEN
+        units = tl.zeros([BLOCK_TOKENS, BLOCK_HIDDEN], ACCUMULATION)
+        units += _bias(in_bias, unit, used[None, :], ACCUMULATION)
+        units = _product(
+            units, held, scratch + row, there, in_weight, unit, used[None, :], D, BLOCK_INNER, PRECISION
+        )
+        down = tl.load(
+            out_weight + channel[None, :] * HIDDEN + unit[:, None], mask=inside & used[:, None], other=0.0
+        )
+        x = tl.dot(gelu(units).to(down.dtype), down, x, out_dtype=ACCUMULATION, input_precision=PRECISION)
+    tl.store(at, x, mask=there & inside)
+
+
+@triton.jit(noinline=True)
+def _finish(  # type: ignore[no-untyped-def]
+    residual, weight, bias, eps, out, sample, first_token, count,
+    D: tl.constexpr, CHANNELS: tl.constexpr, REGISTERS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """out [B, K, D]: the tokens of patches, normalised."""
+    token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
+    there = token < count + REGISTERS
+    channel = tl.arange(0, CHANNELS)
+    inside = (channel < D)[None, :]
+    at = residual + (sample * (count + REGISTERS) + token) * D
+    x = tl.load(at + channel[None, :], mask=there & inside, other=0.0)
+    mean, deviation = _statistics(x, inside, eps, D)
+    x = _normalised(x, mean, deviation, weight, bias, channel, D)
+    to = out + (sample * count + token - REGISTERS) * D + channel[None, :]
+    tl.store(to, x.to(out.dtype.element_ty), mask=there & (token >= REGISTERS) & inside)
 
 
 @triton.jit(
@@ -157,173 +375,81 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     """
     WIDTH: tl.constexpr = 2 * D
     CHANNELS: tl.constexpr = BLOCK_HEADS * HEAD_CHANNELS
-    STORED: tl.constexpr = CHANNELS > BLOCK_INNER
     tokens = count + REGISTERS
     programs = tl.cdiv(tokens, BLOCK_TOKENS)
     sample = (tl.program_id(0) // programs).to(tl.int64)
+    first_token = tl.program_id(0) % programs * BLOCK_TOKENS
     word = words + sample
     if TOGETHER:
-        if tl.program_id(0) % programs == 0:
+        if first_token == 0:
             _begin(word, number)
-
-    token = tl.program_id(0) % programs * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    exists = token < tokens
-    there = exists[:, None]
-    row = (sample * tokens + token) * D
-    own = row[:, None]
-    channel = tl.arange(0, CHANNELS)
-    inside = (channel < D)[None, :]
-    written = there & inside
-    staged = scratch + own
-    dtype = out.dtype.element_ty
-
-    # A group is a head and one in SPLITS of every block of keys.
-    GROUPS: tl.constexpr = BLOCK_HEADS * SPLITS
-    group = tl.arange(0, GROUPS)
-    head = (group // SPLITS)[:, None, None]
-    of_head = head * HEAD_CHANNELS + tl.arange(0, HEAD_CHANNELS)[None, None, :]  # [g, 1, c]
-    shown = head < HEADS
 
     for stage in tl.range(first_stage, last_stage, num_stages=1):
         if stage == 0:
-            patch = (token - REGISTERS)[:, None]
-            is_patch = there & (patch >= 0)
-            place = sample * count + patch
-            rows = hidden + place * (TOKEN_TERMS + CONTEXT_TERMS)
-            x = tl.zeros([BLOCK_TOKENS, CHANNELS], ACCUMULATION)
-            x += _bias(token_bias, channel, inside, ACCUMULATION) + _bias(context_bias, channel, inside, ACCUMULATION)
-            x += _bias(position_bias, channel, inside, ACCUMULATION)
-            x += _bias(level, channel, inside, ACCUMULATION) + _bias(role, channel, inside, ACCUMULATION)
-            x = _linear(x, rows, is_patch, token_weight, channel, inside, TOKEN_TERMS, BLOCK_TERMS, PRECISION)
-            rows += TOKEN_TERMS
-            x = _linear(x, rows, is_patch, context_weight, channel, inside, CONTEXT_TERMS, BLOCK_TERMS, PRECISION)
-            x = _position(
-                x, coords + 2 * place, is_patch, longer, frequency, position_weight, channel, inside,
-                FREQUENCIES, PATCH, PRECISION,
+            _embed(
+                hidden, coords, longer, registers, token_weight, token_bias, context_weight, context_bias,
+                position_weight, position_bias, frequency, level, role, entry_weight, entry_bias, entry_eps,
+                residual, sample, first_token, count,
+                D, CHANNELS, REGISTERS, TOKEN_TERMS, CONTEXT_TERMS, FREQUENCIES, PATCH, BLOCK_TOKENS, BLOCK_TERMS,
+                ACCUMULATION, PRECISION,
             )  # fmt: skip
-            mean, deviation = _statistics(x, inside, entry_eps, D)
-            x = _normalised(x, mean, deviation, entry_weight, entry_bias, channel, D)
-            register = token[:, None]
-            of_registers = tl.load(
-                registers + register * D + channel[None, :], mask=(register < REGISTERS) & inside, other=0.0
-            )
-            x = tl.where(is_patch, x, of_registers.to(ACCUMULATION))
         else:
             i = stage - 1
-            q = tl.load(queries + (row[None, :, None] + of_head), mask=shown & exists[None, :, None], other=0.0)
-            rows_of_memory = _of_block(i, memory_0, memory_1, memory_2, memory_3) + sample * memory_stride
-            rows_of_cache = cache + tl.cast(i, tl.int64) * cache_block + sample * cache_stride
-            rows_of_cache -= memory_length.to(tl.int64) * WIDTH
-            most = tl.full([GROUPS, BLOCK_TOKENS], float("-inf"), ACCUMULATION)
-            total = tl.zeros([GROUPS, BLOCK_TOKENS], ACCUMULATION)
-            attended = tl.zeros([GROUPS, BLOCK_TOKENS, HEAD_CHANNELS], ACCUMULATION)
-            first, end = 0, memory_length + start  # keys that are there already, then the tokens' own
-            for part in tl.range(0, 2, num_stages=1):
-                if TOGETHER:
-                    if part == 1:
-                        _wait(word, number, stage * programs)
-                for some in range(first, end, SPLITS * BLOCK_KEYS):
-                    key = some + (group % SPLITS)[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]  # [g, m]
-                    seen = key < end
-                    at = tl.where(key < memory_length, rows_of_memory, rows_of_cache) + key.to(tl.int64) * WIDTH
-                    to_load = shown & seen[:, :, None]
-                    k = tl.load(at[:, :, None] + of_head, mask=to_load, other=0.0)  # [g, m, c]
-                    v = tl.load(at[:, :, None] + (of_head + D), mask=to_load, other=0.0)
-                    scores = tl.dot(q, tl.permute(k, (0, 2, 1)), out_dtype=ACCUMULATION, input_precision=PRECISION)
-                    scores = tl.where(seen[:, None, :], scores, float("-inf"))  # [g, t, m]
-                    more = tl.maximum(most, tl.max(scores, 2))
-                    base = tl.where(more == float("-inf"), 0.0, more)
-                    weights = tl.exp2(scores - base[:, :, None])
-                    shrink = tl.exp2(most - base)
-                    total = total * shrink + tl.sum(weights, 2)
-                    attended = attended * shrink[:, :, None]
-                    attended = tl.dot(
-                        weights.to(dtype), v, attended, out_dtype=ACCUMULATION, input_precision=PRECISION
-                    )
-                    most = more
-                first, end = end, end + tokens
-            if SPLITS > 1:
-                most = tl.reshape(most, (BLOCK_HEADS, SPLITS, BLOCK_TOKENS))
-                more = tl.max(most, 1)[:, None, :]
-                shrink = tl.exp2(most - tl.where(more == float("-inf"), 0.0, more))  # [h, s, t]
-                total = tl.sum(tl.reshape(total, (BLOCK_HEADS, SPLITS, BLOCK_TOKENS)) * shrink, 1)
-                attended = tl.reshape(attended, (BLOCK_HEADS, SPLITS, BLOCK_TOKENS, HEAD_CHANNELS))
-                attended = tl.sum(attended * shrink[:, :, :, None], 1)
-            attended = attended / total[:, :, None]
-
-            # From here on one row [C] a token.
-            attended = tl.reshape(tl.permute(attended, (1, 0, 2)), (BLOCK_TOKENS, CHANNELS)).to(dtype)
-            if STORED:
-                tl.debug_barrier()
-                tl.store(staged + channel[None, :], attended, mask=written)
-                tl.debug_barrier()
-            x = tl.load(residual + own + channel[None, :], mask=written, other=0.0)
-            x += _bias(_of_block(i, out_bias_0, out_bias_1, out_bias_2, out_bias_3), channel, inside, ACCUMULATION)
-            x = _product(
-                x, attended, staged, there, _of_block(i, out_weight_0, out_weight_1, out_weight_2, out_weight_3),
-                channel, inside, D, BLOCK_INNER, PRECISION,
+            _attend(
+                queries, _of_block(i, memory_0, memory_1, memory_2, memory_3) + sample * memory_stride, memory_length,
+                cache + (tl.cast(i, tl.int64) * cache_block + sample * cache_stride), start, scratch,
+                word, number, stage * programs, sample, first_token, tokens,
+                D, HEADS, HEAD_CHANNELS, TOGETHER, BLOCK_TOKENS, BLOCK_KEYS, BLOCK_HEADS, SPLITS,
+                ACCUMULATION, PRECISION,
             )  # fmt: skip
-            mean, deviation = _statistics(x, inside, eps, D)
-            gain = _of_block(i, norm_mlp_weight_0, norm_mlp_weight_1, norm_mlp_weight_2, norm_mlp_weight_3)
-            shift = _of_block(i, norm_mlp_bias_0, norm_mlp_bias_1, norm_mlp_bias_2, norm_mlp_bias_3)
-            normalised = _normalised(x, mean, deviation, gain, shift, channel, D).to(dtype)
-            if STORED:
-                tl.debug_barrier()
-                tl.store(staged + channel[None, :], normalised, mask=written)
-                tl.debug_barrier()
-            mlp_in_weight = _of_block(i, mlp_in_weight_0, mlp_in_weight_1, mlp_in_weight_2, mlp_in_weight_3)
-            mlp_in_bias = _of_block(i, mlp_in_bias_0, mlp_in_bias_1, mlp_in_bias_2, mlp_in_bias_3)
-            mlp_out_weight = _of_block(i, mlp_out_weight_0, mlp_out_weight_1, mlp_out_weight_2, mlp_out_weight_3)
-            mlp_out_bias = _of_block(i, mlp_out_bias_0, mlp_out_bias_1, mlp_out_bias_2, mlp_out_bias_3)
-            x += _bias(mlp_out_bias, channel, inside, ACCUMULATION)
-            for first_unit in range(0, HIDDEN, BLOCK_HIDDEN):
-                unit = first_unit + tl.arange(0, BLOCK_HIDDEN)
-                used = (unit < HIDDEN)[None, :]
-                units = tl.zeros([BLOCK_TOKENS, BLOCK_HIDDEN], ACCUMULATION)
-                units += _bias(mlp_in_bias, unit, used, ACCUMULATION)
-                units = _product(
-                    units, normalised, staged, there, mlp_in_weight, unit, used, D, BLOCK_INNER, PRECISION
-                )
-                down = tl.load(
-                    mlp_out_weight + channel[None, :] * HIDDEN + unit[:, None],
-                    mask=inside & (unit < HIDDEN)[:, None], other=0.0,
-                )  # fmt: skip
-                x = tl.dot(gelu(units).to(dtype), down, x, out_dtype=ACCUMULATION, input_precision=PRECISION)
-
-        if stage < DEPTH:
             tl.debug_barrier()
-            tl.store(residual + own + channel[None, :], x, mask=written)
-            mean, deviation = _statistics(x, inside, eps, D)
-            gain = _of_block(stage, norm_weight_0, norm_weight_1, norm_weight_2, norm_weight_3)
-            shift = _of_block(stage, norm_bias_0, norm_bias_1, norm_bias_2, norm_bias_3)
-            normalised = _normalised(x, mean, deviation, gain, shift, channel, D).to(dtype)
-            if STORED:
-                tl.store(staged + channel[None, :], normalised, mask=written)
-                tl.debug_barrier()
-            to = sample * cache_stride + (start + token).to(tl.int64)[:, None] * WIDTH
-            _outputs(
-                normalised, staged, there,
+            _add(
+                residual, _of_block(i, out_weight_0, out_weight_1, out_weight_2, out_weight_3),
+                _of_block(i, out_bias_0, out_bias_1, out_bias_2, out_bias_3), scratch, sample, first_token, tokens,
+                D, CHANNELS, BLOCK_TOKENS, BLOCK_INNER, ACCUMULATION, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+            _add_mlp(
+                residual, _of_block(i, norm_mlp_weight_0, norm_mlp_weight_1, norm_mlp_weight_2, norm_mlp_weight_3),
+                _of_block(i, norm_mlp_bias_0, norm_mlp_bias_1, norm_mlp_bias_2, norm_mlp_bias_3), eps,
+                _of_block(i, mlp_in_weight_0, mlp_in_weight_1, mlp_in_weight_2, mlp_in_weight_3),
+                _of_block(i, mlp_in_bias_0, mlp_in_bias_1, mlp_in_bias_2, mlp_in_bias_3),
+                _of_block(i, mlp_out_weight_0, mlp_out_weight_1, mlp_out_weight_2, mlp_out_weight_3),
+                _of_block(i, mlp_out_bias_0, mlp_out_bias_1, mlp_out_bias_2, mlp_out_bias_3), scratch,
+                sample, first_token, tokens,
+                HIDDEN, D, CHANNELS, BLOCK_TOKENS, BLOCK_INNER, BLOCK_HIDDEN, ACCUMULATION, PRECISION,
+            )  # fmt: skip
+        tl.debug_barrier()
+        if stage < DEPTH:
+            norm_weight = _of_block(stage, norm_weight_0, norm_weight_1, norm_weight_2, norm_weight_3)
+            norm_bias = _of_block(stage, norm_bias_0, norm_bias_1, norm_bias_2, norm_bias_3)
+            own = tl.cast(stage, tl.int64) * cache_block + sample * cache_stride + start.to(tl.int64) * WIDTH
+            _project(
+                residual, norm_weight, norm_bias, eps,
                 _of_block(stage, key_value_weight_0, key_value_weight_1, key_value_weight_2, key_value_weight_3),
-                _of_block(stage, key_value_bias_0, key_value_bias_1, key_value_bias_2, key_value_bias_3),
-                1.0, cache + tl.cast(stage, tl.int64) * cache_block + to,
-                WIDTH, D, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
+                _of_block(stage, key_value_bias_0, key_value_bias_1, key_value_bias_2, key_value_bias_3), 1.0,
+                scratch, cache + own, sample, first_token, tokens,
+                WIDTH, D, CHANNELS, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
             )  # fmt: skip
             if TOGETHER:
                 _arrive(word, number)
-            _outputs(
-                normalised, staged, there,
+            else:
+                tl.debug_barrier()
+            _project(
+                residual, norm_weight, norm_bias, eps,
                 _of_block(stage, query_weight_0, query_weight_1, query_weight_2, query_weight_3),
-                _of_block(stage, query_bias_0, query_bias_1, query_bias_2, query_bias_3), scale, queries + own,
-                D, D, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
+                _of_block(stage, query_bias_0, query_bias_1, query_bias_2, query_bias_3), scale,
+                scratch, queries + sample * tokens * D, sample, first_token, tokens,
+                D, D, CHANNELS, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
         else:
             if TOGETHER:
                 _leave(word, number, (DEPTH + 1) * programs - 1)
-            mean, deviation = _statistics(x, inside, final_eps, D)
-            x = _normalised(x, mean, deviation, final_weight, final_bias, channel, D)
-            to = out + (sample * count + token - REGISTERS)[:, None] * D + channel[None, :]
-            tl.store(to, x.to(dtype), mask=written & (token >= REGISTERS)[:, None])
+            _finish(
+                residual, final_weight, final_bias, final_eps, out, sample, first_token, count,
+                D, CHANNELS, REGISTERS, BLOCK_TOKENS,
+            )  # fmt: skip
 
 
 MOST_BLOCKS = 4
