@@ -32,34 +32,45 @@ def _of_block(i, a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _begin(word, number):  # type: ignore[no-untyped-def]
-    """Nobody has arrived yet, in the launch `number`: by the first program of a sample."""
-    tl.atomic_xchg(word, number << COUNT_BITS, sem="relaxed")
+def _here(tokens, BLOCK_TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's sample, int64, its first token, and how many programs the sample has, of so many tokens each."""
+    programs = tl.cdiv(tokens, BLOCK_TOKENS)
+    return (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs * BLOCK_TOKENS, programs
 
 
 @triton.jit
-def _arrive(word, number):  # type: ignore[no-untyped-def]
+def _begin(words, number, tokens, BLOCK_TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Nobody has arrived yet, in the launch `number`: says the first program of a sample."""
+    sample, first_token, _ = _here(tokens, BLOCK_TOKENS)
+    if first_token == 0:
+        tl.atomic_xchg(words + sample, number << COUNT_BITS, sem="relaxed")
+
+
+@triton.jit(noinline=True)
+def _arrive(words, number, tokens, BLOCK_TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Let the others see what this program has stored so far."""
+    sample, _, _ = _here(tokens, BLOCK_TOKENS)
     tl.debug_barrier()  # before it, by all threads
-    found = tl.atomic_add(word, 1, sem="release")
+    found = tl.atomic_add(words + sample, 1, sem="release")
     while (found >> COUNT_BITS) != number:  # not begun: what was added is lost
-        found = tl.atomic_add(word, 1, sem="release")
+        found = tl.atomic_add(words + sample, 1, sem="release")
 
 
 @triton.jit
-def _wait(word, number, arrivals):  # type: ignore[no-untyped-def]
-    """Until there have been so many arrivals; from then on this program sees what they let it see."""
+def _wait(word, arrived):  # type: ignore[no-untyped-def]
+    """Until a word is as high; from then on this program sees what they let it see who have arrived."""
     found = tl.atomic_add(word, 0, sem="acquire")
-    while found < (number << COUNT_BITS) + arrivals:
+    while found < arrived:
         found = tl.atomic_add(word, 0, sem="acquire")
     tl.debug_barrier()
 
 
 @triton.jit
-def _leave(word, number, arrivals):  # type: ignore[no-untyped-def]
-    """Wait no more; `arrivals`: all before, and of those that leave all but one."""
-    if tl.atomic_add(word, 1, sem="relaxed") == (number << COUNT_BITS) + arrivals:
-        tl.atomic_xchg(word, 0, sem="relaxed")
+def _leave(words, number, stages, tokens, BLOCK_TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait no more, after all have arrived `stages` times."""
+    sample, _, programs = _here(tokens, BLOCK_TOKENS)
+    if tl.atomic_add(words + sample, 1, sem="relaxed") == (number << COUNT_BITS) + (stages + 1) * programs - 1:
+        tl.atomic_xchg(words + sample, 0, sem="relaxed")
 
 
 @triton.jit
@@ -134,12 +145,13 @@ def _bias(bias, channel, inside, ACCUMULATION: tl.constexpr):  # type: ignore[no
 def _embed(  # type: ignore[no-untyped-def]
     hidden, coords, longer, registers, token_weight, token_bias, context_weight, context_bias,
     position_weight, position_bias, frequency, level, role, norm_weight, norm_bias, eps,
-    residual, sample, first_token, count,
+    residual, count,
     D: tl.constexpr, CHANNELS: tl.constexpr, REGISTERS: tl.constexpr, TOKEN_TERMS: tl.constexpr,
     CONTEXT_TERMS: tl.constexpr, FREQUENCIES: tl.constexpr, PATCH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_TERMS: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens of patches and registers, to `residual`."""
+    sample, first_token, _ = _here(count + REGISTERS, BLOCK_TOKENS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
     there = token < count + REGISTERS
     is_patch = there & (token >= REGISTERS)
@@ -185,37 +197,42 @@ def _normalise(  # type: ignore[no-untyped-def]
 
 @triton.jit(noinline=True)
 def _project(  # type: ignore[no-untyped-def]
-    residual, norm_weight, norm_bias, eps, weight, bias, scale, scratch, found, sample, first_token, tokens,
+    residual, norm_weight, norm_bias, eps, weight, bias, scale, scratch,
+    found, i, block_stride, sample_stride, first_row, tokens,
     WIDTH: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr, BLOCK_INNER: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the WIDTH outputs of a linear layer of normalised tokens, times `scale`, to `found`, the sample's rows."""
+    """Write the WIDTH outputs of a linear layer of normalised tokens, times `scale`, to rows of `found` for block i."""
+    sample, first_token, _ = _here(tokens, BLOCK_TOKENS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
     there = token < tokens
     row = (sample * tokens + token) * D
     held = _normalise(
         residual, norm_weight, norm_bias, eps, scratch, row, there, D, CHANNELS, BLOCK_INNER, ACCUMULATION
     )
+    found += tl.cast(i, tl.int64) * block_stride + sample * sample_stride
+    to = found + (first_row + token).to(tl.int64) * WIDTH
     for first in range(0, WIDTH, BLOCK_OUTPUTS):
         output = first + tl.arange(0, BLOCK_OUTPUTS)
         wanted = (output < WIDTH)[None, :]
         x = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], ACCUMULATION) + _bias(bias, output, wanted, ACCUMULATION)
         x = _product(x, held, scratch + row, there, weight, output, wanted, D, BLOCK_INNER, PRECISION)
-        to = found + token.to(tl.int64) * WIDTH + output[None, :]
-        tl.store(to, (x * scale).to(found.dtype.element_ty), mask=there & wanted)
+        tl.store(to + output[None, :], (x * scale).to(found.dtype.element_ty), mask=there & wanted)
 
 
 @triton.jit(noinline=True)
 def _attend(  # type: ignore[no-untyped-def]
-    queries, memory, memory_length, cache, earlier, scratch, word, number, arrivals, sample, first_token, tokens,
+    queries, memory, memory_stride, memory_length, cache, i, cache_block, cache_stride, earlier, scratch,
+    words, number, tokens,
     D: tl.constexpr, HEADS: tl.constexpr, HEAD_CHANNELS: tl.constexpr, TOGETHER: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_HEADS: tl.constexpr, SPLITS: tl.constexpr,
     ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention to the rows of memory and cache, both the sample's, to `scratch`; waits before the tokens' own rows."""
+    """Attention to the rows of memory and of the cache of block i, to `scratch`; waits before the tokens' own rows."""
     WIDTH: tl.constexpr = 2 * D
     CHANNELS: tl.constexpr = BLOCK_HEADS * HEAD_CHANNELS
     dtype = scratch.dtype.element_ty
+    sample, first_token, programs = _here(tokens, BLOCK_TOKENS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)
     there = token < tokens
     row = (sample * tokens + token) * D
@@ -227,7 +244,8 @@ def _attend(  # type: ignore[no-untyped-def]
     channel = head * HEAD_CHANNELS + tl.arange(0, HEAD_CHANNELS)[None, None, :]  # [g, 1, c]
     shown = head < HEADS
     q = tl.load(queries + (row[None, :, None] + channel), mask=shown & there[None, :, None], other=0.0)  # [g, t, c]
-    cache -= memory_length.to(tl.int64) * WIDTH
+    memory += sample * memory_stride
+    cache += tl.cast(i, tl.int64) * cache_block + sample * cache_stride - memory_length.to(tl.int64) * WIDTH
     most = tl.full([GROUPS, BLOCK_TOKENS], float("-inf"), ACCUMULATION)
     total = tl.zeros([GROUPS, BLOCK_TOKENS], ACCUMULATION)
     attended = tl.zeros([GROUPS, BLOCK_TOKENS, HEAD_CHANNELS], ACCUMULATION)
@@ -235,7 +253,7 @@ def _attend(  # type: ignore[no-untyped-def]
     for part in tl.range(0, 2, num_stages=1):
         if TOGETHER:
             if part == 1:
-                _wait(word, number, arrivals)
+                _wait(words + sample, (number << COUNT_BITS) + (i + 1) * programs)
         for some in range(first, end, SPLITS * BLOCK_KEYS):
             key = some + (group % SPLITS)[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]  # [g, m]
             seen = key < end
@@ -271,11 +289,12 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(noinline=True)
 def _add(  # type: ignore[no-untyped-def]
-    residual, weight, bias, scratch, sample, first_token, tokens,
+    residual, weight, bias, scratch, tokens,
     D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to `residual` what a linear layer makes of the rows of `scratch`."""
+    sample, first_token, _ = _here(tokens, BLOCK_TOKENS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
     there = token < tokens
     row = (sample * tokens + token) * D
@@ -289,12 +308,12 @@ def _add(  # type: ignore[no-untyped-def]
 
 @triton.jit(noinline=True)
 def _add_mlp(  # type: ignore[no-untyped-def]
-    residual, norm_weight, norm_bias, eps, in_weight, in_bias, out_weight, out_bias, scratch,
-    sample, first_token, tokens,
+    residual, norm_weight, norm_bias, eps, in_weight, in_bias, out_weight, out_bias, scratch, tokens,
     HIDDEN: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, ACCUMULATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to `residual` what the MLP makes of it."""
+    sample, first_token, _ = _here(tokens, BLOCK_TOKENS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
     there = token < tokens
     row = (sample * tokens + token) * D
@@ -322,10 +341,11 @@ def _add_mlp(  # type: ignore[no-untyped-def]
 
 @triton.jit(noinline=True)
 def _finish(  # type: ignore[no-untyped-def]
-    residual, weight, bias, eps, out, sample, first_token, count,
+    residual, weight, bias, eps, out, count,
     D: tl.constexpr, CHANNELS: tl.constexpr, REGISTERS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """out [B, K, D]: the tokens of patches, normalised."""
+    sample, first_token, _ = _here(count + REGISTERS, BLOCK_TOKENS)
     token = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
     there = token < count + REGISTERS
     channel = tl.arange(0, CHANNELS)
@@ -373,39 +393,32 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     residual: the tokens, in the type of sums; queries: with the factors of scores that make exp an exp2; scratch: what
     a product reads in several blocks. Of those a program reads its own rows alone.
     """
-    WIDTH: tl.constexpr = 2 * D
     CHANNELS: tl.constexpr = BLOCK_HEADS * HEAD_CHANNELS
     tokens = count + REGISTERS
-    programs = tl.cdiv(tokens, BLOCK_TOKENS)
-    sample = (tl.program_id(0) // programs).to(tl.int64)
-    first_token = tl.program_id(0) % programs * BLOCK_TOKENS
-    word = words + sample
     if TOGETHER:
-        if first_token == 0:
-            _begin(word, number)
-
+        _begin(words, number, tokens, BLOCK_TOKENS)
     for stage in tl.range(first_stage, last_stage, num_stages=1):
         if stage == 0:
             _embed(
                 hidden, coords, longer, registers, token_weight, token_bias, context_weight, context_bias,
                 position_weight, position_bias, frequency, level, role, entry_weight, entry_bias, entry_eps,
-                residual, sample, first_token, count,
+                residual, count,
                 D, CHANNELS, REGISTERS, TOKEN_TERMS, CONTEXT_TERMS, FREQUENCIES, PATCH, BLOCK_TOKENS, BLOCK_TERMS,
                 ACCUMULATION, PRECISION,
             )  # fmt: skip
         else:
             i = stage - 1
             _attend(
-                queries, _of_block(i, memory_0, memory_1, memory_2, memory_3) + sample * memory_stride, memory_length,
-                cache + (tl.cast(i, tl.int64) * cache_block + sample * cache_stride), start, scratch,
-                word, number, stage * programs, sample, first_token, tokens,
+                queries, _of_block(i, memory_0, memory_1, memory_2, memory_3), memory_stride, memory_length,
+                cache, i, cache_block, cache_stride, start, scratch,
+                words, number, tokens,
                 D, HEADS, HEAD_CHANNELS, TOGETHER, BLOCK_TOKENS, BLOCK_KEYS, BLOCK_HEADS, SPLITS,
                 ACCUMULATION, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
             _add(
                 residual, _of_block(i, out_weight_0, out_weight_1, out_weight_2, out_weight_3),
-                _of_block(i, out_bias_0, out_bias_1, out_bias_2, out_bias_3), scratch, sample, first_token, tokens,
+                _of_block(i, out_bias_0, out_bias_1, out_bias_2, out_bias_3), scratch, tokens,
                 D, CHANNELS, BLOCK_TOKENS, BLOCK_INNER, ACCUMULATION, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
@@ -415,45 +428,43 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                 _of_block(i, mlp_in_weight_0, mlp_in_weight_1, mlp_in_weight_2, mlp_in_weight_3),
                 _of_block(i, mlp_in_bias_0, mlp_in_bias_1, mlp_in_bias_2, mlp_in_bias_3),
                 _of_block(i, mlp_out_weight_0, mlp_out_weight_1, mlp_out_weight_2, mlp_out_weight_3),
-                _of_block(i, mlp_out_bias_0, mlp_out_bias_1, mlp_out_bias_2, mlp_out_bias_3), scratch,
-                sample, first_token, tokens,
+                _of_block(i, mlp_out_bias_0, mlp_out_bias_1, mlp_out_bias_2, mlp_out_bias_3), scratch, tokens,
                 HIDDEN, D, CHANNELS, BLOCK_TOKENS, BLOCK_INNER, BLOCK_HIDDEN, ACCUMULATION, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
         if stage < DEPTH:
             norm_weight = _of_block(stage, norm_weight_0, norm_weight_1, norm_weight_2, norm_weight_3)
             norm_bias = _of_block(stage, norm_bias_0, norm_bias_1, norm_bias_2, norm_bias_3)
-            own = tl.cast(stage, tl.int64) * cache_block + sample * cache_stride + start.to(tl.int64) * WIDTH
             _project(
                 residual, norm_weight, norm_bias, eps,
                 _of_block(stage, key_value_weight_0, key_value_weight_1, key_value_weight_2, key_value_weight_3),
                 _of_block(stage, key_value_bias_0, key_value_bias_1, key_value_bias_2, key_value_bias_3), 1.0,
-                scratch, cache + own, sample, first_token, tokens,
-                WIDTH, D, CHANNELS, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
+                scratch, cache, stage, cache_block, cache_stride, start, tokens,
+                2 * D, D, CHANNELS, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
             )  # fmt: skip
             if TOGETHER:
-                _arrive(word, number)
+                _arrive(words, number, tokens, BLOCK_TOKENS)
             else:
                 tl.debug_barrier()
             _project(
                 residual, norm_weight, norm_bias, eps,
                 _of_block(stage, query_weight_0, query_weight_1, query_weight_2, query_weight_3),
                 _of_block(stage, query_bias_0, query_bias_1, query_bias_2, query_bias_3), scale,
-                scratch, queries + sample * tokens * D, sample, first_token, tokens,
+                scratch, queries, 0, 0, tokens * D, 0, tokens,
                 D, D, CHANNELS, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INNER, ACCUMULATION, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
         else:
             if TOGETHER:
-                _leave(word, number, (DEPTH + 1) * programs - 1)
+                _leave(words, number, DEPTH, tokens, BLOCK_TOKENS)
             _finish(
-                residual, final_weight, final_bias, final_eps, out, sample, first_token, count,
+                residual, final_weight, final_bias, final_eps, out, count,
                 D, CHANNELS, REGISTERS, BLOCK_TOKENS,
             )  # fmt: skip
 
 
 MOST_BLOCKS = 4
-BLOCK_TOKENS = 16
+BLOCK_TOKENS, WARPS = 16, 8
 
 
 @functools.lru_cache(maxsize=1024)
@@ -468,9 +479,8 @@ def attend_options(
     block_heads, width = triton.next_power_of_2(heads), dim // heads
     channels = block_heads * width
     half, fma = dtype.itemsize == 2, dtype.itemsize > 2 and not tf32
-    warps = 8 if fma or half else 4
     block_keys = 32 if channels <= 128 else 16
-    room = 16384 // (block_keys * channels * dtype.itemsize)  # bytes of keys in a block
+    room = 32768 // (block_keys * channels * dtype.itemsize)  # bytes of keys in a block
     return {
         "DEPTH": depth,
         "D": dim,
@@ -489,11 +499,11 @@ def attend_options(
         "BLOCK_INNER": min(channels, 32 if not half else 128 if channels <= 128 else 64),
         "BLOCK_KEYS": block_keys,
         "BLOCK_HEADS": block_heads,
-        "SPLITS": 1 if fma else max(1, min(warps // block_heads, room)),
+        "SPLITS": 1 if fma else max(1, min(WARPS // block_heads, room)),
         "BLOCK_HIDDEN": min(max(triton.next_power_of_2(hidden), 16), 64 if channels <= 128 else 32),
         "ACCUMULATION": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
-        "num_warps": max(warps, min(block_heads, 16)),
+        "num_warps": max(WARPS, min(block_heads, 16)),
         "num_stages": 3 if half and channels <= 128 else 2,
     }
 
