@@ -16,7 +16,6 @@ from icseg_kernels import triton_launch
 SIDE, CELLS, CELL_PIXELS = 8, 16, 4  # of a patch: pixels along its side, cells; of a cell: pixels
 PRIORS = 2  # channels of a class that the coarser prediction gives
 NEGATIVE_SLOPE = 0.05  # of the leaky ReLUs
-_PROGRAMS = 4  # for each multiprocessor, before a program takes one patch after the other
 
 
 class DecodeWeights(NamedTuple):
@@ -100,8 +99,13 @@ def shapes(s: Sizes) -> tuple[tuple[int, ...], ...]:
     return *match, *value, *out, *common, *own
 
 
-def match_constants(s: Sizes, *, itemsize: int, fused: bool) -> dict[str, Any]:
-    """The kernels' that keys and queries need, by name; fused: by fused multiply-adds, not on tensor cores."""
+def terms_of(dtype: torch.dtype, fused: bool) -> int:
+    """Products summed up at a time; fused: by fused multiply-adds, of which a thread holds whole rows of factors."""
+    return 16 if fused else 64 if dtype.itemsize == 2 else 32
+
+
+def match_constants(s: Sizes, terms: int) -> dict[str, Any]:
+    """The kernels' that keys and queries need, by name; terms: of `terms_of`."""
     return {
         "FEATURES": s.features,
         "D": s.dim,
@@ -111,13 +115,12 @@ def match_constants(s: Sizes, *, itemsize: int, fused: bool) -> dict[str, Any]:
         "HIDDEN": s.hidden,
         "BLOCK_HEADS": _power_of_two(s.heads),
         "BLOCK_KEY": max(16, _power_of_two(s.key)),
-        "BLOCK_LEARNED": max(16, _power_of_two(s.heads * s.value)),
-        "BLOCK_HIDDEN": 16 if fused else 64 if itemsize == 2 else 32,
-        "BLOCK_INNER": 16 if fused else 64 if itemsize == 2 else 32,
+        "BLOCK_HIDDEN": terms,
+        "BLOCK_INNER": terms,
     }
 
 
-def decode_constants(s: Sizes, classes: int, *, itemsize: int, fused: bool, channels_last: bool) -> dict[str, Any]:
+def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool) -> dict[str, Any]:
     """All of `decode_kernel` but those of arithmetic, and options of its launch."""
     width = CELL_PIXELS * classes + s.value
     block_value = max(16, _power_of_two(width))
@@ -127,10 +130,11 @@ def decode_constants(s: Sizes, classes: int, *, itemsize: int, fused: bool, chan
     block_own = max(16, _power_of_two(s.own))
     tokens_at = (s.heads + PRIORS) * CELLS * block_value
     map_at = tokens_at + CELLS * s.token
-    own_at = map_at + SIDE * SIDE * period
-    terms = 16 if fused else 64 if itemsize == 2 else 32
+    block_shared = max(16, _power_of_two(s.shared))
+    hidden_at = map_at + SIDE * SIDE * period
+    own_at = hidden_at + (SIDE * SIDE * block_shared if terms < block_shared else 0)
     return {
-        **match_constants(s, itemsize=itemsize, fused=fused),
+        **match_constants(s, terms),
         "CLASSES": classes,
         "CONTEXT": s.context,
         "TOKEN": s.token,
@@ -139,18 +143,21 @@ def decode_constants(s: Sizes, classes: int, *, itemsize: int, fused: bool, chan
         "NEGATIVE_SLOPE": NEGATIVE_SLOPE,
         "CHANNELS_LAST": channels_last,
         "BLOCK_VALUE": block_value,
-        "BLOCK_KEYS": 32 if fused or block_value > 32 else 64,
+        "BLOCK_KEYS": 64 if terms == 64 and block_value <= 32 else 32,
         "SPLITS": max(1, min(warps // block_heads, 128 // (block_heads * block_value))),
         "BLOCK_CONTEXT": max(16, _power_of_two(CELL_PIXELS * s.context)),
         "BLOCK_TOKEN": _power_of_two(s.token),
-        "BLOCK_SHARED": max(16, _power_of_two(s.shared)),
+        "BLOCK_SHARED": block_shared,
         "BLOCK_OWN": block_own,
         "PERIOD": period,
         "BLOCK_SHARED_IN": min(period, terms),
+        "BLOCK_SHARED_OUT": min(block_shared, terms),
         "BLOCK_OWN_IN": min(max(16, _power_of_two(9 * (s.heads + PRIORS))), terms),
         "BLOCK_OWN_MID": min(block_own, terms),
+        "BLOCK_OUT": min(max(16, _power_of_two(s.heads * s.value)), terms),
         "TOKENS_AT": tokens_at,
         "MAP_AT": map_at,
+        "HIDDEN_AT": hidden_at,
         "OWN_AT": own_at,
         "SLOT": own_at + 2 * SIDE * SIDE * block_own,
         "num_warps": warps,
@@ -214,16 +221,13 @@ def decode_patches(
     values, values_batch = _per_set(values, batch)
     weights, channels_last = _laid_out(weights)
     fused = _fused(features.dtype)
-    constants = decode_constants(
-        s, classes, itemsize=features.dtype.itemsize, fused=fused, channels_last=channels_last
-    )
-    programs = min(patches, _most_programs(features.device))
+    constants = decode_constants(s, classes, _terms(features.dtype, fused), channels_last=channels_last)
     height, width = (1, 1) if coarser is None else coarser.shape[2:]
     triton_launch.launch(
-        kernels.decode_kernel, (programs,), features.device,
+        kernels.decode_kernel, (patches,), features.device,
         features.contiguous(), tokens.contiguous(), coords.contiguous(), keys, values, coarser, gain, logits, error,
-        features.new_empty(programs * constants["SLOT"]), *weights, keys_batch, values_batch,
-        patches, count, cells, height, width,
+        features.new_empty(patches * constants["SLOT"]), *weights[:5], *weights[8:], keys_batch, values_batch,
+        count, cells, height, width,
         **constants, BOUND=float(bound), **kernels.arithmetic(features.dtype, triton_launch.INTERPRETED, fused),
     )  # fmt: skip
     return logits, error
@@ -263,17 +267,18 @@ def support_cells(
         kernels.support_kernel, (sets * patches_of_set,), features.device,
         features.contiguous(), tokens.contiguous(), coords.contiguous(), masks.contiguous(), keys, values,
         *weights[:8], patches_of_set, count, height, width,
-        **support_constants(s, classes, itemsize=features.dtype.itemsize, fused=fused),
+        **support_constants(s, classes, _terms(features.dtype, fused)),
         **kernels.arithmetic(features.dtype, triton_launch.INTERPRETED, fused),
     )  # fmt: skip
     return keys, values
 
 
-def support_constants(s: Sizes, classes: int, *, itemsize: int, fused: bool) -> dict[str, Any]:
+def support_constants(s: Sizes, classes: int, terms: int) -> dict[str, Any]:
     """All of `support_kernel` but those of arithmetic, and options of its launch."""
     return {
-        **match_constants(s, itemsize=itemsize, fused=fused),
+        **match_constants(s, terms),
         "CLASSES": classes,
+        "BLOCK_LEARNED": max(16, _power_of_two(s.heads * s.value)),
         "BLOCK_LABELS": _power_of_two(CELL_PIXELS * classes),
         "num_warps": 4,
         "num_stages": 2,
@@ -342,11 +347,10 @@ def _fused(dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 and (dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest")
 
 
+def _terms(dtype: torch.dtype, fused: bool) -> int:
+    """In the interpreter as many as ever: it takes its time for each operation, whatever the size."""
+    return terms_of(dtype, fused) if not triton_launch.INTERPRETED else 64
+
+
 def _power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
-
-
-def _most_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from icseg_kernels.arithmetic_triton_kernels import gelu
-from icseg_kernels.cascade.decode import DecodeWeights, Sizes, decode_constants, support_constants
+from icseg_kernels.cascade.decode import DecodeWeights, Sizes, decode_constants, support_constants, terms_of
 from icseg_kernels.compilation import Compilation
 
 
@@ -201,35 +201,38 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(x < 0, -t, t)
 
 
-@triton.jit(do_not_specialize=["patches", "count", "height", "width"], do_not_specialize_on_alignment=["gain"])
+@triton.jit(do_not_specialize=["count", "height", "width"], do_not_specialize_on_alignment=["gain"])
 def decode_kernel(  # type: ignore[no-untyped-def]
     features, tokens, coords, keys, values, coarser, gain, logits, error, scratch,
     match_cell_weight, match_cell_bias, match_token_weight, match_out_weight, match_out_bias,
-    value_cell_weight, value_cell_bias, value_token_weight, log_scale, out_weight, out_bias,
-    token_weight, token_bias, shared_in_weight, shared_in_bias, shared_out_weight, shared_out_bias,
+    log_scale, out_weight, out_bias, token_weight, token_bias,
+    shared_in_weight, shared_in_bias, shared_out_weight, shared_out_bias,
     own_in_weight, own_in_bias, own_mid_weight, own_mid_bias, own_out_weight, own_out_bias,
-    keys_batch, values_batch, patches, count, cells, height, width,
+    keys_batch, values_batch, count, cells, height, width,
     FEATURES: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     HIDDEN: tl.constexpr, CLASSES: tl.constexpr, CONTEXT: tl.constexpr, TOKEN: tl.constexpr, SHARED: tl.constexpr,
     OWN: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr, BOUND: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_LEARNED: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_KEYS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_CONTEXT: tl.constexpr, BLOCK_TOKEN: tl.constexpr, BLOCK_SHARED: tl.constexpr, BLOCK_OWN: tl.constexpr,
-    PERIOD: tl.constexpr, BLOCK_SHARED_IN: tl.constexpr, BLOCK_OWN_IN: tl.constexpr, BLOCK_OWN_MID: tl.constexpr,
-    TOKENS_AT: tl.constexpr, MAP_AT: tl.constexpr, OWN_AT: tl.constexpr, SLOT: tl.constexpr,
+    PERIOD: tl.constexpr, BLOCK_SHARED_IN: tl.constexpr, BLOCK_SHARED_OUT: tl.constexpr, BLOCK_OWN_IN: tl.constexpr,
+    BLOCK_OWN_MID: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    TOKENS_AT: tl.constexpr, MAP_AT: tl.constexpr, HIDDEN_AT: tl.constexpr, OWN_AT: tl.constexpr, SLOT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """logits and error [patches, CLASSES, 8, 8], on a grid of as many programs as there are slots of SLOT elements.
+    """logits and error [patches, CLASSES, 8, 8], a program a patch.
 
     A slot holds, one after the other: of HEADS, then of clamped and of squashed priors, what was found [16,
-    BLOCK_VALUE]: four pixels of each class, then VALUE learned values; the token [TOKEN, 4, 4]; the input of the part
-    that all classes share [64, PERIOD]; two maps [64, BLOCK_OWN] of a class, of even and of odd ones.
+    BLOCK_VALUE]: four pixels of each class, then VALUE learned values; the token [TOKEN, 4, 4]; of the part that all
+    classes share the input [64, PERIOD] and a hidden layer [64, BLOCK_SHARED]; two maps [64, BLOCK_OWN], of even and of
+    odd classes.
     """
     WIDTH: tl.constexpr = 4 * CLASSES + VALUE
     OF_HEAD: tl.constexpr = 16 * BLOCK_VALUE
     INPUTS: tl.constexpr = FEATURES + TOKEN + CONTEXT
     GROUPS: tl.constexpr = BLOCK_HEADS * SPLITS
-    slot = scratch + tl.program_id(0).to(tl.int64) * SLOT
+    here = tl.program_id(0).to(tl.int64)
+    slot = scratch + here * SLOT
     kind = scratch.dtype.element_ty
     pixel = tl.arange(0, 64)
     y, x = pixel // 8, pixel % 8
@@ -237,176 +240,189 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     at_pixel = cell_of_pixel * BLOCK_VALUE + part_of_pixel  # of the first class
     of_gain = tl.load(gain).to(ACC)
     cell = tl.arange(0, 16)
-    if INPUTS < PERIOD:
-        channel = tl.arange(0, PERIOD)[None, :]
-        nothing = tl.zeros((64, PERIOD), ACC).to(kind)
-        written = (channel >= INPUTS) & (pixel >= 0)[:, None]
-        tl.store(slot + MAP_AT + pixel[:, None] * PERIOD + channel, nothing, mask=written)
+    sample = here // count
+    of_patch, token = features + here * (FEATURES * 64), tokens + here * D
+    top, left = tl.load(coords + here * 2).to(tl.int64) >> 1, tl.load(coords + here * 2 + 1).to(tl.int64) >> 1
 
-    for patch in range(tl.program_id(0), patches, tl.num_programs(0)):
-        here = tl.cast(patch, tl.int64)
-        sample = here // count
-        of_patch, token = features + here * (FEATURES * 64), tokens + here * D
-        top, left = tl.load(coords + here * 2).to(tl.int64) >> 1, tl.load(coords + here * 2 + 1).to(tl.int64) >> 1
+    # The prior and what is seen of it, the features and the token as channels.
+    for c in range(CLASSES):
+        if coarser is None:
+            prior = _prior(None, top, left, height, width, ACC)
+        else:
+            image = coarser + (sample * CLASSES + c) * height * width
+            prior = _prior(image, top, left, height, width, ACC)
+        clamped = tl.where(prior > 6.0, 6.0, tl.where(prior < -6.0, -6.0, prior)) / 3.0
+        at = slot + HEADS * OF_HEAD + c * 4 + at_pixel
+        tl.store(at, clamped.to(kind))
+        tl.store(at + OF_HEAD, (tl.sigmoid(prior) * 2.0 - 1.0).to(kind))
+    input = tl.arange(0, PERIOD)[None, :]
+    there = (input < FEATURES) & (pixel >= 0)[:, None]
+    seen = tl.load(of_patch + input * 64 + pixel[:, None], mask=there, other=0.0)
+    there = there | ((input >= INPUTS) & (pixel >= 0)[:, None])  # zeros where there is no channel
+    tl.store(slot + MAP_AT + pixel[:, None] * PERIOD + input, seen, mask=there)
+    for first in range(0, 16 * TOKEN, 64):
+        output = first + tl.arange(0, 64)
+        there = output < 16 * TOKEN
+        total = tl.load(token_bias + output, mask=there, other=0.0).to(ACC)
+        for start in range(0, D, 64):
+            channel = start + tl.arange(0, 64)
+            of_token = tl.load(token + channel, mask=channel < D, other=0.0).to(ACC)
+            at = token_weight + output[:, None] * D + channel[None, :]
+            w = tl.load(at, mask=there[:, None] & (channel < D)[None, :], other=0.0).to(ACC)
+            total += tl.sum(w * of_token[None, :], 1)
+        tl.store(slot + TOKENS_AT + output, total.to(kind), mask=there)
 
-        # The prior and what is seen of it, the features and the token as channels.
-        for c in range(CLASSES):
-            if coarser is None:
-                prior = _prior(None, top, left, height, width, ACC)
-            else:
-                image = coarser + (sample * CLASSES + c) * height * width
-                prior = _prior(image, top, left, height, width, ACC)
-            clamped = tl.where(prior > 6.0, 6.0, tl.where(prior < -6.0, -6.0, prior)) / 3.0
-            at = slot + HEADS * OF_HEAD + c * 4 + at_pixel
-            tl.store(at, clamped.to(kind))
-            tl.store(at + OF_HEAD, (tl.sigmoid(prior) * 2.0 - 1.0).to(kind))
-        for first in range(0, FEATURES, 16):
-            channel = first + tl.arange(0, 16)
-            there = (channel < FEATURES)[None, :] & (pixel >= 0)[:, None]
-            seen = tl.load(of_patch + channel[None, :] * 64 + pixel[:, None], mask=there, other=0.0)
-            tl.store(slot + MAP_AT + pixel[:, None] * PERIOD + channel[None, :], seen, mask=there)
-        for first in range(0, 16 * TOKEN, 64):
-            output = first + tl.arange(0, 64)
-            there = output < 16 * TOKEN
-            total = tl.load(token_bias + output, mask=there, other=0.0).to(ACC)
-            for start in range(0, D, 64):
-                channel = start + tl.arange(0, 64)
-                of_token = tl.load(token + channel, mask=channel < D, other=0.0).to(ACC)
-                at = token_weight + output[:, None] * D + channel[None, :]
-                w = tl.load(at, mask=there[:, None] & (channel < D)[None, :], other=0.0).to(ACC)
-                total += tl.sum(w * of_token[None, :], 1)
-            tl.store(slot + TOKENS_AT + output, total.to(kind), mask=there)
+    # Label propagation. A group is a head and one in SPLITS of every block of keys.
+    query = _matched(
+        of_patch, token, match_cell_weight, match_cell_bias, match_token_weight, match_out_weight, match_out_bias,
+        FEATURES, D, HEADS, KEY, HIDDEN, BLOCK_HEADS, BLOCK_KEY, BLOCK_HIDDEN, BLOCK_INNER,
+        OPERAND, ACC, PRECISION,
+    )  # fmt: skip
+    head = tl.arange(0, BLOCK_HEADS)
+    scale = tl.exp(tl.load(log_scale + head, mask=head < HEADS, other=0.0).to(ACC)) * 1.4426950408889634
+    query = tl.permute(query * scale[None, :, None], (1, 0, 2))  # scores are exponents of 2
+    query = tl.broadcast_to(query[:, None, :, :], (BLOCK_HEADS, SPLITS, 16, BLOCK_KEY))
+    query = tl.reshape(query, (GROUPS, 16, BLOCK_KEY)).to(OPERAND)
+    group = tl.arange(0, GROUPS)
+    head_of_group = (group // SPLITS)[:, None]
+    key = tl.arange(0, BLOCK_KEY)[None, None, :]
+    value = tl.arange(0, BLOCK_VALUE)[None, None, :]
+    most = tl.full((GROUPS, 16), float("-inf"), ACC)
+    total = tl.zeros((GROUPS, 16), ACC)
+    found = tl.zeros((GROUPS, 16, BLOCK_VALUE), ACC)
+    for first in tl.range(0, cells, SPLITS * BLOCK_KEYS, num_stages=2):
+        row = first + (group % SPLITS)[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]
+        shown = row < cells
+        there = (shown & (head_of_group < HEADS))[:, :, None]
+        row = head_of_group * cells + row
+        k = tl.load(
+            keys + sample * keys_batch + row[:, :, None] * KEY + key, mask=there & (key < KEY), other=0.0
+        ).to(OPERAND)  # [g, m, k]
+        v = tl.load(
+            values + sample * values_batch + row[:, :, None] * WIDTH + value, mask=there & (value < WIDTH), other=0.0
+        ).to(OPERAND)
+        scores = tl.dot(query, tl.permute(k, (0, 2, 1)), out_dtype=ACC, input_precision=PRECISION)  # [g, 16, m]
+        scores = tl.where(shown[:, None, :], scores, float("-inf"))
+        more = tl.maximum(most, tl.max(scores, 2))
+        base = tl.where(more == float("-inf"), 0.0, more)
+        share = tl.exp2(scores - base[:, :, None])
+        shrink = tl.exp2(most - base)
+        total = total * shrink + tl.sum(share, 2)
+        found = tl.dot(
+            share.to(OPERAND), v, found * shrink[:, :, None], out_dtype=ACC, input_precision=PRECISION
+        )
+        most = more
+    if SPLITS > 1:
+        most = tl.reshape(most, (BLOCK_HEADS, SPLITS, 16))
+        more = tl.max(most, 1)[:, None, :]
+        shrink = tl.exp2(most - tl.where(more == float("-inf"), 0.0, more))
+        total = tl.sum(tl.reshape(total, (BLOCK_HEADS, SPLITS, 16)) * shrink, 1)
+        found = tl.reshape(found, (BLOCK_HEADS, SPLITS, 16, BLOCK_VALUE)) * shrink[:, :, :, None]
+        found = tl.sum(found, 1)
+    found = found / tl.where(cells == 0, 1.0, total)[:, :, None]  # no keys, no labels
+    at = slot + head[:, None, None] * OF_HEAD + cell[None, :, None] * BLOCK_VALUE + value
+    tl.store(at, found.to(kind), mask=(head < HEADS)[:, None, None] & (cell >= 0)[None, :, None] & (value >= 0))
+    tl.debug_barrier()
 
-        # Label propagation. A group is a head and one in SPLITS of every block of keys.
-        query = _matched(
-            of_patch, token, match_cell_weight, match_cell_bias, match_token_weight, match_out_weight, match_out_bias,
-            FEATURES, D, HEADS, KEY, HIDDEN, BLOCK_HEADS, BLOCK_KEY, BLOCK_HIDDEN, BLOCK_INNER,
-            OPERAND, ACC, PRECISION,
-        )  # fmt: skip
-        head = tl.arange(0, BLOCK_HEADS)
-        scale = tl.exp(tl.load(log_scale + head, mask=head < HEADS, other=0.0).to(ACC)) * 1.4426950408889634
-        query = tl.permute(query * scale[None, :, None], (1, 0, 2))  # scores are exponents of 2
-        query = tl.broadcast_to(query[:, None, :, :], (BLOCK_HEADS, SPLITS, 16, BLOCK_KEY))
-        query = tl.reshape(query, (GROUPS, 16, BLOCK_KEY)).to(OPERAND)
-        group = tl.arange(0, GROUPS)
-        head_of_group = (group // SPLITS)[:, None]
-        key = tl.arange(0, BLOCK_KEY)[None, None, :]
-        value = tl.arange(0, BLOCK_VALUE)[None, None, :]
-        most = tl.full((GROUPS, 16), float("-inf"), ACC)
-        total = tl.zeros((GROUPS, 16), ACC)
-        found = tl.zeros((GROUPS, 16, BLOCK_VALUE), ACC)
-        for first in tl.range(0, cells, SPLITS * BLOCK_KEYS, num_stages=2):
-            row = first + (group % SPLITS)[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]
-            shown = row < cells
-            there = (shown & (head_of_group < HEADS))[:, :, None]
-            row = head_of_group * cells + row
-            k = tl.load(
-                keys + sample * keys_batch + row[:, :, None] * KEY + key, mask=there & (key < KEY), other=0.0
-            ).to(OPERAND)  # [g, m, k]
-            v = tl.load(
-                values + sample * values_batch + row[:, :, None] * WIDTH + value, mask=there & (value < WIDTH), other=0.0
-            ).to(OPERAND)
-            scores = tl.dot(query, tl.permute(k, (0, 2, 1)), out_dtype=ACC, input_precision=PRECISION)  # [g, 16, m]
-            scores = tl.where(shown[:, None, :], scores, float("-inf"))
-            more = tl.maximum(most, tl.max(scores, 2))
-            base = tl.where(more == float("-inf"), 0.0, more)
-            share = tl.exp2(scores - base[:, :, None])
-            shrink = tl.exp2(most - base)
-            total = total * shrink + tl.sum(share, 2)
-            found = tl.dot(
-                share.to(OPERAND), v, found * shrink[:, :, None], out_dtype=ACC, input_precision=PRECISION
-            )
-            most = more
-        if SPLITS > 1:
-            most = tl.reshape(most, (BLOCK_HEADS, SPLITS, 16))
-            more = tl.max(most, 1)[:, None, :]
-            shrink = tl.exp2(most - tl.where(more == float("-inf"), 0.0, more))
-            total = tl.sum(tl.reshape(total, (BLOCK_HEADS, SPLITS, 16)) * shrink, 1)
-            found = tl.reshape(found, (BLOCK_HEADS, SPLITS, 16, BLOCK_VALUE)) * shrink[:, :, :, None]
-            found = tl.sum(found, 1)
-        found = found / tl.where(cells == 0, 1.0, total)[:, :, None]  # no keys, no labels
-        at = slot + head[:, None, None] * OF_HEAD + cell[None, :, None] * BLOCK_VALUE + value
-        tl.store(at, found.to(kind), mask=(head < HEADS)[:, None, None] & (cell >= 0)[None, :, None] & (value >= 0))
-        tl.debug_barrier()
-
-        # Learned values and the token in the pixels.
-        learned = tl.arange(0, BLOCK_LEARNED)
-        output = tl.arange(0, BLOCK_CONTEXT)
-        there, wanted = learned < HEADS * VALUE, output < 4 * CONTEXT
-        at = slot + 4 * CLASSES + learned // VALUE * OF_HEAD + learned % VALUE
-        mask = there[None, :] & (cell >= 0)[:, None]
-        looked_up = tl.load(at[None, :] + cell[:, None] * BLOCK_VALUE, mask=mask, other=0.0).to(OPERAND)
-        at = out_weight + output[None, :] * (HEADS * VALUE) + learned[:, None]
-        w = tl.load(at, mask=there[:, None] & wanted[None, :], other=0.0).to(OPERAND)
-        context = tl.zeros((16, BLOCK_CONTEXT), ACC)
-        context += tl.load(out_bias + output, mask=wanted, other=0.0).to(ACC)[None, :]
+    # Learned values and the token in the pixels.
+    output = tl.arange(0, BLOCK_CONTEXT)
+    wanted = output < 4 * CONTEXT
+    context = tl.zeros((16, BLOCK_CONTEXT), ACC)
+    context += tl.load(out_bias + output, mask=wanted, other=0.0).to(ACC)[None, :]
+    for first in range(0, HEADS * VALUE, BLOCK_OUT):
+        learned = first + tl.arange(0, BLOCK_OUT)
+        exists = learned < HEADS * VALUE
+        offset = learned // VALUE * OF_HEAD + learned % VALUE + 4 * CLASSES
+        looked_up = tl.load(
+            slot + cell[:, None] * BLOCK_VALUE + offset[None, :], mask=exists[None, :] & (cell >= 0)[:, None], other=0.0
+        ).to(OPERAND)
+        w = tl.load(
+            out_weight + output[None, :] * (HEADS * VALUE) + learned[:, None],
+            mask=exists[:, None] & wanted[None, :],
+            other=0.0,
+        ).to(OPERAND)
         context = tl.dot(looked_up, w, context, out_dtype=ACC, input_precision=PRECISION)
-        to = (cell // 4 * 16 + cell % 4 * 2)[:, None] + (output % 4 // 2 * 8 + output % 2)[None, :]
-        to = slot + MAP_AT + to * PERIOD + (FEATURES + TOKEN + output // 4)[None, :]
-        tl.store(to, context.to(kind), mask=wanted[None, :] & (cell >= 0)[:, None])
-        channel = tl.arange(0, BLOCK_TOKEN)[None, :]
-        there = (channel < TOKEN) & (pixel >= 0)[:, None]
-        upper, lower, down = _halfway(2 * y - 1, 3)
-        before, after, right = _halfway(2 * x - 1, 3)
-        down, right = down.to(ACC) * 0.25, right.to(ACC) * 0.25
-        doubled = tl.zeros((64, BLOCK_TOKEN), ACC)
-        for row in tl.static_range(2):
-            rows, of_row = upper * 4, 1.0 - down
-            if row == 1:
-                rows, of_row = lower * 4, down
-            at = slot + TOKENS_AT + channel * 16
-            near = tl.load(at + (rows + before)[:, None], mask=there, other=0.0).to(ACC)
-            far = tl.load(at + (rows + after)[:, None], mask=there, other=0.0).to(ACC)
-            doubled += (of_row * (1.0 - right))[:, None] * near + (of_row * right)[:, None] * far
-        to = slot + MAP_AT + pixel[:, None] * PERIOD + FEATURES + channel
-        tl.store(to, doubled.to(kind), mask=there)
-        tl.debug_barrier()
+    to = (cell // 4 * 16 + cell % 4 * 2)[:, None] + (output % 4 // 2 * 8 + output % 2)[None, :]
+    to = slot + MAP_AT + to * PERIOD + (FEATURES + TOKEN + output // 4)[None, :]
+    tl.store(to, context.to(kind), mask=wanted[None, :] & (cell >= 0)[:, None])
+    channel = tl.arange(0, BLOCK_TOKEN)[None, :]
+    there = (channel < TOKEN) & (pixel >= 0)[:, None]
+    upper, lower, down = _halfway(2 * y - 1, 3)
+    before, after, right = _halfway(2 * x - 1, 3)
+    down, right = down.to(ACC) * 0.25, right.to(ACC) * 0.25
+    doubled = tl.zeros((64, BLOCK_TOKEN), ACC)
+    for row in tl.static_range(2):
+        rows, of_row = upper * 4, 1.0 - down
+        if row == 1:
+            rows, of_row = lower * 4, down
+        at = slot + TOKENS_AT + channel * 16
+        near = tl.load(at + (rows + before)[:, None], mask=there, other=0.0).to(ACC)
+        far = tl.load(at + (rows + after)[:, None], mask=there, other=0.0).to(ACC)
+        doubled += (of_row * (1.0 - right))[:, None] * near + (of_row * right)[:, None] * far
+    to = slot + MAP_AT + pixel[:, None] * PERIOD + FEATURES + channel
+    tl.store(to, doubled.to(kind), mask=there)
+    tl.debug_barrier()
 
-        # What the classes share.
-        unit, own = tl.arange(0, BLOCK_SHARED), tl.arange(0, BLOCK_OWN)
-        hidden = _convolution(
-            slot + MAP_AT, shared_in_weight, INPUTS, PERIOD, SHARED, BLOCK_SHARED, CHANNELS_LAST, BLOCK_SHARED_IN,
+    # What the classes share.
+    unit, own = tl.arange(0, BLOCK_SHARED), tl.arange(0, BLOCK_OWN)
+    hidden = _convolution(
+        slot + MAP_AT, shared_in_weight, INPUTS, PERIOD, SHARED, BLOCK_SHARED, CHANNELS_LAST, BLOCK_SHARED_IN,
+        OPERAND, ACC, PRECISION,
+    )  # fmt: skip
+    hidden = _activated(hidden, shared_in_bias, unit, SHARED, NEGATIVE_SLOPE).to(OPERAND)
+    shared = tl.zeros((64, BLOCK_OWN), ACC)
+    shared += tl.load(shared_out_bias + own, mask=own < OWN, other=0.0).to(ACC)[None, :]
+    if BLOCK_SHARED_OUT >= BLOCK_SHARED:
+        w = tl.load(
+            shared_out_weight + own[None, :] * SHARED + unit[:, None],
+            mask=(unit < SHARED)[:, None] & (own < OWN)[None, :],
+            other=0.0,
+        ).to(OPERAND)
+        shared = tl.dot(hidden, w, shared, out_dtype=ACC, input_precision=PRECISION)
+    else:
+        tl.store(slot + HIDDEN_AT + pixel[:, None] * BLOCK_SHARED + unit[None, :], hidden.to(kind))
+        tl.debug_barrier()
+        for first in range(0, SHARED, BLOCK_SHARED_OUT):
+            some = first + tl.arange(0, BLOCK_SHARED_OUT)
+            h = tl.load(slot + HIDDEN_AT + pixel[:, None] * BLOCK_SHARED + some[None, :]).to(OPERAND)
+            w = tl.load(
+                shared_out_weight + own[None, :] * SHARED + some[:, None],
+                mask=(some < SHARED)[:, None] & (own < OWN)[None, :],
+                other=0.0,
+            ).to(OPERAND)
+            shared = tl.dot(h, w, shared, out_dtype=ACC, input_precision=PRECISION)
+
+    # What each class has of its own.
+    of_change = tl.load(own_out_weight + own, mask=own < OWN, other=0.0).to(ACC)[None, :]
+    of_error = tl.load(own_out_weight + OWN + own, mask=own < OWN, other=0.0).to(ACC)[None, :]
+    for c in range(CLASSES):
+        mine = shared + _convolution_of_cells(
+            slot + c * 4, own_in_weight, HEADS + 2, OF_HEAD, BLOCK_VALUE, OWN, BLOCK_OWN, CHANNELS_LAST,
+            BLOCK_OWN_IN, OPERAND, ACC, PRECISION,
+        )  # fmt: skip
+        mine = _activated(mine, own_in_bias, own, OWN, NEGATIVE_SLOPE)
+        stored = slot + OWN_AT + c % 2 * (64 * BLOCK_OWN)
+        tl.store(stored + pixel[:, None] * BLOCK_OWN + own[None, :], mine.to(kind))
+        tl.debug_barrier()  # one a class is enough: the next class has the other map
+        mine = _convolution(
+            stored, own_mid_weight, OWN, BLOCK_OWN, OWN, BLOCK_OWN, CHANNELS_LAST, BLOCK_OWN_MID,
             OPERAND, ACC, PRECISION,
         )  # fmt: skip
-        hidden = _activated(hidden, shared_in_bias, unit, SHARED, NEGATIVE_SLOPE).to(OPERAND)
-        at = shared_out_weight + own[None, :] * SHARED + unit[:, None]
-        w = tl.load(at, mask=(unit < SHARED)[:, None] & (own < OWN)[None, :], other=0.0).to(OPERAND)
-        shared = tl.zeros((64, BLOCK_OWN), ACC)
-        shared += tl.load(shared_out_bias + own, mask=own < OWN, other=0.0).to(ACC)[None, :]
-        shared = tl.dot(hidden, w, shared, out_dtype=ACC, input_precision=PRECISION)
-
-        # What each class has of its own.
-        of_change = tl.load(own_out_weight + own, mask=own < OWN, other=0.0).to(ACC)[None, :]
-        of_error = tl.load(own_out_weight + OWN + own, mask=own < OWN, other=0.0).to(ACC)[None, :]
-        for c in range(CLASSES):
-            mine = shared + _convolution_of_cells(
-                slot + c * 4, own_in_weight, HEADS + 2, OF_HEAD, BLOCK_VALUE, OWN, BLOCK_OWN, CHANNELS_LAST,
-                BLOCK_OWN_IN, OPERAND, ACC, PRECISION,
-            )  # fmt: skip
-            mine = _activated(mine, own_in_bias, own, OWN, NEGATIVE_SLOPE)
-            stored = slot + OWN_AT + c % 2 * (64 * BLOCK_OWN)
-            tl.store(stored + pixel[:, None] * BLOCK_OWN + own[None, :], mine.to(kind))
-            tl.debug_barrier()  # one a class is enough: the next class has the other map
-            mine = _convolution(
-                stored, own_mid_weight, OWN, BLOCK_OWN, OWN, BLOCK_OWN, CHANNELS_LAST, BLOCK_OWN_MID,
-                OPERAND, ACC, PRECISION,
-            )  # fmt: skip
-            mine = _activated(mine, own_mid_bias, own, OWN, NEGATIVE_SLOPE)
-            change = tl.sum(mine * of_change, 1) + tl.load(own_out_bias).to(ACC)
-            remaining = tl.sum(mine * of_error, 1) + tl.load(own_out_bias + 1).to(ACC)
-            labels = tl.zeros((64,), ACC)
-            for h in tl.static_range(HEADS):
-                labels += tl.load(slot + h * OF_HEAD + c * 4 + at_pixel).to(ACC)
-            change = BOUND * _tanh((change + of_gain * (labels / HEADS)) / BOUND)
-            if coarser is None:
-                prior = _prior(None, top, left, height, width, ACC)
-            else:
-                image = coarser + (sample * CLASSES + c) * height * width
-                prior = _prior(image, top, left, height, width, ACC)
-            to = (here * CLASSES + c) * 64 + pixel
-            tl.store(logits + to, (prior + change).to(logits.dtype.element_ty))
-            tl.store(error + to, remaining.to(error.dtype.element_ty))
-        tl.debug_barrier()
+        mine = _activated(mine, own_mid_bias, own, OWN, NEGATIVE_SLOPE)
+        change = tl.sum(mine * of_change, 1) + tl.load(own_out_bias).to(ACC)
+        remaining = tl.sum(mine * of_error, 1) + tl.load(own_out_bias + 1).to(ACC)
+        labels = tl.zeros((64,), ACC)
+        for h in tl.static_range(HEADS):
+            labels += tl.load(slot + h * OF_HEAD + c * 4 + at_pixel).to(ACC)
+        change = BOUND * _tanh((change + of_gain * (labels / HEADS)) / BOUND)
+        if coarser is None:
+            prior = _prior(None, top, left, height, width, ACC)
+        else:
+            image = coarser + (sample * CLASSES + c) * height * width
+            prior = _prior(image, top, left, height, width, ACC)
+        place = (here * CLASSES + c) * 64 + pixel
+        tl.store(logits + place, (prior + change).to(logits.dtype.element_ty))
+        tl.store(error + place, remaining.to(error.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["patches", "count", "height", "width"])
@@ -486,13 +502,12 @@ _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*b
 
 
 def _compiled(kernel: Any, dtype: torch.dtype, fused: bool, classes: int, prior: bool = True) -> Compilation:
-    pointer, itemsize = _POINTERS[dtype], dtype.itemsize
+    pointer, terms = _POINTERS[dtype], terms_of(dtype, fused)
     decoding = kernel is decode_kernel
     if decoding:
-        given = decode_constants(_MODEL, classes, itemsize=itemsize, fused=fused, channels_last=True)
-        given["BOUND"] = _BOUND
+        given = decode_constants(_MODEL, classes, terms, channels_last=True) | {"BOUND": _BOUND}
     else:
-        given = support_constants(_MODEL, classes, itemsize=itemsize, fused=fused)
+        given = support_constants(_MODEL, classes, terms)
     warps, stages = given.pop("num_warps"), given.pop("num_stages")
     given |= arithmetic(dtype, False, fused)
     integers = {"keys_batch", "values_batch", "patches", "count", "cells", "height", "width"}
