@@ -116,7 +116,7 @@ Inputs = dict[str, Any]
 
 
 def of_target(
-    config: SparseConfig, batch: int = 2, count: int = 3, support: int = 2, classes: int = 1,
+    config: SparseConfig, batch: int = 2, count: int = 2, support: int = 2, classes: int = 1,
     size: tuple[int, int] | None = (9, 13), dtype: torch.dtype = torch.float32,
 ) -> Inputs:  # fmt: skip
     """Of `support` patches of a support set; size: of the coarser map."""
@@ -136,7 +136,7 @@ def of_target(
 
 
 def of_support(
-    config: SparseConfig, sets: int = 2, images: int = 2, count: int = 3, classes: int = 1,
+    config: SparseConfig, sets: int = 2, images: int = 2, count: int = 2, classes: int = 1,
     size: tuple[int, int] = (19, 26), dtype: torch.dtype = torch.float32,
 ) -> Inputs:  # fmt: skip
     c, n = config, sets * images
@@ -179,9 +179,7 @@ def launches(monkeypatch):
 
 
 def run(modules: Modules, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return decode.decode_patches(
-        **inputs, weights=modules.weights(), gain=modules.gain, bound=modules.decoder.bound
-    )
+    return decode.decode_patches(**inputs, weights=modules.weights(), gain=modules.gain, bound=modules.decoder.bound)
 
 
 def support(modules: Modules, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -226,7 +224,6 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", [SMALL, UNEVEN, ONE_HEAD])
 def test_decodes_as_the_modules(poisoned, launches, config, dtype):
-    """More patches than programs in the interpreter, so that slots are used again."""
     modules, inputs = Modules.of(config, dtype), of_target(config, dtype=dtype)
     assert_decodes(modules, inputs)
     assert launches == [decode_triton_kernels.decode_kernel]
@@ -243,7 +240,7 @@ def test_cells_as_the_modules(poisoned, launches, config, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_sizes_of_the_model(poisoned, dtype):
     modules = Modules.of(MODEL, dtype)
-    assert_decodes(modules, of_target(MODEL, 1, 3, 61, size=(64, 64), dtype=dtype))
+    assert_decodes(modules, of_target(MODEL, 1, 2, 61, size=(64, 64), dtype=dtype))
     assert_supports(modules, of_support(MODEL, 1, 2, 4, size=(64, 64), dtype=dtype))
 
 
@@ -257,22 +254,21 @@ def test_first_level_has_no_prior(poisoned, level):
 @pytest.mark.parametrize("classes", [2, 5, 16])
 def test_several_classes(poisoned, classes):
     modules = Modules.of(SMALL)
-    for size in ((9, 13), None):
-        assert_decodes(modules, of_target(SMALL, 1, 2, 1, classes, size))
+    for size in ((9, 13), None)[: 1 if classes > 5 else 2]:
+        assert_decodes(modules, of_target(SMALL, 1, 1, 1, classes, size))
     assert_supports(modules, of_support(SMALL, 1, 2, 1, classes))
 
 
 @pytest.mark.parametrize("support", [1, 7, 8, 9, 20])
 def test_numbers_of_support_cells(support):
     """Below, at and past a block."""
-    assert_decodes(Modules.of(SMALL), of_target(SMALL, 1, 2, support))
+    assert_decodes(Modules.of(SMALL), of_target(SMALL, 1, 1, support))
 
 
-def test_a_single_class_of_a_column_of_pixels():
-    """Of maps of every small size, borders are replicated."""
+def test_borders_of_small_maps_are_replicated():
     modules = Modules.of(SMALL)
     for size in ((1, 1), (1, 7), (6, 1), (4, 5)):
-        assert_decodes(modules, of_target(SMALL, 1, 2, 1, size=size))
+        assert_decodes(modules, of_target(SMALL, 1, 1, 1, size=size))
 
 
 def test_what_lies_outside(poisoned):
@@ -289,28 +285,28 @@ def test_what_lies_outside(poisoned):
 
 
 def test_expanded_memory():
-    modules, inputs = Modules.of(SMALL), of_target(SMALL)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 2, 1)
     one = inputs | {name: inputs[name][:1] for name in ("keys", "values")}
-    assert_decodes(modules, one)
-    expected = run(modules, one)
-    expanded = {name: one[name].expand(2, -1, -1, -1) for name in ("keys", "values")}
-    assert_same(run(modules, one | expanded), expected)
-    assert_same(run(modules, one | {name: x.contiguous() for name, x in expanded.items()}), expected)
+    expanded = one | {name: one[name].expand(2, -1, -1, -1) for name in ("keys", "values")}
+    copied = one | {name: expanded[name].contiguous() for name in ("keys", "values")}
+    assert_decodes(modules, copied)
+    expected = run(modules, copied)
+    assert_same(run(modules, expanded), expected)
+    assert_same(run(modules, one), expected)
 
 
 def test_memory_of_another_dtype():
-    modules, inputs = Modules.of(SMALL), of_target(SMALL)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 1)
     half = {name: inputs[name].half() for name in ("keys", "values")}
     assert_decodes(modules, inputs | half)
     assert_same(run(modules, inputs | half), run(modules, inputs | cast(half, torch.float32)))
 
 
 def test_weights_of_both_memory_formats():
-    modules, inputs = Modules.of(SMALL), of_target(SMALL)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 1)
     other = Modules.of(SMALL, channels_last=False)
     assert not other.weights().shared_in_weight.is_contiguous(memory_format=torch.channels_last)
     expected = run(modules, inputs)
-    assert_decodes(other, inputs)
     torch.testing.assert_close(run(other, inputs), expected, rtol=1e-4, atol=1e-4)
     weights = other.weights()
     mixed = weights._replace(own_mid_weight=weights.own_mid_weight.mT.contiguous().mT)
@@ -332,18 +328,18 @@ def test_nothing():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_its_patch(bad):
-    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 6, classes=2)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 4)
     clean = run(modules, inputs)
     inputs["features"][1, 2, 3, 4] = bad
-    inputs["tokens"][0, 3, 5] = bad
+    inputs["tokens"][0, 2, 5] = bad
     for found, expected in zip(run(modules, inputs), clean, strict=True):
-        assert found[0, [1, 3]].isnan().flatten(1).any(1).all()
-        assert torch.equal(found[0, [0, 2, 4, 5]], expected[0, [0, 2, 4, 5]])
+        assert found[0, 1:3].isnan().flatten(1).any(1).all()
+        assert torch.equal(found[0, ::3], expected[0, ::3])
     inputs = of_support(SMALL)
     clean = support(modules, inputs)
     inputs["features"][1, 2, 3, 4] = inputs["masks"][0, 0, 0, 0] = bad
     inputs["coords"][0, 0] = 0
-    rest = torch.tensor([*range(16), *range(32, 96)], device=DEVICE)
+    rest = torch.tensor([*range(16), *range(32, 64)], device=DEVICE)
     found = support(modules, inputs)
     assert not found[0][0, :, 16:32].isfinite().all()
     assert torch.equal(found[0][:, :, rest], clean[0][:, :, rest])
@@ -352,7 +348,7 @@ def test_what_is_not_finite_stays_in_its_patch(bad):
 
 
 def test_a_nan_of_the_prior_stays_in_its_class():
-    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 2, classes=3)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 1, classes=3)
     inputs["coords"][:] = 0
     clean = run(modules, inputs)
     inputs["coarser"][0, 1, 1, 1] = math.nan
@@ -362,7 +358,7 @@ def test_a_nan_of_the_prior_stays_in_its_class():
 
 
 def test_large_logits_and_sharp_look_ups():
-    modules, inputs = Modules.of(SMALL), of_target(SMALL)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1)
     inputs["coarser"] *= 1e4
     modules.propagation.log_scale.fill_(math.log(2e3))
     modules.decoder.layers[3].weight.mul_(50)
@@ -372,15 +368,15 @@ def test_large_logits_and_sharp_look_ups():
 
 
 def test_the_same_bits_twice():
-    modules, inputs, of_set = Modules.of(SMALL), of_target(SMALL), of_support(SMALL)
+    modules, inputs, of_set = Modules.of(SMALL), of_target(SMALL, 1), of_support(SMALL, 1)
     assert_same(run(modules, inputs), run(modules, inputs))
     assert_same(support(modules, of_set), support(modules, of_set))
 
 
 def test_a_patch_is_the_same_alone_and_among_others():
-    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 5)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 3)
     together = run(modules, inputs)
-    for i in range(5):
+    for i in (0, 2):
         alone = inputs | {name: inputs[name][:, i : i + 1] for name in ("tokens", "coords")}
         alone["features"] = inputs["features"][i : i + 1]
         assert_same(run(modules, alone), (together[0][:, i : i + 1], together[1][:, i : i + 1]))
@@ -389,8 +385,18 @@ def test_a_patch_is_the_same_alone_and_among_others():
 def test_looks_up_what_support_cells_wrote():
     modules, of_set = Modules.of(SMALL), of_support(SMALL)
     keys, values = support(modules, of_set)
-    inputs = of_target(SMALL) | {"keys": keys, "values": values}
+    inputs = of_target(SMALL, count=1) | {"keys": keys, "values": values}
     assert_decodes(modules, inputs)
+
+
+@pytest.mark.parametrize("terms", [16, 32])
+@pytest.mark.parametrize("config", [SMALL, UNEVEN])
+def test_blocks_of_every_size(poisoned, monkeypatch, config, terms):
+    """As products without tensor cores and of TF32 have them."""
+    monkeypatch.setattr(decode, "_terms", lambda dtype, fused: terms)
+    modules = Modules.of(config)
+    assert_decodes(modules, of_target(config, 1, 1, classes=2))
+    assert_supports(modules, of_support(config, 1, 1, 2))
 
 
 def test_refuses_what_does_not_fit():
@@ -402,24 +408,26 @@ def test_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match=message):
             decode.decode_patches(**given, bound=8.0)
 
-    refused(r"features must be torch.float32 \[6, 8, 8, 8\]", features=good["features"][1:])
+    refused(r"features must be torch.float32 \[4, 8, 8, 8\]", features=good["features"][1:])
     refused("match_cell_weight must be torch.float16", features=good["features"].half())
     refused("tokens must be torch.float32", tokens=good["tokens"].half())
     refused(r"tokens must be \[B, K, D\]", tokens=good["tokens"][0])
     refused("coords must be torch.int64", coords=good["coords"].int())
-    refused(r"coords must be of 6 patches, got \[2, 2, 2\]", coords=good["coords"][:, :2])
+    refused(r"coords must be of 4 patches, got \[2, 1, 2\]", coords=good["coords"][:, :1])
     refused("keys must be of 2 targets, or of 1 for all, got 3", keys=torch.cat([good["keys"]] * 2)[:3])
     refused("keys and values must be .* in whole patches of 16", keys=good["keys"][:, :, 1:])
     refused("values must have 4 C \\+ 12 channels, got 15", values=good["values"][..., 1:])
     refused(r"values must be torch.float32 \[2, 2, 32, 16\]", values=good["values"][:1])
     refused(r"coarser must be torch.float32 \[2, 1, 9, 13\]", coarser=good["coarser"][:1])
     refused(r"gain must be torch.float32 \[\]", gain=modules.gain[None])
-    refused(r"own_out_bias must be torch.float32 \[2\]", weights=weights._replace(own_out_bias=weights.own_out_bias[:1]))
+    refused(
+        r"own_out_bias must be torch.float32 \[2\]", weights=weights._replace(own_out_bias=weights.own_out_bias[:1])
+    )
     turned = weights.match_token_weight.T.contiguous().T
     refused("match_token_weight must be contiguous", weights=weights._replace(match_token_weight=turned))
     with pytest.raises(ValueError, match=r"masks must be torch.float32 \[4, 1, 19, 26\]"):
         decode.support_cells(**of_set | {"masks": of_set["masks"][1:]}, weights=weights)
-    with pytest.raises(ValueError, match=r"coords must be \[N, K, 2\] of 12 patches"):
+    with pytest.raises(ValueError, match=r"coords must be \[N, K, 2\] of 8 patches"):
         decode.support_cells(**of_set | {"coords": of_set["coords"][1:]}, weights=weights)
 
 
@@ -450,9 +458,10 @@ def test_a_graph_replays_with_new_values(dtype):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_more_patches_than_programs():
-    modules, inputs = Modules.of(MODEL), of_target(MODEL, 8, 100, 5)
-    assert_decodes(modules, inputs)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_patches(dtype):
+    """What programs leave in one another's caches shows."""
+    assert_decodes(Modules.of(MODEL, dtype), of_target(MODEL, 8, 100, 5, dtype=dtype))
 
 
 @pytest.mark.gpu

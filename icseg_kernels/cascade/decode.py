@@ -116,7 +116,7 @@ def match_constants(s: Sizes, terms: int) -> dict[str, Any]:
         "BLOCK_HEADS": _power_of_two(s.heads),
         "BLOCK_KEY": max(16, _power_of_two(s.key)),
         "BLOCK_HIDDEN": terms,
-        "BLOCK_INNER": terms,
+        "BLOCK_INNER": 128 if terms == 64 else terms,
     }
 
 
@@ -143,7 +143,7 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
         "NEGATIVE_SLOPE": NEGATIVE_SLOPE,
         "CHANNELS_LAST": channels_last,
         "BLOCK_VALUE": block_value,
-        "BLOCK_KEYS": 64 if terms == 64 and block_value <= 32 else 32,
+        "BLOCK_KEYS": min(terms, 64 if block_value <= 32 else 32),
         "SPLITS": max(1, min(warps // block_heads, 128 // (block_heads * block_value))),
         "BLOCK_CONTEXT": max(16, _power_of_two(CELL_PIXELS * s.context)),
         "BLOCK_TOKEN": _power_of_two(s.token),
@@ -155,6 +155,8 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
         "BLOCK_OWN_IN": min(max(16, _power_of_two(9 * (s.heads + PRIORS))), terms),
         "BLOCK_OWN_MID": min(block_own, terms),
         "BLOCK_OUT": min(max(16, _power_of_two(s.heads * s.value)), terms),
+        "BLOCK_TOKENS": min(_power_of_two(CELLS * s.token), 128),
+        "BLOCK_D": min(_power_of_two(s.dim), 128),
         "TOKENS_AT": tokens_at,
         "MAP_AT": map_at,
         "HIDDEN_AT": hidden_at,
@@ -239,7 +241,7 @@ def support_cells(
     """Keys [B, h, n, kd] and values [B, h, n, 4 C + vd] of the n = 16 S K cells of K patches of each of S images.
 
     features: [B S K, Cf, 8, 8] and tokens [B, S K, D], of one dtype with the weights and masks.
-    coords:   int64 [B S, K, 2] (y, x) of the patches' corners; masks are replicated beyond the borders, and 0 far from them.
+    coords:   int64 [B S, K, 2] (y, x) of the patches' corners; masks are replicated beyond borders, and 0 far from them.
     masks:    [B S, C, h, w] in [0, 1], h and w > 0.
     ValueError if they do not fit together or are not where kernels run.
     """
@@ -315,9 +317,7 @@ def _checked(features: Tensor, tokens: Tensor, coords: Tensor, weights: DecodeWe
     return s
 
 
-def _guard(
-    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *, dtype: torch.dtype | None = None
-) -> None:
+def _guard(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *, dtype: torch.dtype | None = None) -> None:
     dtype = like.dtype if dtype is None else dtype
     if tensor.shape != tuple(shape) or tensor.dtype != dtype or tensor.device != like.device:
         raise ValueError(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from icseg_kernels.arithmetic_triton_kernels import gelu
-from icseg_kernels.cascade.decode import DecodeWeights, Sizes, decode_constants, support_constants, terms_of
+from icseg_kernels.cascade.decode import Sizes, decode_constants, support_constants, terms_of
 from icseg_kernels.compilation import Compilation
 
 
@@ -149,10 +149,7 @@ def _convolution(  # type: ignore[no-untyped-def]
         y = tl.minimum(tl.maximum(pixel // 8 + (tap // 3 - 1), 0), 7)
         x = tl.minimum(tl.maximum(pixel % 8 + (tap % 3 - 1), 0), 7)
         pixels = tl.load(source + ((y * 8 + x) * PERIOD)[:, None] + channel[None, :]).to(OPERAND)
-        if CHANNELS_LAST:
-            of_term = tap * CI + channel
-        else:
-            of_term = channel * 9 + tap
+        of_term = tap * CI + channel if CHANNELS_LAST else channel * 9 + tap
         weights = tl.load(
             weight + of_term[:, None] + (n * (CI * 9))[None, :],
             mask=(channel < CI)[:, None] & (n < CO)[None, :],
@@ -178,10 +175,8 @@ def _convolution_of_cells(  # type: ignore[no-untyped-def]
     total = tl.zeros((64, WIDTH), ACC)
     for first in range(0, TERMS, BLOCK):
         term = first + tl.arange(0, BLOCK)
-        if CHANNELS_LAST:
-            channel, tap = term % CI, term // CI
-        else:
-            channel, tap = term // 9, term % 9
+        channel = term % CI if CHANNELS_LAST else term // 9
+        tap = term // CI if CHANNELS_LAST else term % 9
         y = tl.minimum(tl.maximum((pixel // 8 - 1)[:, None] + (tap // 3)[None, :], 0), 7)
         x = tl.minimum(tl.maximum((pixel % 8 - 1)[:, None] + (tap % 3)[None, :], 0), 7)
         cell, part = _cell_of(y, x)
@@ -216,7 +211,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HIDDEN: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_KEYS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_CONTEXT: tl.constexpr, BLOCK_TOKEN: tl.constexpr, BLOCK_SHARED: tl.constexpr, BLOCK_OWN: tl.constexpr,
     PERIOD: tl.constexpr, BLOCK_SHARED_IN: tl.constexpr, BLOCK_SHARED_OUT: tl.constexpr, BLOCK_OWN_IN: tl.constexpr,
-    BLOCK_OWN_MID: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_OWN_MID: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
     TOKENS_AT: tl.constexpr, MAP_AT: tl.constexpr, HIDDEN_AT: tl.constexpr, OWN_AT: tl.constexpr, SLOT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -255,22 +250,22 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         at = slot + HEADS * OF_HEAD + c * 4 + at_pixel
         tl.store(at, clamped.to(kind))
         tl.store(at + OF_HEAD, (tl.sigmoid(prior) * 2.0 - 1.0).to(kind))
-    input = tl.arange(0, PERIOD)[None, :]
-    there = (input < FEATURES) & (pixel >= 0)[:, None]
-    seen = tl.load(of_patch + input * 64 + pixel[:, None], mask=there, other=0.0)
-    there = there | ((input >= INPUTS) & (pixel >= 0)[:, None])  # zeros where there is no channel
-    tl.store(slot + MAP_AT + pixel[:, None] * PERIOD + input, seen, mask=there)
-    for first in range(0, 16 * TOKEN, 64):
-        output = first + tl.arange(0, 64)
-        there = output < 16 * TOKEN
-        total = tl.load(token_bias + output, mask=there, other=0.0).to(ACC)
-        for start in range(0, D, 64):
-            channel = start + tl.arange(0, 64)
+    held = tl.arange(0, PERIOD)[None, :]
+    given = (held < FEATURES) & (pixel >= 0)[:, None]
+    seen = tl.load(of_patch + held * 64 + pixel[:, None], mask=given, other=0.0)
+    given = given | ((held >= INPUTS) & (pixel >= 0)[:, None])  # zeros where there is no channel
+    tl.store(slot + MAP_AT + pixel[:, None] * PERIOD + held, seen, mask=given)
+    for first in range(0, 16 * TOKEN, BLOCK_TOKENS):
+        output = first + tl.arange(0, BLOCK_TOKENS)
+        wanted = output < 16 * TOKEN
+        sums = tl.load(token_bias + output, mask=wanted, other=0.0).to(ACC)
+        for start in range(0, D, BLOCK_D):
+            channel = start + tl.arange(0, BLOCK_D)
             of_token = tl.load(token + channel, mask=channel < D, other=0.0).to(ACC)
-            at = token_weight + output[:, None] * D + channel[None, :]
-            w = tl.load(at, mask=there[:, None] & (channel < D)[None, :], other=0.0).to(ACC)
-            total += tl.sum(w * of_token[None, :], 1)
-        tl.store(slot + TOKENS_AT + output, total.to(kind), mask=there)
+            row = token_weight + output[:, None] * D + channel[None, :]
+            w = tl.load(row, mask=wanted[:, None] & (channel < D)[None, :], other=0.0).to(ACC)
+            sums += tl.sum(w * of_token[None, :], 1)
+        tl.store(slot + TOKENS_AT + output, sums.to(kind), mask=wanted)
 
     # Label propagation. A group is a head and one in SPLITS of every block of keys.
     query = _matched(
@@ -295,12 +290,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         shown = row < cells
         there = (shown & (head_of_group < HEADS))[:, :, None]
         row = head_of_group * cells + row
-        k = tl.load(
-            keys + sample * keys_batch + row[:, :, None] * KEY + key, mask=there & (key < KEY), other=0.0
-        ).to(OPERAND)  # [g, m, k]
-        v = tl.load(
-            values + sample * values_batch + row[:, :, None] * WIDTH + value, mask=there & (value < WIDTH), other=0.0
-        ).to(OPERAND)
+        at = keys + sample * keys_batch + row[:, :, None] * KEY + key
+        k = tl.load(at, mask=there & (key < KEY), other=0.0).to(OPERAND)  # [g, m, k]
+        of_row = values + sample * values_batch + row[:, :, None] * WIDTH + value
+        v = tl.load(of_row, mask=there & (value < WIDTH), other=0.0).to(OPERAND)
         scores = tl.dot(query, tl.permute(k, (0, 2, 1)), out_dtype=ACC, input_precision=PRECISION)  # [g, 16, m]
         scores = tl.where(shown[:, None, :], scores, float("-inf"))
         more = tl.maximum(most, tl.max(scores, 2))
@@ -308,9 +301,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         share = tl.exp2(scores - base[:, :, None])
         shrink = tl.exp2(most - base)
         total = total * shrink + tl.sum(share, 2)
-        found = tl.dot(
-            share.to(OPERAND), v, found * shrink[:, :, None], out_dtype=ACC, input_precision=PRECISION
-        )
+        found = tl.dot(share.to(OPERAND), v, found * shrink[:, :, None], out_dtype=ACC, input_precision=PRECISION)
         most = more
     if SPLITS > 1:
         most = tl.reshape(most, (BLOCK_HEADS, SPLITS, 16))
@@ -535,7 +526,8 @@ def _compiled(kernel: Any, dtype: torch.dtype, fused: bool, classes: int, prior:
 
 
 def _compilations() -> Iterator[Compilation]:
-    for dtype, fused in ((torch.float32, True), (torch.float32, False), (torch.float16, False), (torch.bfloat16, False)):
+    kinds = (torch.float32, True), (torch.float32, False), (torch.float16, False), (torch.bfloat16, False)
+    for dtype, fused in kinds:
         yield _compiled(decode_kernel, dtype, fused, 1)
         yield _compiled(decode_kernel, dtype, fused, 1, prior=False)
         yield _compiled(support_kernel, dtype, fused, 1)
