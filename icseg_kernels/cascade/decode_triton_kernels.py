@@ -285,7 +285,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     most = tl.full((GROUPS, 16), float("-inf"), ACC)
     total = tl.zeros((GROUPS, 16), ACC)
     found = tl.zeros((GROUPS, 16, BLOCK_VALUE), ACC)
-    for first in tl.range(0, cells, SPLITS * BLOCK_KEYS, num_stages=2):
+    for first in tl.range(0, cells, SPLITS * BLOCK_KEYS, num_stages=3):
         row = first + (group % SPLITS)[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]
         shown = row < cells
         there = (shown & (head_of_group < HEADS))[:, :, None]
