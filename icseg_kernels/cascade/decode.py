@@ -116,7 +116,7 @@ def match_constants(s: Sizes, terms: int) -> dict[str, Any]:
         "BLOCK_HEADS": _power_of_two(s.heads),
         "BLOCK_KEY": max(16, _power_of_two(s.key)),
         "BLOCK_HIDDEN": terms,
-        "BLOCK_INNER": 128 if terms == 64 else terms,
+        "BLOCK_INNER": terms,
     }
 
 

@@ -36,14 +36,14 @@ def _linear(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """total [16, U] and the outputs `output` [U] of two layers: one of each cell, and one without bias of the token."""
     total += tl.load(cell_bias + output, mask=wanted, other=0.0).to(ACC)[None, :]
-    for first in range(0, 4 * FEATURES, BLOCK_INNER):
+    for first in tl.range(0, 4 * FEATURES, BLOCK_INNER, num_stages=3):
         part = first + tl.arange(0, BLOCK_INNER)
         there = part < 4 * FEATURES
         x = _cells(features, part, there, FEATURES, OPERAND)
         at = cell_weight + output[None, :] * (4 * FEATURES) + part[:, None]
         w = tl.load(at, mask=there[:, None] & wanted[None, :], other=0.0).to(OPERAND)
         total = tl.dot(x, w, total, out_dtype=ACC, input_precision=PRECISION)
-    for first in range(0, D, BLOCK_INNER):
+    for first in tl.range(0, D, BLOCK_INNER, num_stages=3):
         channel = first + tl.arange(0, BLOCK_INNER)
         there = channel < D
         x = tl.load(token + channel, mask=there, other=0.0).to(OPERAND)
@@ -101,22 +101,19 @@ def _prior(coarser, top, left, height, width, ACC: tl.constexpr):  # type: ignor
     0 where the patch with its halo, 8 x 8 pixels of the map, lies wholly outside.
     """
     pixel = tl.arange(0, 64)
-    if coarser is None:
-        return tl.zeros((64,), ACC)
-    else:
-        inside = (top > -6) & (top - 2 < height) & (left > -6) & (left - 2 < width)
-        inside = inside & (pixel >= 0)
-        upper, lower, down = _halfway(4 * top + 2 * (pixel // 8) - 1, height - 1)
-        before, after, right = _halfway(4 * left + 2 * (pixel % 8) - 1, width - 1)
-        down, right = down.to(ACC) * 0.25, right.to(ACC) * 0.25
-        total = tl.zeros((64,), ACC)
-        for row in tl.static_range(2):
-            rows, of_row = upper * width, 1.0 - down
-            if row == 1:
-                rows, of_row = lower * width, down
-            total += of_row * (1.0 - right) * tl.load(coarser + rows + before, mask=inside, other=0.0).to(ACC)
-            total += of_row * right * tl.load(coarser + rows + after, mask=inside, other=0.0).to(ACC)
-        return total
+    inside = (top > -6) & (top - 2 < height) & (left > -6) & (left - 2 < width)
+    inside = inside & (pixel >= 0)
+    upper, lower, down = _halfway(4 * top + 2 * (pixel // 8) - 1, height - 1)
+    before, after, right = _halfway(4 * left + 2 * (pixel % 8) - 1, width - 1)
+    down, right = down.to(ACC) * 0.25, right.to(ACC) * 0.25
+    total = tl.zeros((64,), ACC)
+    for row in tl.static_range(2):
+        rows, of_row = upper * width, 1.0 - down
+        if row == 1:
+            rows, of_row = lower * width, down
+        total += of_row * (1.0 - right) * tl.load(coarser + rows + before, mask=inside, other=0.0).to(ACC)
+        total += of_row * right * tl.load(coarser + rows + after, mask=inside, other=0.0).to(ACC)
+    return total
 
 
 @triton.jit
@@ -239,13 +236,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     of_patch, token = features + here * (FEATURES * 64), tokens + here * D
     top, left = tl.load(coords + here * 2).to(tl.int64) >> 1, tl.load(coords + here * 2 + 1).to(tl.int64) >> 1
 
-    # The prior and what is seen of it, the features and the token as channels.
+    # The prior, which waits in the place of the logits, what is seen of it, and features and token as channels.
     for c in range(CLASSES):
         if coarser is None:
-            prior = _prior(None, top, left, height, width, ACC)
+            prior = tl.zeros((64,), ACC)
         else:
-            image = coarser + (sample * CLASSES + c) * height * width
-            prior = _prior(image, top, left, height, width, ACC)
+            prior = _prior(coarser + (sample * CLASSES + c) * height * width, top, left, height, width, ACC)
+            tl.store(logits + (here * CLASSES + c) * 64 + pixel, prior.to(logits.dtype.element_ty))
         clamped = tl.where(prior > 6.0, 6.0, tl.where(prior < -6.0, -6.0, prior)) / 3.0
         at = slot + HEADS * OF_HEAD + c * 4 + at_pixel
         tl.store(at, clamped.to(kind))
@@ -406,13 +403,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         for h in tl.static_range(HEADS):
             labels += tl.load(slot + h * OF_HEAD + c * 4 + at_pixel).to(ACC)
         change = BOUND * _tanh((change + of_gain * (labels / HEADS)) / BOUND)
-        if coarser is None:
-            prior = _prior(None, top, left, height, width, ACC)
-        else:
-            image = coarser + (sample * CLASSES + c) * height * width
-            prior = _prior(image, top, left, height, width, ACC)
         place = (here * CLASSES + c) * 64 + pixel
-        tl.store(logits + place, (prior + change).to(logits.dtype.element_ty))
+        if coarser is not None:
+            change += tl.load(logits + place).to(ACC)
+        tl.store(logits + place, change.to(logits.dtype.element_ty))
         tl.store(error + place, remaining.to(error.dtype.element_ty))
 
 
