@@ -1,0 +1,1 @@
+"""The cascade of the sparse PatchICL in few launches, for GPUs."""
