@@ -209,8 +209,8 @@ def encode_support(network: SparseNetwork, images: Tensor, masks: Tensor) -> Sup
     height, width = images.shape[-2:]
     levels, counts = support_counts(network, height, width, support)
     size = finest_size(height, width, config.levels[levels - 1])
-    pyramid = Pyramid.of(to_size(images.flatten(0, 1), size), levels)
-    finest = to_size(masks.flatten(0, 1), size)
+    pyramid = Pyramid.of(to_size(images.flatten(0, 1), size).contiguous(), levels)
+    finest = to_size(masks.flatten(0, 1), size).contiguous()
     mask_levels = [*halvings(finest, levels - 1 + CONTEXT_STEPS)[0][::-1], finest]
     sizes = [(h, w) for h, w in (pyramid.image(level).shape[-2:] for level in range(levels))]
     chance = [_chance(rows * columns, images.device, images.dtype) for rows, columns in (grid_size(*s) for s in sizes)]

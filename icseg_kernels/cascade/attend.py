@@ -79,10 +79,8 @@ def attend_patches(
     if samples == 0 or tokens == 0:
         return out
     programs = -(-tokens // kernels.BLOCK_TOKENS)
-    if device.type == "cuda":
-        most = torch.cuda.get_device_properties(device).multi_processor_count
-        if programs > most:
-            raise ValueError(f"tokens of a sample must be at most {most * kernels.BLOCK_TOKENS} here, got {tokens}")
+    if tokens > (most := most_tokens(device)):
+        raise ValueError(f"tokens of a sample must be at most {most} here, got {tokens}")
     stages, together = len(blocks) + 1, programs == 1 or not triton_launch.INTERPRETED
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     options = kernels.attend_options(
@@ -116,6 +114,15 @@ def attend_patches(
             **options,
         )  # fmt: skip
     return out
+
+
+def most_tokens(device: torch.device) -> int:
+    """Of a sample: as many as programs that run at the same time take."""
+    from icseg_kernels.cascade.attend_triton_kernels import BLOCK_TOKENS
+
+    if device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * BLOCK_TOKENS
 
 
 def _sample_stride(rows: Tensor) -> int:
