@@ -33,7 +33,7 @@ SMALL = SparseConfig(dim=32, stem_channels=8)
 MODEL = SparseConfig()
 UNEVEN = SparseConfig(
     dim=40, heads=1, stem_channels=5, propagation_heads=3, propagation_key_dim=6, propagation_value_dim=7,
-    decoder_channels=(17, 9),
+    decoder_channels=(17, 9), residual_bound=1.7,
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, of what is not finite
 ONE_HEAD = dataclasses.replace(SMALL, propagation_heads=1, propagation_key_dim=20, propagation_value_dim=30)
