@@ -125,7 +125,6 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
     width = CELL_PIXELS * classes + s.value
     block_value = max(16, _power_of_two(width))
     block_heads = _power_of_two(s.heads)
-    warps = 8
     period = max(16, _power_of_two(s.features + s.token + s.context))
     block_own = max(16, _power_of_two(s.own))
     tokens_at = (s.heads + PRIORS) * CELLS * block_value
@@ -144,7 +143,7 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
         "CHANNELS_LAST": channels_last,
         "BLOCK_VALUE": block_value,
         "BLOCK_KEYS": min(terms, 64 if block_value <= 32 else 32),
-        "SPLITS": max(1, min(warps // block_heads, 128 // (block_heads * block_value))),
+        "SPLITS": max(1, min(8 // block_heads, 128 // (block_heads * block_value))),
         "BLOCK_CONTEXT": max(16, _power_of_two(CELL_PIXELS * s.context)),
         "BLOCK_TOKEN": _power_of_two(s.token),
         "BLOCK_SHARED": block_shared,
@@ -162,7 +161,7 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
         "HIDDEN_AT": hidden_at,
         "OWN_AT": own_at,
         "SLOT": own_at + 2 * SIDE * SIDE * block_own,
-        "num_warps": warps,
+        "num_warps": 16 if terms == 16 else 8,
         "num_stages": 1,
     }
 
