@@ -97,7 +97,13 @@ def selected_attention_bytes(
 
 
 def qkv_projection_flops(
-    batch: int, tokens: int, channels: int, heads: int, dim: int, kv_heads: int | None = None, queries: int | None = None
+    batch: int,
+    tokens: int,
+    channels: int,
+    heads: int,
+    dim: int,
+    kv_heads: int | None = None,
+    queries: int | None = None,
 ) -> int:
     """FLOPs of the products; backward as many for the gradients of x, and again for those of weight.
 

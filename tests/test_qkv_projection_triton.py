@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from samples import DEVICE
 from test_qkv_projection import CASES, Call, made, normal
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from icseg.published.config import BackboneConfig
 from icseg.published.transformer import Block, RotaryEmbedding, rotated
 from icseg_kernels import BackendError, Rotation, backend, flops, qkv_projection, triton_launch
-from icseg_kernels.qkv_projection import triton
 
 if triton_launch.missing():
     pytest.skip("; ".join(triton_launch.missing()), allow_module_level=True)
@@ -104,7 +102,14 @@ def test_is_the_path_of_the_published_block(pieces):
 def test_gradcheck(name):
     call = made(1, 3, **{"channels": 6, "width": 2, **CASES[name]})
     leaves = [t.requires_grad_() for t in call.leaves()]
-    assert torch.autograd.gradcheck(lambda *_: call.run("triton"), leaves, nondet_tol=0.0, fast_mode=name != "all")
+    assert torch.autograd.gradcheck(lambda *_: call.run("triton"), leaves, nondet_tol=0.0, fast_mode=True)
+
+
+@interpreted
+def test_gradcheck_of_every_element():
+    call = made(1, 2, channels=3, width=2, heads=1)
+    leaves = [t.requires_grad_() for t in call.leaves()]
+    assert torch.autograd.gradcheck(lambda *_: call.run("triton"), leaves, nondet_tol=0.0)
 
 
 @interpreted
@@ -291,7 +296,7 @@ def test_opcheck(name):
     arguments = operator(call)
     torch.library.opcheck(torch.ops.icseg.qkv_projection.default, (*arguments, 1e-5, "triton"), test_utils=tests)
     *grads, stats = torch.ops.icseg.qkv_projection(*arguments, 1e-5, "triton")
-    for wants in ((True, True, True, True), (True, False, False, False), (False, False, True, False)):
+    for wants in ((True, True, True, True), (True, False, False, False))[: 1 if name == "all" else 2]:
         torch.library.opcheck(
             torch.ops.icseg.qkv_projection_backward.default,
             (grads[0], None, grads[2], stats, *arguments, *wants, "triton"),
@@ -339,9 +344,9 @@ def test_once_differentiable():
     (grad,) = torch.autograd.grad(call.run("triton")[0].square().sum(), call.x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+    weight = call.weights[0].detach()
+    project = lambda x: qkv_projection(x, weight, heads=2, backend="triton")[0]  # noqa: E731
     with pytest.raises(NotImplementedError, match="jvp"):
-        weight = call.weights[0].detach()
-        project = lambda x: qkv_projection(x, weight, heads=2, backend="triton")[0]  # noqa: E731
         torch.func.jvp(project, (call.x.detach(),), (call.x.detach(),))
 
 

@@ -93,8 +93,10 @@ def qkv_projection(
     name = backends.select("qkv_projection", backend, x, *weights)
     if name == "reference":
         return reference.qkv_projection(x, weights, biases, heads, kv_heads, queries, norm, eps, added, angles)
-    padding = [None] * (3 - len(weights))
-    of_linear: list[Tensor | None] = [*weights, *padding, *(biases or [None] * len(weights)), *padding]
+    of_linear: list[Tensor | None] = [None] * 6
+    of_linear[: len(weights)] = weights
+    if biases is not None:
+        of_linear[3 : 3 + len(biases)] = biases
     if autocasting:
         of_linear = [None if t is None else numerics.autocast(t) for t in of_linear]
     call = x, *(norm or (None, None)), added, *of_linear, *angles, heads, kv_heads, queries, eps, name
@@ -238,7 +240,7 @@ class _QKVProjection(torch.autograd.Function):
             *grads[:3], stats, *tensors, heads, kv_heads, queries, *wants, needed[3], backend
         )
         found: list[Tensor | None] = [grad_x if needed[0] else None]
-        x, norm_weight, norm_bias, added, *of_linear = tensors[:10]
+        norm_weight, norm_bias, added, *of_linear = tensors[1:10]
         for i, values in enumerate((norm_weight, norm_bias)):
             found.append(grad_norm[i].to(values.dtype) if needed[1 + i] else None)
         found.append((grad_x if norm_weight is None else grad_input).sum_to_size(added.shape) if needed[3] else None)

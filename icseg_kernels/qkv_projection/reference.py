@@ -34,8 +34,9 @@ def qkv_projection(
     if added is not None:
         x = x + added
     last = x[:, x.shape[1] - queries :]
+    of_linear: list[Tensor | None] = [None] * len(weights) if biases is None else [*biases]
     if len(weights) == 1:
-        (weight,), (bias,) = weights, biases or [None]
+        (weight,), (bias,) = weights, of_linear
         width = weight.shape[0] // (heads + 2 * kv_heads)
         sections = [heads * width, kv_heads * width, kv_heads * width]
         if queries == x.shape[1]:
@@ -45,7 +46,7 @@ def qkv_projection(
             of_q, of_k, of_v = zip(weight.split(sections), parts, strict=True)
             q, k, v = F.linear(last, *of_q), F.linear(x, *of_k), F.linear(x, *of_v)
     else:
-        of_q, *others = zip(weights, biases or [None] * len(weights), strict=True)
+        of_q, *others = zip(weights, of_linear, strict=True)
         q = F.linear(last, *of_q)
         k, v = F.linear(x, *others[0]).chunk(2, -1) if len(others) == 1 else (F.linear(x, *other) for other in others)
     q, k, v = (t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))

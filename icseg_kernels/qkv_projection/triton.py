@@ -158,7 +158,8 @@ def qkv_projection_backward(
     q_cos, q_sin, q_turn = _rotation(q_cos, q_sin, (batch, heads, queries, width // 2), x, weight.dtype)
     k_cos, k_sin, k_turn = _rotation(k_cos, k_sin, (batch, kv_heads, count, width // 2), x, weight.dtype)
     grads = []
-    for name, grad, size in zip("qkv", (grad_q, grad_k, grad_v), [(heads, queries), *[(kv_heads, count)] * 2], strict=True):
+    sizes = (heads, queries), (kv_heads, count), (kv_heads, count)
+    for name, grad, size in zip("qkv", (grad_q, grad_k, grad_v), sizes, strict=True):
         whole = (batch, *size, width)
         grad = weight.new_zeros(()).expand(whole) if grad is None else grad
         _guard(f"grad_{name}", grad, whole, x, weight.dtype)
@@ -251,7 +252,7 @@ def _entering(
         added = added.expand(batch, count, channels)
         _guard("added", added, x.shape, x, added.dtype)
         batch_stride, token_stride = added.stride()[:2]
-    return x, norm_weight, norm_bias, added, (*x.stride()[:2], batch_stride, token_stride)
+    return x, norm_weight, norm_bias, added, (x.stride(0), x.stride(1), batch_stride, token_stride)
 
 
 def _rotation(

@@ -1,4 +1,4 @@
-"""Kernels of qkv_projection: the projection with all that goes before and after it, and the gradients around its products.
+"""Kernels of qkv_projection: the projection with all before and after it, and gradients around torch's products.
 
 Outputs of the projection come in three sections, of queries, keys and values. A section's output o belongs to channel
 o % HEAD_DIM of head o // HEAD_DIM; a block of outputs may span heads, but never sections.
@@ -106,7 +106,8 @@ def _finish(  # type: ignore[no-untyped-def]
 def project_kernel(  # type: ignore[no-untyped-def]
     x, norm_weight, norm_bias, added, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias,
     q_cos, q_sin, k_cos, k_sin, q, k, v, stats,
-    x_b, x_n, added_b, added_n, qc_b, qc_h, qc_n, qc_d, kc_b, kc_h, kc_n, kc_d, samples, count, queries, q_programs, eps,
+    x_b, x_n, added_b, added_n, qc_b, qc_h, qc_n, qc_d, kc_b, kc_h, kc_n, kc_d,
+    samples, count, queries, q_programs, eps,
     C: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
     SUM: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,7 +198,7 @@ def adjoint_kernel(  # type: ignore[no-untyped-def]
     C: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """joined [B N, (HEADS + 2 KV_HEADS) HEAD_DIM]: gradients before the rotation; entering [B N, C]: what was projected.
+    """joined [B N, (HEADS + 2 KV_HEADS) HEAD_DIM]: gradients before the rotation; entering [B N, C]: the projected.
 
     On a grid of tiles of BLOCK_T tokens times blocks of BLOCK_O columns, of queries, keys, values and `entering`.
     """
@@ -238,7 +239,9 @@ def adjoint_kernel(  # type: ignore[no-untyped-def]
             _rows(x, x_b, x_n, sample, token), added_at, written, inner, norm_weight, norm_bias, mean, deviation,
             C, SUM, entering.dtype.element_ty,
         )  # fmt: skip
-        tl.store(entering + row.to(tl.int64)[:, None] * C + inner[None, :], y, mask=written[:, None] & (inner < C)[None, :])
+        tl.store(
+            entering + row.to(tl.int64)[:, None] * C + inner[None, :], y, mask=written[:, None] & (inner < C)[None, :]
+        )
 
 
 @triton.jit
@@ -374,7 +377,9 @@ def _gradients(channels: int, heads: int, dtype: torch.dtype) -> Iterator[Compil
     shown = f"{heads} heads of {channels // heads}"
     sizes: dict[str, Any] = {"C": channels, "HEADS": heads, "KV_HEADS": heads, "HEAD_DIM": channels // heads}
     yield _compilation(adjoint_kernel, shown, dtype, ADJOINT, SUM=tl.float32, **sizes)
-    yield _compilation(adjoint_kernel, f"{shown}, plain", dtype, ADJOINT, (*_BEFORE, "entering"), SUM=tl.float32, **sizes)
+    yield _compilation(
+        adjoint_kernel, f"{shown}, plain", dtype, ADJOINT, (*_BEFORE, "entering"), SUM=tl.float32, **sizes
+    )
     for rows in (1000, 100_000):
         options = norm_options(rows, channels)
         yield _compilation(norm_kernel, f"{channels} channels {options['BLOCK_T']} tokens", dtype, options, **sizes)
