@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from icseg.published import transformer
 from icseg.published.config import BackboneConfig
 from icseg.published.transformer import Block, RotaryEmbedding, rotated
 from icseg_kernels import BackendError, Rotation, backend, flops, qkv_projection, triton_launch
@@ -95,6 +96,32 @@ def test_is_the_path_of_the_published_block(pieces):
     for name, tolerance in (("reference", 0.0), ("triton", 5e-6)):
         for found, wanted in zip(call.run(name), expected, strict=True):
             torch.testing.assert_close(found.cpu(), wanted.detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_a_published_block_that_turns_early(monkeypatch, name, dropout):
+    """As on a GPU: the outputs and gradients of one that leaves turning to attention; not where a layer is hooked."""
+    torch.manual_seed(0)
+    block = Block(BackboneConfig(dim=32, heads=4, dropout=dropout)).to(DEVICE)
+    x = torch.randn(2, 9, 32, device=DEVICE, requires_grad=True)
+    rotation = RotaryEmbedding(32).to(DEVICE)(torch.randint(0, 1024, (2, 9, 2), device=DEVICE))
+    bounds, found = [(2, 7), (4, 9)], []
+    calls = []
+    monkeypatch.setattr(transformer, "qkv_projection", lambda *a, **k: calls.append(1) or qkv_projection(*a, **k))
+    for early in (False, True):
+        monkeypatch.setattr(transformer, "_turns_early", lambda x, early=early: early)
+        torch.manual_seed(1)
+        with backend.use_backend(name):
+            out = block(x, 5, rotation, bounds)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), [x, *block.parameters()])])
+        assert len(calls) == early
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    block.query.register_forward_hook(lambda *_: None)
+    with backend.use_backend(name):
+        block(x, 5, rotation, bounds)
+    assert len(calls) == 1
 
 
 @interpreted
