@@ -125,7 +125,7 @@ def test_a_published_block_that_turns_early(monkeypatch, name, dropout):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["all", "two weights", "three weights", "few queries, no bias"])
+@pytest.mark.parametrize("name", ["two weights", "three weights", "few queries, no bias"])
 def test_gradcheck(name):
     call = made(1, 3, **{"channels": 6, "width": 2, **CASES[name]})
     leaves = [t.requires_grad_() for t in call.leaves()]
@@ -134,7 +134,7 @@ def test_gradcheck(name):
 
 @interpreted
 def test_gradcheck_of_every_element():
-    call = made(1, 2, channels=3, width=2, heads=1)
+    call = made(1, 1, channels=3, width=2, heads=1)
     leaves = [t.requires_grad_() for t in call.leaves()]
     assert torch.autograd.gradcheck(lambda *_: call.run("triton"), leaves, nondet_tol=0.0)
 
@@ -430,7 +430,7 @@ def test_options_suit_products():
         for tf32 in (False, True):
             for rows in (1, 1000, 100_000):
                 for channels in (1, 24, 256, 4096):
-                    options = kernels.project_options(rows, channels, 3 * channels, dtype, tf32)
+                    options = kernels.project_options(rows, channels, 3 * channels, dtype, tf32, tf32)
                     for name in ("BLOCK_T", "BLOCK_O", "BLOCK_K"):
                         assert options[name] & (options[name] - 1) == 0 < 16 <= options[name]
 

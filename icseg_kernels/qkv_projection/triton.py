@@ -97,7 +97,8 @@ def qkv_projection(
     if (q_cos is not None or k_cos is not None) and width % 2:
         raise ValueError(f"a rotation turns pairs of channels, so D must be even, got {width}")
     tf32 = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    options = kernels.project_options(batch * count, channels, sum(sizes), weight.dtype, tf32)
+    plain = norm_weight is None and added is None and x.dtype == weight.dtype
+    options = kernels.project_options(batch * count, channels, sum(sizes), weight.dtype, tf32, plain)
     of_queries = _tiles(batch * queries, options["BLOCK_T"]) * _tiles(sizes[0], options["BLOCK_O"])
     of_keys = _tiles(batch * count, options["BLOCK_T"]) * _tiles(sizes[1], options["BLOCK_O"])
     # The interpreter's products of bfloat16 are wrong.

@@ -65,36 +65,38 @@ def _entering(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _turned(  # type: ignore[no-untyped-def]
-    x, cos, sin, batch_stride, head_stride, token_stride, channel_stride, sample, token, output, there,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BACK: tl.constexpr,
+    x, cos, sin, batch_stride, head_stride, token_stride, channel_stride, sample, token, block, there,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_O: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """x [T, O] with its pairs of channels turned, or turned back; `output` [O / 2]: the first of each pair."""
-    head, pair = output // HEAD_DIM, output % HEAD_DIM // 2
+    """Outputs x [T, O] of a block with their pairs of channels turned, or turned back."""
+    PAIRS: tl.constexpr = HEAD_DIM // 2
+    pair = block * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
+    head, exists = pair // PAIRS, pair < HEADS * PAIRS
     where = (sample.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride)[:, None]
-    where += (head.to(tl.int64) * head_stride + pair.to(tl.int64) * channel_stride)[None, :]
-    mask = there[:, None] & (output < HEADS * HEAD_DIM)[None, :]
+    where += (head.to(tl.int64) * head_stride + (pair % PAIRS).to(tl.int64) * channel_stride)[None, :]
+    mask = there[:, None] & exists[None, :]
     c = tl.load(cos + where, mask=mask, other=0.0).to(x.dtype)
     s = tl.load(sin + where, mask=mask, other=0.0).to(x.dtype)
     if BACK:
         s = -s
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (x.shape[0], x.shape[1]))
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], BLOCK_O // 2, 2)))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (x.shape[0], BLOCK_O))
 
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
     result, bias, cos, sin, batch_stride, head_stride, token_stride, channel_stride, out,
-    sample, token, there, first, count, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_O: tl.constexpr,
+    sample, token, there, block, count, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Bias and rotation of outputs from `first` on, written to out [B, HEADS, count, HEAD_DIM]."""
-    output = first + tl.arange(0, BLOCK_O)
+    """Bias and rotation of a block of outputs, written to out [B, HEADS, count, HEAD_DIM]."""
+    output = block * BLOCK_O + tl.arange(0, BLOCK_O)
     exists = output < HEADS * HEAD_DIM
     if bias is not None:
         result += tl.load(bias + output, mask=exists, other=0.0).to(result.dtype)[None, :]
     if cos is not None:
         result = _turned(
-            result, cos, sin, batch_stride, head_stride, token_stride, channel_stride, sample, token,
-            first + 2 * tl.arange(0, BLOCK_O // 2), there, HEADS, HEAD_DIM, False,
+            result, cos, sin, batch_stride, head_stride, token_stride, channel_stride, sample, token, block, there,
+            HEADS, HEAD_DIM, BLOCK_O, False,
         )  # fmt: skip
     head = (output // HEAD_DIM)[None, :]
     to = ((sample.to(tl.int64)[:, None] * HEADS + head) * count + token[:, None]) * HEAD_DIM
@@ -143,8 +145,7 @@ def project_kernel(  # type: ignore[no-untyped-def]
         tl.store(stats + row, mean, mask=saved)
         tl.store(stats + samples * count + row, deviation, mask=saved)
 
-    first = block * BLOCK_O
-    output = first + tl.arange(0, BLOCK_O)
+    output = block * BLOCK_O + tl.arange(0, BLOCK_O)
     result = tl.zeros([BLOCK_T, BLOCK_O], SUM)
     for start in range(0, C, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -154,17 +155,17 @@ def project_kernel(  # type: ignore[no-untyped-def]
         result = tl.dot(y, tl.trans(w), result, out_dtype=SUM, input_precision=PRECISION)
     if of_queries:
         _finish(
-            result, q_bias, q_cos, q_sin, qc_b, qc_h, qc_n, qc_d, q, sample, local, there, first, rows,
+            result, q_bias, q_cos, q_sin, qc_b, qc_h, qc_n, qc_d, q, sample, local, there, block, rows,
             HEADS, HEAD_DIM, BLOCK_O,
         )  # fmt: skip
     elif of_keys:
         _finish(
-            result, k_bias, k_cos, k_sin, kc_b, kc_h, kc_n, kc_d, k, sample, local, there, first, rows,
+            result, k_bias, k_cos, k_sin, kc_b, kc_h, kc_n, kc_d, k, sample, local, there, block, rows,
             KV_HEADS, HEAD_DIM, BLOCK_O,
         )  # fmt: skip
     else:
         _finish(
-            result, v_bias, None, None, 0, 0, 0, 0, v, sample, local, there, first, rows, KV_HEADS, HEAD_DIM, BLOCK_O
+            result, v_bias, None, None, 0, 0, 0, 0, v, sample, local, there, block, rows, KV_HEADS, HEAD_DIM, BLOCK_O
         )
 
 
@@ -183,8 +184,8 @@ def _joined(  # type: ignore[no-untyped-def]
     found = tl.load(grad + where, mask=there[:, None] & exists, other=0.0).to(SUM)
     if cos is not None:
         found = _turned(
-            found, cos, sin, batch_stride, head_stride, token_stride, channel_stride, sample, token,
-            block * BLOCK_O + 2 * tl.arange(0, BLOCK_O // 2), there, HEADS, HEAD_DIM, True,
+            found, cos, sin, batch_stride, head_stride, token_stride, channel_stride, sample, token, block, there,
+            HEADS, HEAD_DIM, BLOCK_O, True,
         )  # fmt: skip
     to = out + row.to(tl.int64)[:, None] * WIDTH + (column + output)[None, :]
     tl.store(to, found.to(out.dtype.element_ty), mask=written[:, None] & exists)
@@ -287,14 +288,19 @@ _ENOUGH = 132  # programs: as many as an H100 has multiprocessors
 
 
 @functools.lru_cache(maxsize=1024)
-def project_options(rows: int, channels: int, outputs: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
-    """Blocks of `project_kernel`, and options of its launch, for `rows` tokens of all samples, `outputs` of weight."""
+def project_options(
+    rows: int, channels: int, outputs: int, dtype: torch.dtype, tf32: bool, plain: bool
+) -> dict[str, Any]:
+    """Blocks of `project_kernel`, and options of its launch, for `rows` tokens of all samples, `outputs` of weight.
+
+    plain: x is projected as it is. Otherwise it comes through registers, of which large blocks would need too many.
+    """
     half = dtype.itemsize == 2
     few = triton.cdiv(rows, 64) * triton.cdiv(outputs, 64) < _ENOUGH
     many = triton.cdiv(rows, 128) * triton.cdiv(outputs, 128) >= 2 * _ENOUGH
     inner = max(16, triton.next_power_of_2(channels))
     if half:
-        tokens, block, warps = (128, 128, 8) if many else (16, 32, 4) if few else (64, 64, 4)
+        tokens, block, warps = (128, 128 if plain else 64, 8) if many else (16, 32, 4) if few else (64, 64, 4)
     elif tf32:
         tokens, block, warps = (16, 32, 4) if few else (64, 64, 4)
     else:
@@ -302,7 +308,7 @@ def project_options(rows: int, channels: int, outputs: int, dtype: torch.dtype, 
     return {
         "BLOCK_T": tokens,
         "BLOCK_O": block,
-        "BLOCK_K": min(inner, 64 if half else 32),
+        "BLOCK_K": min(inner, 64 if half and plain else 32),
         "num_warps": warps,
         "num_stages": 3 if half else 2,
     }
@@ -363,7 +369,7 @@ def _projection(
     rotary: bool = True, autocast: bool = False,
 ) -> Compilation:  # fmt: skip
     """plain: without norm and what is added; autocast: x and these in float32."""
-    options = project_options(rows, channels, 3 * channels, dtype, tf32)
+    options = project_options(rows, channels, 3 * channels, dtype, tf32, plain)
     shown = f"{options['BLOCK_T']} tokens, {heads} heads of {channels // heads}"
     shown += f"{', plain' if plain else ''}{', rotary' if rotary else ''}{', autocast' if autocast else ''}"
     return _compilation(
