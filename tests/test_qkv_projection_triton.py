@@ -410,6 +410,12 @@ def test_operators_called_directly_check_before_raw_pointers():
         bad[position] = wrong
         with pytest.raises(ValueError, match=message):
             project(*bad, 1e-5, "triton")
+    odd = [*good]
+    odd[4], odd[5], odd[7], odd[8] = (
+        t.repeat_interleave(9, 0)[: t.shape[0] // 8 * 9] for t in call.weights + call.biases
+    )
+    with pytest.raises(ValueError, match="D must be even, got 9"):
+        project(*odd, 1e-5, "triton")
     q, k, v, stats = project(*good, 1e-5, "triton")
     wants = True, True, True, True
     for grads in ((q[:1], k, v, stats), (q, k.half(), v, stats), (q, k, v, stats[:, :1])):

@@ -1,8 +1,9 @@
 """qkv_projection by Triton: one launch forward.
 
 Backward, the first launch turns the gradients of queries and keys back, and joins them with those of values to one
-matrix, of which torch's products make the gradients of x and weight: these are plain and large, so that its libraries
-do them best, and each is read from one matrix in one product. With a norm, another launch goes through it.
+matrix, and normalises x anew where that is what was projected. Of these torch's products make the gradients of x and
+weight: the rotation lies between attention and them, so that they have nothing to be fused with, and each side is read
+by both. With a norm, another launch goes back through it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from torch import Tensor
 
 from icseg_kernels import triton_launch
 from icseg_kernels.numerics import accumulation_dtype
-
-_Angles = tuple[Tensor | None, Tensor | None, tuple[int, ...]]
 
 
 def unsupported(x: Tensor, weight: Tensor, *_: Tensor) -> list[str]:
@@ -92,10 +91,8 @@ def qkv_projection(
         return q, k, v, stats
     sizes = [heads * width, kv_heads * width, kv_heads * width]
     x, norm_weight, norm_bias, added, strides = _entering(x, norm_weight, norm_bias, added)
-    q_cos, q_sin, q_turn = _rotation(q_cos, q_sin, (batch, heads, queries, width // 2), x, weight.dtype)
-    k_cos, k_sin, k_turn = _rotation(k_cos, k_sin, (batch, kv_heads, count, width // 2), x, weight.dtype)
-    if (q_cos is not None or k_cos is not None) and width % 2:
-        raise ValueError(f"a rotation turns pairs of channels, so D must be even, got {width}")
+    q_cos, q_sin, q_turn = _rotation(q_cos, q_sin, (batch, heads, queries, width), x, weight.dtype)
+    k_cos, k_sin, k_turn = _rotation(k_cos, k_sin, (batch, kv_heads, count, width), x, weight.dtype)
     tf32 = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     plain = norm_weight is None and added is None and x.dtype == weight.dtype
     options = kernels.project_options(batch * count, channels, sum(sizes), weight.dtype, tf32, plain)
@@ -150,14 +147,14 @@ def qkv_projection_backward(
     rows, outputs = batch * count, (heads + 2 * kv_heads) * width
     wants = wants_input, wants_weight, wants_bias, wants_added
     if rows == 0 or not any(wants):
-        found = gradients(x, norm_weight, weights, *wants)
-        return found[0], found[1], found[2].zero_(), found[3].zero_(), found[4].zero_()
+        nothing = gradients(x, norm_weight, weights, *wants)
+        return nothing[0], nothing[1], nothing[2].zero_(), nothing[3].zero_(), nothing[4].zero_()
     if norm_weight is not None:
         _guard("stats", stats, stats_shape(x, norm_weight), x, accumulation_dtype(x.dtype))
     shape = x.shape
     x, norm_weight, norm_bias, added, strides = _entering(x, norm_weight, norm_bias, added)
-    q_cos, q_sin, q_turn = _rotation(q_cos, q_sin, (batch, heads, queries, width // 2), x, weight.dtype)
-    k_cos, k_sin, k_turn = _rotation(k_cos, k_sin, (batch, kv_heads, count, width // 2), x, weight.dtype)
+    q_cos, q_sin, q_turn = _rotation(q_cos, q_sin, (batch, heads, queries, width), x, weight.dtype)
+    k_cos, k_sin, k_turn = _rotation(k_cos, k_sin, (batch, kv_heads, count, width), x, weight.dtype)
     grads = []
     sizes = (heads, queries), (kv_heads, count), (kv_heads, count)
     for name, grad, size in zip("qkv", (grad_q, grad_k, grad_v), sizes, strict=True):
@@ -171,10 +168,10 @@ def qkv_projection_backward(
     columns = kernels.ADJOINT["BLOCK_O"]
     blocks = sum(_tiles(n * width, columns) for n in (heads, kv_heads, kv_heads))
     blocks += 0 if entering is None else _tiles(channels, columns)
-    stats = stats.contiguous()
+    found = None if norm_weight is None else stats.contiguous()
     triton_launch.launch(
         kernels.adjoint_kernel, (_tiles(rows, kernels.ADJOINT["BLOCK_T"]) * blocks,), x.device,
-        *grads, q_cos, q_sin, k_cos, k_sin, x, norm_weight, norm_bias, added, stats, joined, entering,
+        *grads, q_cos, q_sin, k_cos, k_sin, x, norm_weight, norm_bias, added, found, joined, entering,
         *(stride for grad in grads for stride in grad.stride()), *q_turn, *k_turn, *strides, batch, count, queries,
         C=channels, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=width, SUM=_triton_dtype(_sums(x, weight)),
         **kernels.ADJOINT,
@@ -200,7 +197,7 @@ def qkv_projection_backward(
     programs = _tiles(rows, options["BLOCK_T"])
     partial = grad_norm.new_empty((programs, 2, channels))
     triton_launch.launch(
-        kernels.norm_kernel, (programs,), x.device, grad, x, norm_weight, stats, grad_x, partial, *strides[:2], batch,
+        kernels.norm_kernel, (programs,), x.device, grad, x, norm_weight, found, grad_x, partial, *strides[:2], batch,
         count, C=channels, **options,
     )  # fmt: skip
     return grad_x, grad.view(shape) if wants_added else grad_input, partial.sum(0), grad_weight, grad_bias
@@ -259,9 +256,13 @@ def _entering(
 def _rotation(
     cos: Tensor | None, sin: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
-    """Cosines and sines of `shape`, of the same strides."""
+    """Cosines and sines for the pairs of channels of `shape`, of the same strides."""
     if cos is None or sin is None:
         return None, None, (0, 0, 0, 0)
+    *outer, width = shape
+    if width % 2:
+        raise ValueError(f"a rotation turns pairs of channels, so D must be even, got {width}")
+    shape = (*outer, width // 2)
     cos, sin = cos.expand(shape), sin.expand(shape)
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()

@@ -360,22 +360,26 @@ def _compilation(
 
 _OF_SUMS = ("stats", "q_cos", "q_sin", "k_cos", "k_sin", "partial")
 _ANGLES = ("q_cos", "q_sin", "k_cos", "k_sin")
+_BIASES = ("q_bias", "k_bias", "v_bias")
 _BEFORE = ("norm_weight", "norm_bias", "added", "stats")
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _projection(
     rows: int, channels: int, heads: int, dtype: torch.dtype, *, tf32: bool = False, plain: bool = False,
-    rotary: bool = True, autocast: bool = False,
+    rotary: bool = True, autocast: bool = False, kv_heads: int | None = None,
 ) -> Compilation:  # fmt: skip
-    """plain: without norm and what is added; autocast: x and these in float32."""
+    """plain: without norm and what is added; autocast: x and these in float32; kv_heads: and without bias."""
     options = project_options(rows, channels, 3 * channels, dtype, tf32, plain)
     shown = f"{options['BLOCK_T']} tokens, {heads} heads of {channels // heads}"
     shown += f"{', plain' if plain else ''}{', rotary' if rotary else ''}{', autocast' if autocast else ''}"
+    shown += f", {kv_heads} of keys" if kv_heads else ""
+    without = (_BEFORE if plain else ()) + (() if rotary else _ANGLES) + (_BIASES if kv_heads else ())
     return _compilation(
-        project_kernel, shown, dtype, options, (_BEFORE if plain else ()) + (() if rotary else _ANGLES),
-        ("x", "norm_weight", "norm_bias", "added") if autocast else (), tf32, C=channels, HEADS=heads, KV_HEADS=heads,
-        HEAD_DIM=channels // heads, SUM=tl.float32, FACTOR=_TYPES[dtype], PRECISION="tf32" if tf32 else "ieee",
+        project_kernel, shown, dtype, options, without,
+        ("x", "norm_weight", "norm_bias", "added") if autocast else (), tf32, C=channels, HEADS=heads,
+        KV_HEADS=kv_heads or heads, HEAD_DIM=channels // heads, SUM=tl.float32, FACTOR=_TYPES[dtype],
+        PRECISION="tf32" if tf32 else "ieee",
     )  # fmt: skip
 
 
@@ -403,5 +407,6 @@ COMPILATIONS = [
     *(_projection(rows, 256, 4, torch.bfloat16, autocast=True) for rows in (_FEW, _SOME, _MANY)),
     _projection(_MANY, 1024, 16, torch.bfloat16),
     _projection(_SOME, 96, 3, torch.bfloat16),
+    _projection(_MANY, 1024, 16, torch.bfloat16, plain=True, kv_heads=4),
     *(compilation for dtype in _POINTERS for compilation in _gradients(256, 4, dtype)),
 ]
