@@ -13,12 +13,14 @@ from torch import Tensor
 from icseg_kernels import (
     BlockWeights,
     ConvLayer,
+    Rotation,
     cross_conv2d_mean,
     flops,
     gather_patches,
     group_norm_film,
     gumbel_topk,
     halvings,
+    qkv_projection,
     sample_patches,
     scatter_patches,
     selected_attention,
@@ -63,6 +65,8 @@ def cases() -> list[Case]:
         *(attention_case(*sizes) for sizes in [(1, 60, 60), (4, 256, 256), (16, 256, 256), (4, 1024, 1024)]),
         *(attention_case(*sizes, listed=True) for sizes in [(1, 256, 512), (4, 256, 1024), (16, 1024, 2048)]),
         *(attention_case(*sizes, listed=True, gradients=True) for sizes in [(4, 256, 512), (16, 1024, 1024)]),
+        *(qkv_case(*sizes) for sizes in [(1, 320, 256), (16, 320, 256), (16, 1024, 1024)]),
+        *(qkv_case(*sizes, gradients=True) for sizes in [(16, 320, 256), (16, 1024, 1024)]),
         *(block_case(*sizes) for sizes in [(1, 68, 300), (16, 68, 300), (64, 68, 300)]),
         *(norm_case(*sizes) for sizes in [(64, 64, 16), (16, 64, 256)]),
         *(convolutions_case(count) for count in (64, 4096)),
@@ -216,6 +220,49 @@ def attention_case(batch: int, queries: int, keys: int, *, listed: bool = False,
     of = f" of {keys} listed" if listed else ""
     shape = f"B{batch} h{heads} Nq{queries} Nk{count}{of} D{dim}{' with gradients' if gradients else ''}"
     return Case("selected_attention", shape, torch.bfloat16, make, moved, work, 2e-2)
+
+
+def qkv_case(batch: int, tokens: int, channels: int, *, gradients: bool = False) -> Case:
+    """As the published model has them: two layers, norm, kinds of tokens, rotation; heads of 64 channels."""
+    width, heads = 64, channels // 64
+
+    def make(device: torch.device) -> dict[str, Run]:
+        shapes_ = (
+            (batch, tokens, channels),
+            (channels, channels),
+            (2 * channels, channels),
+            (channels,),
+            (2 * channels,),
+        )
+        scales = 1, channels**-0.5, channels**-0.5, 1, 1
+        leaves = [
+            (scale * normal(device, *shape, dtype=torch.bfloat16, seed=i)).requires_grad_(gradients)
+            for i, (shape, scale) in enumerate(zip(shapes_, scales, strict=True))
+        ]
+        x, query, key_value, *biases = leaves
+        gain, shift = (normal(device, channels, dtype=torch.bfloat16, seed=i).requires_grad_(gradients) for i in (5, 6))
+        kinds = normal(device, tokens, channels, dtype=torch.bfloat16, seed=7)
+        angles = normal(device, batch, tokens, heads, width // 2, seed=8).transpose(1, 2)
+        turn = Rotation(angles.cos(), angles.sin())
+        leaves += [gain, shift]
+
+        def run(backend: str) -> list[Tensor]:
+            out = qkv_projection(
+                x, [query, key_value], biases, heads=heads, norm=(gain, shift), added=kinds, rotary=(turn, turn),
+                backend=backend,
+            )  # fmt: skip
+            if not gradients:
+                return list(out)
+            return [*(t.detach() for t in out), *torch.autograd.grad(sum(t.sum() for t in out), leaves)]
+
+        return rivals(run, compiled=not gradients)
+
+    moved = flops.qkv_projection_bytes(batch, tokens, channels, heads, width, itemsize=2)
+    work = flops.qkv_projection_flops(batch, tokens, channels, heads, width)
+    if gradients:
+        moved, work = 3 * moved, 3 * work
+    shape = f"B{batch} N{tokens} C{channels} h{heads}{' with gradients' if gradients else ''}"
+    return Case("qkv_projection", shape, torch.bfloat16, make, moved, work, 2e-2)
 
 
 def block_case(batch: int, tokens: int, memory: int) -> Case:

@@ -17,6 +17,7 @@ from icseg_kernels.patches import (
     scatter_patches,
     upsample_with_patches,
 )
+from icseg_kernels.qkv_projection import qkv_projection
 from icseg_kernels.small_convolutions import ConvLayer, small_convolutions
 from icseg_kernels.transformer_block import BlockWeights, transformer_block
 
@@ -35,6 +36,7 @@ __all__ = [
     "group_norm_film",
     "gumbel_topk",
     "halvings",
+    "qkv_projection",
     "sample_patches",
     "scatter_patches",
     "selected_attention",

@@ -96,6 +96,39 @@ def selected_attention_bytes(
     return batch * heads * (queries + keys) * (dim + value_dim) * itemsize
 
 
+def qkv_projection_flops(
+    batch: int,
+    tokens: int,
+    channels: int,
+    heads: int,
+    dim: int,
+    kv_heads: int | None = None,
+    queries: int | None = None,
+) -> int:
+    """FLOPs of the products; backward as many for the gradients of x, and again for those of weight.
+
+    dim: channels of a head. kv_heads: of keys and values; None: heads. queries: tokens that have one; None: all.
+    """
+    kv_heads, queries = heads if kv_heads is None else kv_heads, tokens if queries is None else queries
+    return 2 * batch * channels * dim * (heads * queries + 2 * kv_heads * tokens)
+
+
+def qkv_projection_bytes(
+    batch: int,
+    tokens: int,
+    channels: int,
+    heads: int,
+    dim: int,
+    kv_heads: int | None = None,
+    queries: int | None = None,
+    itemsize: int = 4,
+) -> int:
+    """Bytes: x, weight and bias in; queries, keys and values out."""
+    kv_heads, queries = heads if kv_heads is None else kv_heads, tokens if queries is None else queries
+    written = batch * dim * (heads * queries + 2 * kv_heads * tokens)
+    return (batch * tokens * channels + (heads + 2 * kv_heads) * dim * (channels + 1) + written) * itemsize
+
+
 def cross_conv2d_flops(
     batch: int,
     x_images: int,

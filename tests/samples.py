@@ -12,6 +12,7 @@ from torch import Tensor
 from icseg_kernels import (
     BlockWeights,
     ConvLayer,
+    Rotation,
     cross_conv2d,
     cross_conv2d_and_mean,
     cross_conv2d_mean,
@@ -20,6 +21,7 @@ from icseg_kernels import (
     gumbel_topk,
     halvings,
     library,
+    qkv_projection,
     sample_patches,
     scatter_patches,
     selected_attention,
@@ -158,6 +160,20 @@ def _transformer_block(large: bool) -> Run:
     return _run(lambda **named: transformer_block(tokens, memory, block, heads=4, index=index, **named))
 
 
+def _qkv_projection(large: bool) -> Run:
+    count, dim = (300, 64) if large else (5, 16)
+    angles = _normal(2, 4, count, dim // 8, seed=7)
+    turn = Rotation(angles.cos(), angles.sin())
+
+    def project(x: Tensor, q: Tensor, kv: Tensor, q_bias: Tensor, kv_bias: Tensor, *rest: Tensor, **named: Any) -> Any:
+        *norm, added = rest
+        weights, biases = [q, kv], [q_bias, kv_bias]
+        return qkv_projection(x, weights, biases, heads=4, norm=tuple(norm), added=added, rotary=(turn, turn), **named)
+
+    shapes_ = (2, count, dim), (dim, dim), (2 * dim, dim), (dim,), (2 * dim,), (dim,), (dim,), (count, dim)
+    return _run(project, *(_normal(*shape, seed=i) for i, shape in enumerate(shapes_)))
+
+
 def _halvings(large: bool) -> Run:
     image = _normal(*((2, 1, 400, 301) if large else (2, 1, 9, 6)))
 
@@ -188,6 +204,7 @@ SAMPLES: dict[str, Callable[[bool], Run]] = {
     "group_norm_film": _group_norm_film,
     "small_convolutions": _small_convolutions,
     "transformer_block": _transformer_block,
+    "qkv_projection": _qkv_projection,
     "halvings": _halvings,
     "upsample_with_patches": _upsample_with_patches,
 }

@@ -202,7 +202,7 @@ def test_status_gives_the_reasons_of_what_is_missing() -> None:
 def test_status_knows_every_public_op() -> None:
     ops = {"cross_conv2d", "cross_conv2d_mean", "gather_patches", "gumbel_topk", "sample_patches"}
     ops |= {"cross_conv2d_and_mean", "group_norm_film", "scatter_patches", "selected_attention", "small_convolutions"}
-    ops |= {"transformer_block", "halvings", "upsample_with_patches"}
+    ops |= {"transformer_block", "halvings", "upsample_with_patches", "qkv_projection"}
     assert ops <= status().keys()
     for op in ops:
         assert status()[op]["reference"] == []

@@ -22,6 +22,7 @@ from icseg_kernels import (
     group_norm_film,
     gumbel_topk,
     halvings,
+    qkv_projection,
     sample_patches,
     scatter_patches,
     selected_attention,
@@ -60,6 +61,13 @@ def valid(op: Callable[..., Any]) -> dict[str, Any]:
             "heads": 2,
             "index": torch.zeros(2, 4, dtype=torch.int64),
         },
+        qkv_projection: {
+            "x": torch.zeros(2, 3, 4),
+            "weight": torch.zeros(12, 4),
+            "bias": torch.zeros(12),
+            "heads": 2,
+            "added": torch.zeros(3, 4),
+        },
         halvings: {"image": torch.zeros(2, 1, 4, 4), "count": 2, "deviations": 1},
         upsample_with_patches: {
             "coarser": torch.zeros(2, 1, 4, 4),
@@ -93,6 +101,7 @@ TENSORS = [
     *((group_norm_film, name) for name in ("x", "gain", "bias")),
     (small_convolutions, "x"),
     *((transformer_block, name) for name in ("tokens", "index")),
+    *((qkv_projection, name) for name in ("x", "added")),
     (halvings, "image"),
     *((upsample_with_patches, name) for name in ("coarser", "patches", "coords")),
 ]
@@ -108,6 +117,7 @@ INTEGERS = [
     *((op, name) for op in IMAGE_OPS for name in ("stride", "padding", "dilation")),
     (group_norm_film, "groups"),
     (transformer_block, "heads"),
+    *((qkv_projection, name) for name in ("heads", "kv_heads", "queries")),
 ]
 NUMBERS = [
     (sample_patches, "temperature"),
@@ -116,6 +126,7 @@ NUMBERS = [
     (scatter_patches, "fill"),
     *((op, "negative_slope") for op in IMAGE_OPS),
     (group_norm_film, "eps"),
+    (qkv_projection, "eps"),
 ]
 
 

@@ -196,5 +196,5 @@ def test_fvcore_handles_read_a_traced_graph(kv_end: list[tuple[int, int]] | None
 def test_fvcore_handles_cover_every_registered_op() -> None:
     names = {"selected_attention", "gather_patches", "scatter_patches", "gumbel_topk", "sample_patches"}
     names |= {"cross_conv2d_tail", "group_norm_film", "small_convolutions", "transformer_block"}
-    names |= {"halvings", "upsample_with_patches"}
+    names |= {"halvings", "upsample_with_patches", "qkv_projection"}
     assert {f"icseg::{name}" for name in names} <= flops.fvcore_handles().keys()

@@ -21,7 +21,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_every_op_has_a_case_whose_rivals_can_be_called(script: ModuleType) -> None:
     smallest = {case.op: case for case in reversed(script.cases())}
-    assert len(smallest) == 11
+    assert len(smallest) == 12
     for case in smallest.values():
         rivals = case.make(torch.device("cpu"))
         assert {"eager", *script.OURS} <= set(rivals)
@@ -45,7 +45,7 @@ def test_the_floor_is_the_larger_of_two_times(script: ModuleType) -> None:
 def test_counting_needs_no_gpu(script: ModuleType, capsys: pytest.CaptureFixture) -> None:
     assert script.main(["--count", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 11
+    assert len(lines) == 2 + 12
     assert lines[2].startswith("| gumbel_topk | B1 n4096 k64 | float32 | 0.017 |")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from icseg.published.config import BackboneConfig
-from icseg_kernels import Rotation, selected_attention
+from icseg_kernels import Rotation, qkv_projection, selected_attention
 
 POSITIONS = 1024
 Bounds = Sequence[tuple[int, int]]
@@ -56,18 +56,24 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def of_last(rotation: Rotation, queries: int) -> Rotation:
+    """The rotation [B, h, N, d / 2] of the last tokens."""
+    return Rotation(*(t[:, :, t.shape[2] - queries :] for t in rotation))
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, bounds: Bounds, zero_key: bool, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, rotation: Rotation | None, bounds: Bounds, zero_key: bool, dropout: float
 ) -> Tensor:
     """Attention of q, k, v [B, h, N, d], where q may be of the last tokens only.
 
-    rotation: of all tokens, [B, h, N, d / 2]; bounds: (queries, keys), runs of queries and how many first keys they
-    see. With dropout, which `selected_attention` does not have, one call a run.
+    rotation: of all tokens, [B, h, N, d / 2], or None where q and k are turned already; bounds: (queries, keys), runs
+    of queries and how many first keys they see. With dropout, which `selected_attention` does not have, one call a run.
     """
-    of_queries = Rotation(*(t[:, :, k.shape[2] - q.shape[2] :] for t in rotation))
+    rotary = None if rotation is None else (of_last(rotation, q.shape[2]), rotation)
     if dropout == 0:
-        return selected_attention(q, k, v, kv_end=bounds, sink=zero_key, rotary=(of_queries, rotation))
-    q, k = rotated(q, of_queries), rotated(k, rotation)
+        return selected_attention(q, k, v, kv_end=bounds, sink=zero_key, rotary=rotary)
+    if rotary is not None:
+        q, k = rotated(q, rotary[0]), rotated(k, rotary[1])
     if zero_key:  # in front, so that every run sees it
         k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
     parts, start = [], 0
@@ -105,16 +111,54 @@ class Block(nn.Module):
 
         support: how many leading tokens are of the support type; bounds: as for `attend`, over those last tokens.
         """
-        kinds = [t.expand(n, -1) for t, n in zip(self.types, (support, x.shape[1] - support), strict=True)]
-        normed = self.norm1(x) + torch.cat(kinds)
-        start = x.shape[1] - sum(queries for queries, _ in bounds)
-        k, v = self.key_value(normed).chunk(2, dim=-1)
-        tokens = self.query(normed[:, start:]), k, v, *rotation
-        q, k, v, cos, sin = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in tokens)
+        queries = sum(count for count, _ in bounds)
+        turn = Rotation(*(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in rotation))
+        kinds = torch.cat([t.expand(n, -1) for t, n in zip(self.types, (support, x.shape[1] - support), strict=True)])
         dropout = self.dropout if self.training else 0.0
-        attended = attend(q, k, v, Rotation(cos, sin), bounds, self.zero_key, dropout)
-        x = x[:, start:] + self.out(attended.transpose(1, 2).flatten(2))
+        q, k, v, turned = self._projected(x, kinds, queries, turn)
+        attended = attend(q, k, v, None if turned else turn, bounds, self.zero_key, dropout)
+        x = x[:, x.shape[1] - queries :] + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
+
+    def _projected(self, x: Tensor, kinds: Tensor, queries: int, turn: Rotation) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Queries of the last tokens, keys and values [B, h, N, d], and whether queries and keys are turned."""
+        layers = self.norm1, self.query, self.key_value
+        if _turns_early(x) and all(map(_plain, layers, _PROJECTION)):
+            weights, biases = [self.query.weight, self.key_value.weight], [self.query.bias, self.key_value.bias]
+            q, k, v = qkv_projection(
+                x,
+                weights,
+                biases,
+                heads=self.heads,
+                queries=queries,
+                norm=(self.norm1.weight, self.norm1.bias),
+                eps=self.norm1.eps,
+                added=kinds,
+                rotary=(of_last(turn, queries), turn),
+            )
+            return q, k, v, True
+        normed = self.norm1(x) + kinds
+        k, v = self.key_value(normed).chunk(2, dim=-1)
+        tokens = self.query(normed[:, x.shape[1] - queries :]), k, v
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in tokens)
+        return q, k, v, False
+
+
+_PROJECTION = nn.LayerNorm, nn.Linear, nn.Linear
+
+
+def _plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is torch's own, with weight and bias, and nothing comes before or after it."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is kind and not hooked and all(layer._parameters.get(name) is not None for name in _NAMES)
+
+
+_NAMES = "weight", "bias"
+
+
+def _turns_early(x: Tensor) -> bool:
+    """Whether queries and keys are turned as they are projected: on a CPU, attention itself turns them faster."""
+    return x.is_cuda
 
 
 class PatchTransformer(nn.Module):
