@@ -1,12 +1,15 @@
 """The kernel of attend_patches: from the hidden units of a level's tokens to what its transformer makes of them.
 
-A program takes BLOCK_TOKENS tokens of a sample through all blocks. A block's keys are those of all tokens of the sample,
-so its programs wait for each other once a block: each counts itself into a word of its sample when its keys are written,
-attends to the keys of the memory and of earlier tokens, and waits for the others before it attends to the new ones.
+A program takes BLOCK_TOKENS tokens of a sample through all blocks. A block's keys are those of all its tokens, so the
+programs of a sample wait for each other once a block: each counts itself into a word of the sample when its keys are
+written, attends to the keys of the memory and of earlier tokens, and waits for the others before it attends to theirs.
 
-A word starts as whatever memory held, for nothing clears it before the launch. The sample's first program sets it to the
-number of the launch, above COUNT_BITS bits of a count; a program has counted itself in once it found that number there,
-and the last that leaves clears it, so that the number is not there when a CUDA graph launches the kernel again.
+A word starts as whatever memory held, for nothing clears it before the launch. The first program of a sample sets it to
+the number of the launch, above COUNT_BITS bits of a count; a program has counted itself in once it found that number
+there; the last that leaves clears it, so that the number is not there when a CUDA graph launches the kernel again.
+
+The parts of the work are functions that are called, not inlined: what the compiler computes of one in advance, out of
+the loop over blocks, would take more registers than there are.
 """
 
 from __future__ import annotations
@@ -251,7 +254,7 @@ def _attend(  # type: ignore[no-untyped-def]
     attended = tl.zeros([GROUPS, BLOCK_TOKENS, HEAD_CHANNELS], ACCUMULATION)
     first, end = 0, memory_length + earlier
     for part in tl.range(0, 2, num_stages=1):
-        if TOGETHER:
+        if TOGETHER:  # noqa: SIM102 - what is known when this is compiled, and what is not
             if part == 1:
                 _wait(words + sample, (number << COUNT_BITS) + (i + 1) * programs)
         for some in range(first, end, SPLITS * BLOCK_KEYS):
@@ -329,12 +332,8 @@ def _add_mlp(  # type: ignore[no-untyped-def]
         used = unit < HIDDEN
         units = tl.zeros([BLOCK_TOKENS, BLOCK_HIDDEN], ACCUMULATION)
         units += _bias(in_bias, unit, used[None, :], ACCUMULATION)
-        units = _product(
-            units, held, scratch + row, there, in_weight, unit, used[None, :], D, BLOCK_INNER, PRECISION
-        )
-        down = tl.load(
-            out_weight + channel[None, :] * HIDDEN + unit[:, None], mask=inside & used[:, None], other=0.0
-        )
+        units = _product(units, held, scratch + row, there, in_weight, unit, used[None, :], D, BLOCK_INNER, PRECISION)
+        down = tl.load(out_weight + channel[None, :] * HIDDEN + unit[:, None], mask=inside & used[:, None], other=0.0)
         x = tl.dot(gelu(units).to(down.dtype), down, x, out_dtype=ACCUMULATION, input_precision=PRECISION)
     tl.store(at, x, mask=there & inside)
 
@@ -480,7 +479,7 @@ def attend_options(
     channels = block_heads * width
     half, fma = dtype.itemsize == 2, dtype.itemsize > 2 and not tf32
     block_keys = 32 if channels <= 128 else 16
-    room = 32768 // (block_keys * channels * dtype.itemsize)  # bytes of keys in a block
+    room = 16384 // (block_keys * channels * dtype.itemsize)  # bytes of keys in a block
     return {
         "DEPTH": depth,
         "D": dim,
@@ -495,7 +494,7 @@ def attend_options(
         "TOGETHER": together,
         "BLOCK_TOKENS": BLOCK_TOKENS,
         "BLOCK_TERMS": 64 if half else 32,
-        "BLOCK_OUTPUTS": 64 if half else 32,
+        "BLOCK_OUTPUTS": 32 if fma else 64,
         "BLOCK_INNER": min(channels, 32 if not half else 128 if channels <= 128 else 64),
         "BLOCK_KEYS": block_keys,
         "BLOCK_HEADS": block_heads,
