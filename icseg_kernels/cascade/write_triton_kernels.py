@@ -26,7 +26,8 @@ SUMS = 256  # partial sums that are added at once
 
 @triton.jit
 def probability(logits):  # type: ignore[no-untyped-def]
-    return 1.0 / (1.0 + tl.exp(-logits))
+    power = tl.exp(-tl.abs(logits))
+    return tl.where(logits >= 0, 1.0, power) / (1.0 + power)
 
 
 @triton.jit
