@@ -207,6 +207,20 @@ def test_what_it_refuses():
         pick_support(masks, counts, 0.6, chance, counters=torch.zeros(4, device=DEVICE))
 
 
+def test_kernels_of_the_model_are_known():
+    """Of 5 levels up to 512 pixels, and 6 up to 1024."""
+    names = [c.name for c in pick_triton_kernels.COMPILATIONS]
+    assert len(set(names)) == len(names)
+    for dtype, pointer in ((torch.float32, "*fp32"), (torch.float16, "*fp16"), (torch.bfloat16, "*bf16")):
+        for levels, side in ((5, 512), (6, 1024)):
+            options = pick_triton_kernels.options(dtype, (side // 8) ** 2)
+            used = {name: options[name] for name in ("BLOCK_Y", "BLOCK_X", "CHUNKS", "TILE", "RANKS")}
+            used |= pick_triton_kernels.constants(dtype)
+            known = [c for c in pick_triton_kernels.COMPILATIONS if c.num_warps == options["num_warps"]]
+            known = [c for c in known if c.signature.get(f"mask_{levels - 1}") == pointer]
+            assert any(used.items() <= c.constants.items() for c in known)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_in_a_graph():

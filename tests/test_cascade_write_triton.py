@@ -336,6 +336,20 @@ def test_what_it_refuses():
     assert MOST_CELLS == (1024 // PATCH) ** 2
 
 
+def test_kernels_of_the_model_are_known():
+    """Of levels of 32 to 512 pixels, and of 512 before 1024."""
+    names = [c.name for c in write_triton_kernels.COMPILATIONS]
+    assert len(set(names)) == len(names)
+    compiled = [(c.signature["patches"], c.num_warps, c.constants) for c in write_triton_kernels.COMPILATIONS]
+    for dtype, pointer in ((torch.float32, "*fp32"), (torch.float16, "*fp16"), (torch.bfloat16, "*bf16")):
+        for side, last in ((32, False), (64, False), (128, False), (256, False), (512, False), (512, True)):
+            options = write_triton_kernels.options(dtype, None if last else (side // 4) ** 2)
+            used = {name: options[name] for name in ("BLOCK_Y", "BLOCK_X", "CHUNKS", "TILE", "RANKS")}
+            used |= {"coarser": None} if side == 32 else {}
+            known = [c for kind, warps, c in compiled if (kind, warps) == (pointer, options["num_warps"])]
+            assert any(("coarser" in c) == (side == 32) and used.items() <= c.items() for c in known)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_in_a_graph():

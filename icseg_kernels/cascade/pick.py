@@ -67,7 +67,8 @@ def pick_support(
         sizes.append((height, width))
         cells.append(number)
         kept.append(min(count, number))
-    levels, most = len(masks), max(1, *(count for count in kept if count <= MOST_PICKS), 1)
+    levels = len(masks)
+    most = max(count if count < number else 1 for count, number in zip(kept, cells, strict=True))
     options = kernels.options(like.dtype, max(cells))
     boundaries = [round(foreground_share * count) for count in kept]
     counters = counters_for(levels * images, counters, like)

@@ -281,7 +281,7 @@ def _compilation(dtype: torch.dtype, levels: int, several: bool) -> Compilation:
     names = [name for name in pick_kernel.arg_names if not name.isupper()]
     absent = [name for name in names if name.startswith(("mask", "chance", "turns")) and name not in types]
     return Compilation(
-        f"cascade pick: {pointer[1:]} {levels} levels{', classes' if several else ''}",
+        f"pick_support: {pointer[1:]} {levels} levels{', classes' if several else ''}",
         pick_kernel,
         {name: types.get(name, "i32") for name in names if name not in absent},
         dict.fromkeys(absent) | constants(dtype) | chosen,
