@@ -29,8 +29,9 @@ def pick_support(
 
     masks:    of at most MOST_LEVELS levels [N, C, h, w] in [0, 1], contiguous, of one dtype, on one device.
     counts:   of each level, at most MOST_PICKS where it has more cells, of which there are at most MOST_CELLS.
-    foreground_share: in [0, 1]. chance: of each level [2, cells] draws in (0, 1) in the dtype of the masks, which decide
-              between equals; where they are equal, the lower index.
+    foreground_share: in [0, 1].
+    chance:   of each level [2, cells] draws in (0, 1), of the dtype of the masks, that decide between equals; between
+              equal draws the lower index.
     counters: int32 [levels * N] zeros, and zeros again afterwards: of nothing that runs at the same time. None: made,
               by an operation of its own.
     Raises ValueError for other shapes, dtypes, devices or strides, and for larger ones.
@@ -66,7 +67,8 @@ def pick_support(
         sizes.append((height, width))
         cells.append(number)
         kept.append(min(count, number))
-    levels, most = len(masks), max(1, *(count for count in kept if count <= MOST_PICKS), 1)
+    levels = len(masks)
+    most = max(count if count < number else 1 for count, number in zip(kept, cells, strict=True))
     options = kernels.options(like.dtype, max(cells))
     boundaries = [round(foreground_share * count) for count in kept]
     counters = counters_for(levels * images, counters, like)

@@ -27,10 +27,15 @@ def _as_in(values, like):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _note(mask, notes, most_cells, channels, height, width, top, left, TOUCHED: tl.constexpr, FULL: tl.constexpr,
-          BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, ACCUMULATE: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """notes [C + 1, most_cells] of a tile of mask [C, h, w]: of each class, 1 where the highest pixel of a cell is above
-    TOUCHED, plus 2 where the lowest is below FULL; then 1 where any class is touched, 2 where any pixel is NaN."""
+def _note(  # type: ignore[no-untyped-def]
+    mask, notes, most_cells, channels, height, width, top, left, TOUCHED: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """notes [C + 1, most_cells] of a tile of mask [C, h, w].
+
+    Of each class, 1 where the highest pixel of a cell is above TOUCHED, plus 2 where the lowest is below FULL; then 1
+    where any class is touched, plus 2 where any pixel is NaN.
+    """
     CELLS_Y: tl.constexpr = BLOCK_Y // 8
     CELLS_X: tl.constexpr = BLOCK_X // 8
     y, x = top + tl.arange(0, BLOCK_Y), left + tl.arange(0, BLOCK_X)
@@ -50,7 +55,9 @@ def _note(mask, notes, most_cells, channels, height, width, top, left, TOUCHED: 
         nan = counted >> 16
         touched = ((counted & 0xFF) > 0) & (nan == 0)
         mixed = ((counted >> 8 & 0xFF) > 0) & (nan == 0)
-        tl.store(notes + c * most_cells + cell, (touched.to(tl.int32) + mixed.to(tl.int32) * 2).to(tl.int8), mask=written)
+        tl.store(
+            notes + c * most_cells + cell, (touched.to(tl.int32) + mixed.to(tl.int32) * 2).to(tl.int8), mask=written
+        )
         any_touched |= touched.to(tl.int32)
         any_nan |= (nan > 0).to(tl.int32)
     tl.store(notes + channels * most_cells + cell, (any_touched + any_nan * 2).to(tl.int8), mask=written)
@@ -89,15 +96,16 @@ def _take_turns(  # type: ignore[no-untyped-def]
         for start in range(0, found, RANKS):
             which, place, there = ranked(start, found, index, worth, False, RANKS)
             note = tl.load(of_class + which, mask=there, other=0, cache_modifier=".cg").to(tl.int32)
-            turn = tl.where((note & 1) > 0, place, place + cells)
-            turn = tl.minimum(turn, tl.load(turns + which, mask=there, other=0))
-            tl.store(turns + which, turn, mask=there)
+            rank = tl.where((note & 1) > 0, place, place + cells)
+            rank = tl.minimum(rank, tl.load(turns + which, mask=there, other=0))
+            tl.store(turns + which, rank, mask=there)
         tl.debug_barrier()
     for start in range(0, cells, TILE):
         cell = start + tl.arange(0, TILE)
         first = tl.load(chance + cell, mask=cell < cells, other=0.0).to(ACCUMULATE)
         earliest = tl.load(turns + cell, mask=cell < cells, other=0)
-        wanted = -_as_in(_as_in(earliest.to(ACCUMULATE), chance) + first, chance)
+        turn = tl.where(earliest < never, earliest, 0).to(ACCUMULATE)
+        wanted = -_as_in(_as_in(turn, chance) + first, chance)
         tl.store(worth + cell, tl.where(earliest < never, wanted, float("-inf")), mask=cell < cells)
     tl.debug_barrier()
 
@@ -255,7 +263,12 @@ def options(dtype: torch.dtype, most_cells: int) -> dict[str, Any]:
 def constants(dtype: torch.dtype) -> dict[str, float]:
     """The thresholds as numbers of `dtype`, and what is added near the foreground, of float32."""
     touched, full = (torch.tensor(value, dtype=dtype).item() for value in (0.3, 0.7))
-    return {"TOUCHED": touched, "FULL": full, "NEAR": torch.tensor(0.35, dtype=torch.float32).item(), "OUTSIDE": -(2**16)}
+    return {
+        "TOUCHED": touched,
+        "FULL": full,
+        "NEAR": torch.tensor(0.35, dtype=torch.float32).item(),
+        "OUTSIDE": -(2**16),
+    }
 
 
 def _compilation(dtype: torch.dtype, levels: int, several: bool) -> Compilation:
@@ -268,7 +281,7 @@ def _compilation(dtype: torch.dtype, levels: int, several: bool) -> Compilation:
     names = [name for name in pick_kernel.arg_names if not name.isupper()]
     absent = [name for name in names if name.startswith(("mask", "chance", "turns")) and name not in types]
     return Compilation(
-        f"cascade pick: {pointer[1:]} {levels} levels{', classes' if several else ''}",
+        f"pick_support: {pointer[1:]} {levels} levels{', classes' if several else ''}",
         pick_kernel,
         {name: types.get(name, "i32") for name in names if name not in absent},
         dict.fromkeys(absent) | constants(dtype) | chosen,

@@ -26,7 +26,8 @@ SUMS = 256  # partial sums that are added at once
 
 @triton.jit
 def probability(logits):  # type: ignore[no-untyped-def]
-    return 1.0 / (1.0 + tl.exp(-logits))
+    power = tl.exp(-tl.abs(logits))
+    return tl.where(logits >= 0, 1.0, power) / (1.0 + power)
 
 
 @triton.jit
@@ -421,7 +422,7 @@ def _compilation(dtype: torch.dtype, height: int, first: bool, last: bool) -> Co
     of_launch = {name: chosen.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     kind = "first" if first else "last" if last else f"picks of {(2 * height // 8) ** 2}"
     return Compilation(
-        f"cascade write: {pointer[1:]} {kind}",
+        f"write_and_pick: {pointer[1:]} {kind}",
         write_kernel,
         {name: kind for name, kind in types.items() if name not in absent} | dict.fromkeys(sizes, "i32"),
         dict.fromkeys(absent) | {"LEAST_FOREGROUND": 0.002, "OUTSIDE": -(2**16)} | chosen,
