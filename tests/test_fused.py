@@ -20,7 +20,10 @@ from icseg.sparse.static import static_shapes
 from icseg_kernels import triton_launch, use_backend
 
 pytestmark = pytest.mark.skipif(bool(triton_launch.missing()), reason="needs Triton on a CUDA device or interpreted")
-CONFIG = dataclasses.replace(SMALL, heads=2)
+CONFIG = dataclasses.replace(
+    SMALL, levels=(8, 16, 32), target_patches=(1, 3, 4), support_patches=(1, 2, 3), exploration=(1, 2, 2), heads=2
+)
+BUDGET = 8
 STAGES = ("encode", "attend", "decode", "write", "pick")
 
 
@@ -37,6 +40,11 @@ def calls(monkeypatch) -> list[str]:
         original = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, n=name, f=original, **k: (found.append(n), f(*a, **k))[1])
     return found
+
+
+def inputs_of(batch=1, support=2, height=32, width=32, classes=1):
+    target, images, masks = make_inputs(batch, support, 8 * height, 8 * width, classes)
+    return target[..., ::8, ::8], images[..., ::8, ::8], masks[..., ::8, ::8]
 
 
 def run(model, inputs, backend="triton", **options):
@@ -61,18 +69,18 @@ def assert_equal(found, expected, tolerance):
 @pytest.mark.parametrize(
     "given",
     [
-        {"classes": 2},
-        {"batch": 1, "height": 64, "width": 40},
-        {"batch": 1, "support": 1, "height": 100, "width": 20},
-        {"batch": 1, "height": 16, "width": 16},
+        {"batch": 2, "classes": 2},
+        {"height": 32, "width": 20},
+        {"support": 1, "height": 50, "width": 10},
+        {"height": 8, "width": 8},
     ],
     ids=["two classes", "portrait", "resized", "one level"],
 )
 def test_equals_the_modules(model, calls, given):
-    inputs = make_inputs(**given)
-    found = run(model, inputs, budget=18)
+    inputs = inputs_of(**given)
+    found = run(model, inputs, budget=BUDGET)
     assert calls == ["encode_support", "forward"]
-    assert_equal(found, run(model, inputs, "reference", budget=18), 1e-4)
+    assert_equal(found, run(model, inputs, "reference", budget=BUDGET), 1e-4)
     assert len(calls) == 2
 
 
@@ -80,20 +88,20 @@ def test_equals_the_modules_in_float64(model):
     if DEVICE != "cpu":
         pytest.skip("needs Triton's interpreter")
     double = copy.deepcopy(model).double()
-    inputs = make_inputs(batch=1)
-    assert_equal(run(double, inputs, budget=18), run(double, inputs, "reference", budget=18), 1e-8)
+    inputs = inputs_of()
+    assert_equal(run(double, inputs, budget=BUDGET), run(double, inputs, "reference", budget=BUDGET), 1e-8)
 
 
 def test_a_support_set_serves_many_targets(model, calls):
-    target, images, masks = (x.to(DEVICE) for x in make_inputs(batch=3))
+    target, images, masks = (x.to(DEVICE) for x in inputs_of(batch=3))
     with torch.no_grad(), use_backend("triton"):
         memory = model.encode_support(images[:1], masks[:1])
-        found = model(target, memory=memory, budget=18)
-        one = model(target[1:2], memory=memory, budget=18)
+        found = model(target, memory=memory, budget=BUDGET)
+        one = model(target[1:2], memory=memory, budget=BUDGET)
     assert calls == ["encode_support", "forward", "forward"]
     with torch.no_grad(), use_backend("reference"):
         theirs = model.encode_support(images[:1], masks[:1])
-        expected = model(target, memory=theirs, budget=18)
+        expected = model(target, memory=theirs, budget=BUDGET)
     assert memory.tensors.keys() == theirs.tensors.keys()
     for name, tensor in theirs.tensors.items():
         torch.testing.assert_close(memory.tensors[name], tensor, rtol=1e-4, atol=1e-4)
@@ -103,31 +111,31 @@ def test_a_support_set_serves_many_targets(model, calls):
 
 def test_weights_that_change_are_seen(model):
     changed = copy.deepcopy(model)
-    inputs = make_inputs(batch=1)
-    before = run(changed, inputs, budget=18)
+    inputs = inputs_of()
+    before = run(changed, inputs, budget=BUDGET)
     with torch.no_grad():
         changed.network.blocks[0].query.weight.mul_(3)
         changed.network.decoder.own.bias.add_(0.5)
-    found = run(changed, inputs, budget=18)
+    found = run(changed, inputs, budget=BUDGET)
     assert not torch.allclose(found.logits, before.logits, atol=1e-3)
-    assert_equal(found, run(changed, inputs, "reference", budget=18), 1e-4)
+    assert_equal(found, run(changed, inputs, "reference", budget=BUDGET), 1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": Budget(tolerance=0.01)}, {"budget": 18, "seed": 3}])
+@pytest.mark.parametrize("options", [{}, {"budget": Budget(tolerance=0.01)}, {"budget": BUDGET, "seed": 3}])
 def test_rounds_and_draws_go_through_the_ops(model, calls, options):
-    run(model, make_inputs(batch=1), **options)
+    run(model, inputs_of(), **options)
     assert calls == ["encode_support"]
 
 
 def test_gradients_other_backends_and_ragged_sets_go_through_the_modules(model, calls):
-    target, images, masks = (x.to(DEVICE) for x in make_inputs())
-    model(target, images, masks, budget=18)
+    target, images, masks = (x.to(DEVICE) for x in inputs_of(batch=2, support=3))
+    model(target, images, masks, budget=BUDGET)
     with torch.no_grad(), use_backend("reference"):
-        model(target, images, masks, budget=18)
+        model(target, images, masks, budget=BUDGET)
     with torch.no_grad(), use_backend("triton"):
         valid = torch.tensor([[True, True, True], [True, False, True]], device=DEVICE)
         memory = model.encode_support(images, masks, valid=valid)
-        model(target, memory=memory, budget=18)
+        model(target, memory=memory, budget=BUDGET)
     assert calls == []
 
 
@@ -195,21 +203,21 @@ def test_launches_of_five_levels(monkeypatch):
     """As of an image of 512 px with the default levels: at most 25 with memory, 40 cold."""
     levels = (8, 16, 32, 64, 128)
     config = dataclasses.replace(
-        CONFIG, levels=levels, target_patches=(1, 4, 4, 4, 4), support_patches=(1, 4, 4, 4, 4), distinct_levels=4
+        CONFIG, levels=levels, target_patches=(1, 2, 2, 2, 2), support_patches=(1, 2, 2, 2, 2), distinct_levels=4
     )
     model = make_model(config).to(DEVICE)
-    target, images, masks = (x.to(DEVICE) for x in make_inputs(batch=1, support=2, height=128, width=128))
+    target, images, masks = (x.to(DEVICE) for x in inputs_of(support=1, height=128, width=128))
 
     def cold():
         with torch.no_grad(), static_shapes(), use_backend("triton"):
-            model(target, images, masks, budget=17)
+            model(target, images, masks, budget=9)
 
     with torch.no_grad(), use_backend("triton"):
         memory = model.encode_support(images, masks)
 
     def warm():
         with torch.no_grad(), static_shapes(), use_backend("triton"):
-            model(target, memory=memory, budget=17)
+            model(target, memory=memory, budget=9)
 
     cold()  # fills caches
     # Stages of the transformer are launches of their own in the interpreter alone.
