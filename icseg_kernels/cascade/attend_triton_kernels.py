@@ -57,11 +57,13 @@ def _arrive(words, number, tokens, BLOCK_TOKENS: tl.constexpr):  # type: ignore[
     found = tl.atomic_add(words + sample, 1, sem="release")
     while (found >> COUNT_BITS) != number:  # not begun: what was added is lost
         found = tl.atomic_add(words + sample, 1, sem="release")
+    tl.debug_barrier()
 
 
 @triton.jit
 def _wait(word, arrived):  # type: ignore[no-untyped-def]
     """Until a word is as high; from then on this program sees what they let it see who have arrived."""
+    tl.debug_barrier()
     found = tl.atomic_add(word, 0, sem="acquire")
     while found < arrived:
         found = tl.atomic_add(word, 0, sem="acquire")
@@ -91,7 +93,7 @@ def _linear(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _wave(angle, cosine):  # type: ignore[no-untyped-def]
-    """sin(angle), where `cosine` cos(angle). In float32 it is right to 2 units in the last place of 1 up to 10,000.
+    """sin(angle), where `cosine` cos(angle). In float32 it is off by 1e-7 at most, for angles up to 10,000.
 
     There is no branch for huge angles, which would take registers and local memory.
     """
@@ -306,6 +308,7 @@ def _add(  # type: ignore[no-untyped-def]
     at = residual + row + channel[None, :]
     x = tl.load(at, mask=there & inside, other=0.0) + _bias(bias, channel, inside, ACCUMULATION)
     x = _linear(x, scratch + row, there, weight, channel, inside, D, BLOCK_INNER, PRECISION)
+    tl.debug_barrier()  # other threads have read what this one replaces
     tl.store(at, x, mask=there & inside)
 
 
@@ -335,6 +338,7 @@ def _add_mlp(  # type: ignore[no-untyped-def]
         units = _product(units, held, scratch + row, there, in_weight, unit, used[None, :], D, BLOCK_INNER, PRECISION)
         down = tl.load(out_weight + channel[None, :] * HIDDEN + unit[:, None], mask=inside & used[:, None], other=0.0)
         x = tl.dot(gelu(units).to(down.dtype), down, x, out_dtype=ACCUMULATION, input_precision=PRECISION)
+    tl.debug_barrier()
     tl.store(at, x, mask=there & inside)
 
 
@@ -456,13 +460,13 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         else:
             if TOGETHER:
                 _leave(words, number, DEPTH, tokens, BLOCK_TOKENS)
+                tl.debug_barrier()
             _finish(
                 residual, final_weight, final_bias, final_eps, out, count,
                 D, CHANNELS, REGISTERS, BLOCK_TOKENS,
             )  # fmt: skip
 
 
-MOST_BLOCKS = 4
 BLOCK_TOKENS, WARPS = 16, 8
 
 
@@ -510,7 +514,7 @@ def attend_options(
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def _compilation(dtype: torch.dtype, tf32: bool = False, memory: bool = True) -> Compilation:
+def _compilation(dtype: torch.dtype, tf32: bool = False) -> Compilation:
     """At the model's sizes."""
     options = attend_options(4, 128, 4, 256, 4, 768, 512, 12, dtype, tf32, True)
     kinds = dict.fromkeys(("longer", "memory_stride", "memory_length", "cache_block", "cache_stride", "start"), "i32")

@@ -16,7 +16,6 @@ from icseg_kernels.cascade.write_triton_kernels import best_into, is_last, picki
 from icseg_kernels.compilation import Compilation
 from icseg_kernels.patches.gather_triton_kernels import POINTERS, accumulation
 
-BLOCK_Y, BLOCK_X = 16, 128
 MOST_LEVELS = 6
 
 
@@ -250,13 +249,17 @@ def pick_kernel(  # type: ignore[no-untyped-def]
 
 def options(dtype: torch.dtype, most_cells: int) -> dict[str, Any]:
     """Of a launch for levels of at most so many cells."""
+    picked = picking(most_cells)
+    if most_cells > 1024:  # with 8 warps, or more ranks at a time, registers are spilled
+        picked |= {"num_warps": 16, "RANKS": 32}
+    rows = 2 * picked["num_warps"]
     return {
         "ACCUMULATE": accumulation(dtype),
-        "BLOCK_Y": BLOCK_Y,
-        "BLOCK_X": BLOCK_X,
+        "BLOCK_Y": rows,
+        "BLOCK_X": 128,
         "num_stages": 1,
         "enable_fp_fusion": False,
-        **picking(most_cells),
+        **picked,
     }
 
 
