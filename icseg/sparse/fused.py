@@ -163,7 +163,8 @@ def forward(
     counts = [cells[0], *(min(plan.rounds[0], n) for plan, n in zip(plans[1:], cells[1:], strict=True))]
     rows = sum(counts) + levels * registers
     cache = image.new_empty(config.depth, batch, rows, 2 * config.dim)
-    counters = torch.zeros(batch, dtype=torch.int32, device=image.device)
+    words = torch.empty(batch, dtype=torch.int64, device=image.device)
+    counters = words.view(torch.int32)[:batch]  # zeros after every transformer
     coords = _all_cells(*grid_size(*sizes[0]), batch, image.device)
     logits: Tensor | None = None
     error: Tensor | None = None
@@ -179,6 +180,7 @@ def forward(
         tokens = attend_patches(
             hidden.view(batch, counts[level], -1), coords, max(sizes[level]),
             _token_weights(network, level, is_target=True), weights.blocks, support.blocks, cache, start, config.heads,
+            words=words,
         )  # fmt: skip
         start += registers + counts[level]
         gains = network.decoder.propagation_gain

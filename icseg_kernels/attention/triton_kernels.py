@@ -568,7 +568,7 @@ def _backward_blocks(dtype: torch.dtype, wide: int, rotary: bool) -> list[tuple[
         warps, warps_of_keys = 4 if wide <= (32 if rotary else 64) else 8, 4 if wide <= 64 else 8
     else:
         most = 32 if wide <= 128 else 16
-        keys = queries = 32 if wide <= 64 and not rotary else 16
+        keys, queries = 32 if wide <= 64 and not rotary else 16, 16
         warps = warps_of_keys = 8
     stages = 1 if dtype.itemsize > 2 and rotary else 2
     stages_of_keys = stages if 16 < wide <= 128 else 1

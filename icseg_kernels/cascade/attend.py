@@ -54,6 +54,8 @@ def attend_patches(
     cache: Tensor,
     start: int,
     heads: int,
+    *,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Tokens [B, K, D] of K patches, which have seen the memory, earlier tokens, R registers and each other.
 
@@ -64,7 +66,8 @@ def attend_patches(
     memory:      [B or 1, M, 2D] for each block: keys and values that come first; or empty.
     cache:       [depth, B, T, 2D]: keys and values of each block. Its rows before `start` are seen as well; those of
                  registers and patches are written from there on.
-    All but coords are of one dtype, and contiguous, of memory only the last two dimensions.
+    words:       [B] int64 of any values, of nothing that runs at the same time; zeros afterwards. None: made.
+    All but coords and words are of one dtype, and contiguous, of memory only the last two dimensions.
     One launch; in Triton's interpreter one for the embedding and one for each block, if the tokens of a sample take
     several programs. Programs of a sample wait for each other, so all of them must fit on the device together.
     Raises TypeError or ValueError for what it cannot serve.
@@ -90,7 +93,9 @@ def attend_patches(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     residual = hidden.new_empty((samples, tokens, dim), dtype=wide)
     queries, scratch = hidden.new_empty((samples, tokens, dim)), hidden.new_empty((samples, tokens, dim))
-    words = hidden.new_empty(samples, dtype=torch.int64)
+    if words is None:
+        words = hidden.new_empty(samples, dtype=torch.int64)
+    _guard("words", words, (samples,), hidden, torch.int64)
     number = next(_numbers)
     pieces = list(memory) or [cache[0]] * len(blocks)
     missing = MOST_BLOCKS - len(blocks)
@@ -113,6 +118,8 @@ def attend_patches(
             residual, queries, scratch, words, out, number, (dim // heads) ** -0.5 / math.log(2), count, first, last,
             **options,
         )  # fmt: skip
+    if not together:
+        words.zero_()
     return out
 
 

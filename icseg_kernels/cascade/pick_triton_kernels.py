@@ -6,6 +6,7 @@ program of an image and level to come picks its cells.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -263,6 +264,7 @@ def options(dtype: torch.dtype, most_cells: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def constants(dtype: torch.dtype) -> dict[str, float]:
     """The thresholds as numbers of `dtype`, and what is added near the foreground, of float32."""
     touched, full = (torch.tensor(value, dtype=dtype).item() for value in (0.3, 0.7))

@@ -149,7 +149,7 @@ def draw_into(
             **options,
             **launch,
         )
-        options["TILE"], launch["num_warps"] = kernels.tile_of(chunks * kept)
+        options["TILE"], launch["num_warps"] = kernels.tile_of_merge(chunks * kept)
         triton_launch.launch(
             kernels.merge_kernel,
             (batch,),
@@ -162,7 +162,7 @@ def draw_into(
             chunks,
             k,
             *grid,
-            IN_TILE=chunks * kept <= kernels.LARGEST_TILE,
+            IN_TILE=chunks * kept <= kernels.MERGED_AT_ONCE,
             **options,
             **last,
             **launch,

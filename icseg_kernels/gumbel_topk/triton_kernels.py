@@ -21,6 +21,7 @@ from icseg_kernels.philox_triton_kernels import noise_of_groups
 RANKS = 64  # survivors ranked at a time
 CHUNK = 4096  # elements of a chunk of a long row
 LARGEST_TILE = 8192  # of a row in one piece
+MERGED_AT_ONCE = 1024  # candidates
 BACKWARD_BLOCK = 1024
 
 
@@ -636,6 +637,11 @@ def tile_of(count: int) -> tuple[int, int]:
     return tile, min(32, max(4, tile // 512))
 
 
+def tile_of_merge(total: int) -> tuple[int, int]:
+    """(TILE, num_warps) of `total` candidates, in several tiles where one would spill registers."""
+    return (2048, 8) if total > MERGED_AT_ONCE else tile_of(total)
+
+
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
@@ -701,13 +707,13 @@ def _compilations() -> list[Compilation]:
     merged = {name: integers[name] for name in ("k", "columns", "stride", "before")}
     for total, ranked in (
         (512, True),
-        (4096, True),
-        (4096, False),
+        (MERGED_AT_ONCE, True),
+        (MERGED_AT_ONCE, False),
         (2 * LARGEST_TILE, True),
         (2 * LARGEST_TILE, False),
     ):
-        tile, warps = tile_of(total)
-        in_tile = total <= LARGEST_TILE
+        tile, warps = tile_of_merge(total)
+        in_tile = total <= MERGED_AT_ONCE
         found.append(
             Compilation(
                 f"gumbel_topk: merge, {total}" + ("" if ranked else ", unranked"),

@@ -506,7 +506,7 @@ def sample_kernel(  # type: ignore[no-untyped-def]
 
 def block(columns: int, small: bool) -> tuple[int, int]:
     """(ROWS, COLUMNS) of a block of a map of so many columns, a small one in one program or not."""
-    across = min(64 if small else 256, max(32, triton.next_power_of_2(columns)))
+    across = min(64 if small else 256, max(32 if small else 128, triton.next_power_of_2(columns)))
     return (2 * _PIXELS if small else _PIXELS) // across, across
 
 
@@ -565,13 +565,13 @@ def _compilations() -> Iterator[Compilation]:
         "words": {"noise_pointer": None, "seed_pointer": None, "noise_stride": 1},
     }
     for dtype in _TYPES:
-        for width in (32, 64, 128, 256) if dtype == "float32" else (256,):
+        for width in (128, 256) if dtype == "float32" else (256,):
             yield compiled(f"pool, {dtype}, {width}", pool_kernel, dtype, width)
     cases = [("float32", 32, 256, "pointer"), *(("float32", 64, count, "pointer") for count in (512, 1024, 2048))]
     cases += [("float32", 64, 2048, noise) for noise in ("none", "given", "words")]
     cases += [("float16", 64, 2048, "pointer"), ("bfloat16", 64, 2048, "pointer")]
     for of, blur in blurs():
-        for width in (32, 64, 128, 256):
+        for width in (128, 256):
             yield compiled(f"logits, {width}, {of}", logits_kernel, "float32", width, **blur)
         yield compiled(f"logits, 256, {of}, temperature given", logits_kernel, "float32", 256, **blur, **given)
         for dtype, width, candidates, noise in cases:
