@@ -47,6 +47,7 @@ def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton_kernels, "CHUNK", 256)
     monkeypatch.setattr(triton_kernels, "LARGEST_TILE", 256)
+    monkeypatch.setattr(triton_kernels, "MERGED_AT_ONCE", 256)
     monkeypatch.setattr(gumbel_topk_triton, "RANKED_AT_ONCE", 70)
     monkeypatch.setattr(gumbel_topk_triton, "_RANKED", 300)
 

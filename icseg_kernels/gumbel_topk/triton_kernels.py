@@ -639,7 +639,9 @@ def tile_of(count: int) -> tuple[int, int]:
 
 def tile_of_merge(total: int) -> tuple[int, int]:
     """(TILE, num_warps) of `total` candidates, in several tiles where one would spill registers."""
-    return (2048, 8) if total > MERGED_AT_ONCE else tile_of(total)
+    if total > MERGED_AT_ONCE:
+        return 2 * MERGED_AT_ONCE, 8
+    return max(256, triton.next_power_of_2(total)), 4
 
 
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
