@@ -25,6 +25,7 @@ from harness import commit, versions
 from torch import Tensor
 
 import icseg
+import icseg_kernels
 from icseg.sparse.budget import Budget
 
 BANDWIDTH, MATRIX_RATE = 3.0e12, 800e12  # an H100's, bytes and bfloat16 FLOPs a second
@@ -141,26 +142,34 @@ def matrix_rate() -> float:
     return 2 * 8192**3 / statistics.median(once(lambda: a @ b, 3) for _ in range(9))
 
 
-def measure_model(side: int, batch: int, support: int = 3) -> list[dict[str, Any]]:
-    """Rows of the whole forward pass with a fixed number of patches, cold and with memory: eager and captured."""
+def measure_model(side: int, batch: int, dtype: torch.dtype, support: int = 3) -> list[dict[str, Any]]:
+    """Rows of the whole forward pass with a fixed number of patches, cold and with memory: eager and captured.
+
+    By Triton; in float32 the outputs are compared with the reference's, in bfloat16 a replay's with those of the call.
+    """
     device = torch.device("cuda")
-    model = icseg.PatchICL.from_pretrained().to(device)
+    model = icseg.PatchICL.from_pretrained().to(device, dtype)
     generator = torch.Generator().manual_seed(0)
-    target = torch.rand(batch, 1, side, side, generator=generator).to(device)
-    images = torch.rand(batch, support, 1, side, side, generator=generator).to(device)
-    masks = (torch.rand(batch, support, 1, side, side, generator=generator) > 0.5).float().to(device)
+    target = torch.rand(batch, 1, side, side, generator=generator).to(device, dtype)
+    images = torch.rand(batch, support, 1, side, side, generator=generator).to(device, dtype)
+    masks = (torch.rand(batch, support, 1, side, side, generator=generator) > 0.5).to(device, dtype)
     budget = Budget(patches=sum(model.config.target_patches[:5]))
     rows = []
-    with torch.inference_mode():
+    with torch.inference_mode(), icseg_kernels.use_backend("triton"):
         memory = model.encode_support(images, masks)
         runs: dict[str, Run] = {
             "cold": lambda: [model(target, images, masks, budget=budget).logits],
             "with memory": lambda: [model(target, memory=memory, budget=budget).logits],
         }
         for name, run in runs.items():
-            row: dict[str, Any] = {"op": "model", "shape": f"{side} px B{batch} S{support} {name}"}
-            row |= {"us": {}, "failed": {}}
-            expected = [t.clone() for t in run()]
+            short = "fp32" if dtype == torch.float32 else "bf16"
+            row: dict[str, Any] = {"op": "model", "shape": f"{side} px B{batch} S{support} {short} {name}"}
+            row |= {
+                "us": {},
+                "failed": {},
+            }
+            with icseg_kernels.use_backend("reference" if dtype == torch.float32 else "triton"):
+                expected = [t.clone() for t in run()]
             row["launches"] = launches(run)
             row["us"]["eager"] = 1e6 * statistics.median(once(run, 3) for _ in range(9))
             try:
@@ -240,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch._dynamo.reset()
     if given.only in "model":
         for side, batch in [(512, 1)] if given.quick else [(128, 1), (512, 1), (1024, 1), (512, 64)]:
-            for row in measure_model(side, batch):
-                keep(row)
+            for dtype in (torch.float32, torch.bfloat16):
+                for row in measure_model(side, batch, dtype):
+                    keep(row)
     return 0
 
 

@@ -21,7 +21,7 @@ stage() {
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit 1
 stage build 120 python setup.py build_ext --inplace
-tests=(tests/test_*_triton.py tests/test_*_cuda.py)
+tests=(tests/test_*_triton.py tests/test_*_cuda.py tests/test_fused.py)
 stage tests 200 python -m pytest -q -x --maxfail 20 -n 6 "${tests[@]}" --junitxml "$OUT/tests.xml"
 stage marked 60 python -m pytest -q -m gpu tests --ignore tests/test_published.py --junitxml "$OUT/marked.xml"
 for backend in triton cuda; do

@@ -1,4 +1,4 @@
-"""One small call of every op, forward and backward, on a GPU: what compute-sanitizer watches.
+"""One small call of every op, forward and backward, and of the cascade, on a GPU: what compute-sanitizer watches.
 
 compute-sanitizer --tool memcheck python scripts/sanitize_ops.py triton
 """
@@ -14,7 +14,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from samples import SAMPLES
 
+import icseg
+import icseg_kernels
 from icseg_kernels import backend as backends
+
+
+def cascade_gap(device: str) -> float:
+    """Of a forward pass of fixed shapes by Triton, with its support set, to the reference's."""
+    model = icseg.PatchICL.from_pretrained(device=device)
+    inputs = torch.rand(2, 1, 64, 64), torch.rand(2, 2, 1, 64, 64), (torch.rand(2, 2, 1, 64, 64) > 0.5).float()
+    found = []
+    for name in ("triton", "reference"):
+        with torch.no_grad(), icseg_kernels.use_backend(name):
+            found.append(model(*inputs, budget=32).logits)
+    return float((found[0] - found[1]).abs().max())
 
 
 def main() -> int:
@@ -32,6 +45,9 @@ def main() -> int:
         found, expected = run(given.backend), run("reference")
         gap = max((float((a - b).abs().nan_to_num().max()) for a, b in zip(found, expected, strict=True) if a.numel()))
         print(f"{name}: largest difference {gap:.1e}", flush=True)
+        served += 1
+    if given.backend == "triton" and given.only in "cascade":
+        print(f"cascade: largest difference {cascade_gap(given.device):.1e}", flush=True)
         served += 1
     if not served:
         parser.error(f"backend must serve at least one op, {given.backend} serves none")
