@@ -65,14 +65,12 @@ def weights_of(network: SparseNetwork) -> Weights | None:
     of_encoder, (shared_in, shared_out, own_in, own_mid, own_out) = convolutions[:8], convolutions[8:]
     linear = [propagation.match_cell, propagation.match_token, propagation.match_out]
     linear += [propagation.value_cell, propagation.value_token]
+    after = [propagation.out, decoder.token, shared_in, shared_out, own_in, own_mid, own_out]
     return Weights(
-        EncoderWeights(*_parameters(*of_encoder)),  # type: ignore[arg-type]
+        EncoderWeights._make([*_parameters(*of_encoder), NEGATIVE_SLOPE]),
         blocks,
-        DecodeWeights(
-            *_parameters(*linear), propagation.log_scale, *_parameters(propagation.out, decoder.token),
-            *_parameters(shared_in, shared_out, own_in, own_mid, own_out),
-        ),
-    )  # fmt: skip
+        DecodeWeights._make([*_parameters(*linear), propagation.log_scale, *_parameters(*after)]),
+    )
 
 
 _KINDS = {nn.Conv2d: "c", nn.LeakyReLU: "r", nn.Flatten: "f", nn.Linear: "l", nn.LayerNorm: "n"}
@@ -80,7 +78,7 @@ _PLAIN_KINDS = "crcrcrcr" + "cr" + "crfl" + "crcrfl" + "lnn" + "llllll" + "l" + 
 
 
 def _layers(modules: SmallConvolutions) -> list[nn.Module]:
-    return [*modules._modules.values()]  # type: ignore[list-item]
+    return [module for module in modules._modules.values() if module is not None]
 
 
 def _parameters(*layers: nn.Module) -> list[Tensor]:
@@ -93,16 +91,18 @@ def _token_weights(network: SparseNetwork, level: int, *, is_target: bool) -> To
     encoder: PatchEncoder = network.encoder
     token, context = _layers(encoder.token)[-1], _layers(encoder.context)[-1]
     registers = network.target_registers if is_target else network.support_registers
-    norms = [*_parameters(encoder.norm), registers, *_parameters(network.norm)]
-    return TokenWeights(
+    fields = [
         *_parameters(token, context, encoder.position),
         encoder.frequency,
         encoder.level_embedding[min(level, len(encoder.level_embedding) - 1)],
         encoder.role_embedding[int(is_target)],
-        *norms,
+        *_parameters(encoder.norm),
+        registers,
+        *_parameters(network.norm),
         encoder.norm.eps,
         network.norm.eps,
-    )  # fmt: skip
+    ]
+    return TokenWeights._make(fields)
 
 
 def serves_target(
