@@ -97,9 +97,11 @@ def test_a_support_set_serves_many_targets(model, calls):
     target, images, masks = (x.to(DEVICE) for x in inputs_of(batch=3))
     with torch.no_grad(), use_backend("triton"):
         memory = model.encode_support(images[:1], masks[:1])
-        found = model(target, memory=memory, budget=BUDGET)
         one = model(target[1:2], memory=memory, budget=BUDGET)
-    assert calls == ["encode_support", "forward", "forward"]
+        one.levels[0].coords.fill_(8)  # the caller's own
+        again = model(target[1:2], memory=memory, budget=BUDGET)
+        found = model(target, memory=memory, budget=BUDGET)
+    assert calls == ["encode_support", *["forward"] * 3]
     with torch.no_grad(), use_backend("reference"):
         theirs = model.encode_support(images[:1], masks[:1])
         expected = model(target, memory=theirs, budget=BUDGET)
@@ -108,6 +110,7 @@ def test_a_support_set_serves_many_targets(model, calls):
         torch.testing.assert_close(memory.tensors[name], tensor, rtol=1e-4, atol=1e-4)
     assert_equal(found, expected, 1e-4)
     assert torch.equal(one.logits, found.logits[1:2])
+    assert torch.equal(one.logits, again.logits)
 
 
 def test_weights_that_change_are_seen(model):

@@ -19,6 +19,7 @@ from icseg.sparse.budget import LevelPlan
 from icseg.sparse.encoder import PatchEncoder, SmallConvolutions, is_plain
 from icseg.sparse.patches import coords_of, grid_size
 from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, level_count, to_size
+from icseg.sparse.static import is_static
 from icseg.sparse.support import LevelMemory
 from icseg_kernels import backend, halvings, triton_launch
 from icseg_kernels.cascade.attend import MOST_BLOCKS, TokenWeights, attend_patches, most_tokens
@@ -166,6 +167,8 @@ def forward(
     words = torch.empty(batch, dtype=torch.int64, device=image.device)
     counters = words.view(torch.int32)[:batch]  # zeros after every transformer
     coords = _all_cells(*grid_size(*sizes[0]), batch, image.device)
+    if not is_static():
+        coords = coords.clone()  # the caller may write to it
     logits: Tensor | None = None
     error: Tensor | None = None
     uncovered = image.new_zeros(batch) if levels == 1 else None
