@@ -75,7 +75,8 @@ def _cheaper(one: Series | None) -> str:
         return f"Not answered: no row times {COLD} and a dense rival ({' or '.join(DENSE)}) at one size."
     timed = [name for name in DENSE if one.values(seconds, name)]
     reasons = _left_out(one, [*DENSE, *OURS])
-    notes = [f"left out: {reasons}"] if reasons else []
+    notes = [f"measured on {one.fixed}, threads {one.threads}"]
+    notes += [f"left out: {reasons}"] if reasons else []
     notes += [f"{name} was not timed" for name in DENSE if name not in timed and name not in reasons]
     which = timed[0] if len(timed) == 1 else f"at each size the least of {_and(timed)}"
     takes = f"The best dense rival ({which}) takes, as a multiple of {COLD}, {'; '.join(parts)}"

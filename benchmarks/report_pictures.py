@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -104,10 +105,7 @@ def _line(panel: Axes, one: Series, of: Quantity, name: str) -> None:
 
 
 def _mark_crossovers(panel: Axes, one: Series, of: Quantity) -> None:
-    """A line down at each crossover, and what it is."""
-    from matplotlib.transforms import blended_transform_factory
-
-    where = blended_transform_factory(panel.transData, panel.transAxes)
+    """A ring where ours is the cheaper one from there on, a line where the crossover is interpolated, both in words."""
     lines = []
     for ours in OURS:
         found = crossover(one, ours, of)
@@ -115,18 +113,23 @@ def _mark_crossovers(panel: Axes, one: Series, of: Quantity) -> None:
             continue
         what = "cold" if ours == COLD else "with memory"
         if found.first is None:
-            lines.append(f"{what}: no crossover up to the largest size")
+            lines.append(f"{what}: not up to the largest size")
             continue
-        style = _style(ours, one.names)["linestyle"]
+        text = f"{what}: from {found.first} px on" + ("" if found.slower else ", the smallest size measured")
         if found.interpolated:
-            panel.axvline(found.interpolated, color="0.4", linewidth=1, linestyle=style)
-            lines.append(f"{what}: cheaper from {found.first} px on ({found.interpolated:.0f} px, interpolated)")
-        else:
-            below = "" if found.slower else ", the smallest size measured"
-            lines.append(f"{what}: cheaper from {found.first} px on{below}")
-        panel.plot([found.first], [0.0], "^", transform=where, color=COLOURS[ours], markersize=9, clip_on=False)
+            panel.axvline(found.interpolated, color="0.4", linewidth=1, linestyle=_style(ours, one.names)["linestyle"])
+            text += f" (line: {found.interpolated:.0f} px, interpolated)"
+        ring: dict[str, Any] = {
+            "markersize": 13,
+            "markerfacecolor": "none",
+            "markeredgecolor": "black",
+            "linestyle": "none",
+        }
+        panel.plot([found.first], [one.values(of, ours)[found.first]], marker="o", **ring)
+        lines.append(text)
     if lines:
-        panel.set_title("crossover with the best dense rival\n" + "\n".join(lines), fontsize=8, color="0.2", loc="left")
+        title = "cheaper than the best dense rival (from the ring on)"
+        panel.set_title("\n".join([title, *lines]), fontsize=8, color="0.2", loc="left")
 
 
 def draw_cost(one: Series, path: Path, xlabel: str, *, crossovers: bool) -> None:
@@ -186,14 +189,14 @@ def draw_accuracy(places: dict[Place, list[Scored]], path: Path) -> None:
                 x, y = [getattr(m, field) for m in found], [m.dice for m in found]
                 if found:
                     panel.plot(x, y, label=name, markersize=7, linewidth=1, **style)
-                for m in found:
+                for number, m in enumerate(found):
                     if m.dirty:
                         panel.plot([getattr(m, field)], [m.dice], markersize=7, **style | {"markerfacecolor": "white"})
                     if len(found) > 1:
                         panel.annotate(
                             m.budget,
                             (getattr(m, field), m.dice),
-                            (0, 7),
+                            (0, -13 if number % 2 else 7),
                             textcoords="offset points",
                             ha="center",
                             fontsize=7,
@@ -215,54 +218,54 @@ def draw_accuracy(places: dict[Place, list[Scored]], path: Path) -> None:
 def draw_roofline(points: Sequence[Point], path: Path) -> None:
     """A panel a machine and number of threads; roofs: the medians of the rows' own."""
     places = sorted({(point.row["machine"], point.row["threads"]) for point in points})
-    subjects = list(dict.fromkeys(point.row["subject"] for point in points))
-    names = [f"{subject}, {work}" for subject, work in dict.fromkeys((p.row["subject"], p.row["work"]) for p in points)]
+    kinds = list(dict.fromkeys((point.row["subject"], point.row["work"]) for point in points))
+    subjects = list(dict.fromkeys(subject for subject, _ in kinds))
     palette = [*dict.fromkeys(COLOURS.values()), *OTHER_COLOURS]
-    figure, panels = _figure(len(places), 1, height=4.6)
-    for panel, (machine, threads) in zip(panels, places, strict=True):
-        here = [point for point in points if (point.row["machine"], point.row["threads"]) == (machine, threads)]
-        for index, name in enumerate(names):
+    columns = min(len(places), 2)
+    figure, panels = _figure(math.ceil(len(places) / columns), columns, height=4.6)
+    for panel, place in zip(panels, places, strict=False):
+        here = [point for point in points if (point.row["machine"], point.row["threads"]) == place]
+        for index, kind in enumerate(kinds):
+            colour = palette[subjects.index(kind[0]) % len(palette)]
+            found = [point for point in here if (point.row["subject"], point.row["work"]) == kind]
             for dirty in (False, True):
-                found = [p for p in here if f"{p.row['subject']}, {p.row['work']}" == name and is_dirty(p.row) == dirty]
-                colour = palette[subjects.index(name.rpartition(", ")[0]) % len(palette)]
+                shown = [point for point in found if is_dirty(point.row) == dirty]
                 panel.plot(
-                    [p.intensity for p in found],
-                    [p.rate for p in found],
+                    [point.intensity for point in shown],
+                    [point.rate for point in shown],
                     MARKERS[index % len(MARKERS)],
                     color=colour,
                     markerfacecolor="white" if dirty else colour,
-                    label=None if dirty else name,
-                    markersize=6,
+                    label=None if dirty else ", ".join(kind),
                 )
-        low = min(0.5 * min(p.intensity for p in here), 0.1)
-        high = max(2 * max(p.intensity for p in here), 100.0)
-        bandwidth = statistics.median([p.row["copy_bandwidth"] for p in here if p.row["copy_bandwidth"]] or [0.0])
-        rate = statistics.median([p.row["matrix_rate"] for p in here if p.row["matrix_rate"]] or [0.0])
-        ridge = rate / bandwidth if rate and bandwidth else high
-        if bandwidth:
-            panel.plot([low, ridge], [bandwidth * low, bandwidth * ridge], "k-", linewidth=1.4)
-            panel.annotate(
-                f"copy: {bandwidth / 1e9:.3g} GB/s",
-                (low, bandwidth * low),
-                (4, 14),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        if rate:
-            panel.plot([min(ridge, high), max(ridge, high)], [rate, rate], "k-", linewidth=1.4)
-            panel.annotate(
-                f"matrix product: {rate / 1e9:.3g} GFLOP/s",
-                (max(ridge, high), rate),
-                (-4, 5),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
+        roofs = _draw_roofs(panel, here)
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlabel("FLOPs a byte of inputs and outputs")
         panel.set_ylabel("FLOP/s")
-        panel.set_title(f"{machine}, threads {threads}", fontsize=10)
+        panel.set_title(f"{place[0]}, threads {place[1]}\n{roofs}", fontsize=9)
         panel.grid(alpha=0.3)
-    _legend(figure, panels, columns=2, hollow=any(is_dirty(point.row) for point in points))
+    for panel in panels[len(places) :]:
+        panel.set_axis_off()
+    _legend(figure, panels, columns=2 * columns, hollow=any(is_dirty(point.row) for point in points))
     _save(figure, path)
+
+
+def _draw_roofs(panel: Axes, points: Sequence[Point]) -> str:
+    """Of memory, rising, and of arithmetic, level, where measured; returns what they are."""
+    bandwidth = _median_rate(points, "copy_bandwidth")
+    rate = _median_rate(points, "matrix_rate")
+    low, high = 0.5 * min(point.intensity for point in points), 2 * max(point.intensity for point in points)
+    ridge = min(max(rate / bandwidth, low), high) if rate and bandwidth else high
+    words = []
+    if bandwidth:
+        panel.plot([low, ridge], [bandwidth * low, bandwidth * ridge], "k-", linewidth=1.4)
+        words.append(f"copy {bandwidth / 1e9:.3g} GB/s")
+    if rate:
+        panel.plot([ridge if bandwidth else low, high], [rate, rate], "k-", linewidth=1.4)
+        words.append(f"matrix product {rate / 1e9:.3g} GFLOP/s")
+    return f"roofs: {', '.join(words)}" if words else "no roof was measured"
+
+
+def _median_rate(points: Iterable[Point], field: str) -> float:
+    return statistics.median([point.row[field] for point in points if point.row[field]] or [0.0])
