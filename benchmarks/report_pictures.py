@@ -176,30 +176,33 @@ def draw_speedup(one: Series, path: Path) -> None:
 
 def draw_accuracy(places: dict[Place, list[Scored]], path: Path) -> None:
     """Dice against GFLOPs and latency; a row a size and number of support pairs."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     shown = {place: models for place, models in places.items() if models}
-    names = list(dict.fromkeys(m.model for models in shown.values() for m in models))
+    names = list(dict.fromkeys(m.kind for models in shown.values() for m in models))
     figure, panels = _figure(len(shown), 2)
     for index, ((size, support, _), models) in enumerate(shown.items()):
         for panel, field, label in zip(panels[2 * index :], ("gflops", "seconds"), ("GFLOPs", "latency"), strict=False):
-            for name in names:
-                found = sorted((m for m in models if m.model == name), key=lambda m: getattr(m, field))
+            for number, name in enumerate(names):
+                found = sorted((m for m in models if m.kind == name), key=lambda m: getattr(m, field))
                 style = _style(name, names) | {"linestyle": "-"}
                 x, y = [getattr(m, field) for m in found], [m.dice for m in found]
                 if found:
                     panel.plot(x, y, label=name, markersize=7, linewidth=1, **style)
-                for number, m in enumerate(found):
+                for m in found:
                     if m.dirty:
                         panel.plot([getattr(m, field)], [m.dice], markersize=7, **style | {"markerfacecolor": "white"})
                     if len(found) > 1:
                         panel.annotate(
-                            m.budget,
+                            m.amount,
                             (getattr(m, field), m.dice),
                             (0, -13 if number % 2 else 7),
                             textcoords="offset points",
                             ha="center",
                             fontsize=7,
+                            color=style["color"],
+                            path_effects=[withStroke(linewidth=3, foreground="white")],
                         )
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -16,10 +16,11 @@ RESULTS = Path(__file__).parent / "results"
 SIZES, SUPPORT, ACCURACY = "model", "support size", "accuracy"
 COLD, WITH_MEMORY = "PatchICL, sparse", "PatchICL, sparse, support encoded before"
 OURS = (COLD, WITH_MEMORY)
+EVERYTHING = "all"  # the budget that takes every patch
 DENSE = ("UniverSeg, factorised", "Dense global attention")
 
 Row = dict[str, Any]
-Place = tuple[int, int, str]  # size in pixels, support pairs, machine
+Place = tuple[int, int, str]  # size in pixels, support pairs, machine and threads
 Quantity = Callable[[Row, str], float | None]
 
 
@@ -267,6 +268,21 @@ class Scored:
         return not self.ours and any(word in self.model.lower() for word in ("universeg", "dense"))
 
     @property
+    def everything(self) -> bool:
+        return self.budget == EVERYTHING
+
+    @property
+    def amount(self) -> str:
+        """The number in the budget, "" if there is none."""
+        found = re.search(r"\d[\d.]*", self.budget)
+        return found[0] if found else ""
+
+    @property
+    def kind(self) -> str:
+        """The model and what its budget bounds: those that differ in the amount alone lie on one line."""
+        return ", ".join(filter(None, [self.model, self.budget.replace(self.amount, "").strip()]))
+
+    @property
     def classes(self) -> str:
         """How many, in words."""
         return "1 class" if len(self.of_class) == 1 else f"{len(self.of_class)} classes"
@@ -281,7 +297,8 @@ def scored(rows: Iterable[Row]) -> dict[Place, list[Scored]]:
     latest: dict[Place, dict[tuple[str, str], dict[tuple[str, str], Row]]] = {}
     for row in rows:
         if row["subject"] == ACCURACY:
-            models = latest.setdefault((row["size"], row["support"], row["machine"]), {})
+            machine = row["machine"] + (f", threads {row['threads']}" if "threads" in row else "")
+            models = latest.setdefault((row["size"], row["support"], machine), {})
             models.setdefault((row["model"], row["budget"]), {})[row["dataset"], row["class"]] = row
     found = {}
     for place, models in sorted(latest.items()):

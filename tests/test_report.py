@@ -82,7 +82,7 @@ def test_three_sentences_answer_the_questions(page: Callable) -> None:
     assert "from 512 px on (slower at 128, 256 px and" not in from_size
     assert "from 512 px on (slower at 128 and 256 px, interpolated, not measured: 323 px)" in from_size
     assert "from 256 px on (slower at 128 px, interpolated, not measured: 181 px)" in from_size
-    assert f"0.650 for {COLD} (4), the best of 2 budgets, and 0.700 for {DENSE}" in cost
+    assert f"0.700 for {DENSE} and 0.650 for {COLD} (4), the best of 2, none of them within 0.01 of that, 0.050" in cost
     assert "0.050 less in the mean over 2 classes, lower in 1 of them" in cost
     assert "40 times the FLOPs and 10 times the time" in cost
 
@@ -146,7 +146,23 @@ def test_what_no_row_answers_is_said(page: Callable) -> None:
     assert f"({UNIVERSEG}) takes, as a multiple of {COLD}, 2 times the time at 128 px; " in one
     assert f"measured on synthetic lesion, 3 support pairs, threads 2; {DENSE} was not timed." in one
     assert "there is no row of a dense rival" in page([accuracy(COLD, 0.5)])
+    assert "there is no row of a sparse model with a budget" in page([accuracy(DENSE, 0.5)])
     assert "no class is scored for every model" in page([accuracy(COLD, 0.5), accuracy(DENSE, 0.5, "b")])
+
+
+def test_budgets_are_compared_with_every_patch(page: Callable) -> None:
+    """The cheapest budget of those that lose next to nothing is named, also without a dense rival."""
+    rows = [accuracy("sparse", 0.5, budget="9 patches", gflops=1.0)]
+    rows += [accuracy("sparse", 0.698, budget="tolerance 0.02", gflops=2.0)]
+    rows += [
+        accuracy("sparse", 0.71, budget="tolerance 0.01", gflops=4.0),
+        accuracy("sparse", 0.7, budget="all", gflops=9.0),
+    ]
+    rows = [row | {"threads": 1} for row in rows]
+    sentence = page(rows).split("\n\n")[3]
+    assert "0.700 for sparse (all) and 0.698 for sparse (tolerance 0.02), the cheapest of 3 within 0.01 of" in sentence
+    assert "0.002 less in the mean over 1 class, lower in 1 of them" in sentence
+    assert "the former takes 4.5 times the FLOPs" in sentence
 
 
 def test_the_latest_row_of_a_case_counts(page: Callable) -> None:
