@@ -1,68 +1,434 @@
-"""Print a results file as Markdown tables: `python benchmarks/report.py benchmarks/results/FILE.jsonl [SUBJECT...]`."""
+"""A page of Markdown and pictures from rows of results: is sparse cheaper, from which size on, and at what accuracy?
 
-import json
+```
+python -m benchmarks.report [RESULTS...] --out FOLDER              # rows of JSON lines; else benchmarks/results/*.jsonl
+python -m benchmarks.report RESULTS... --tables [SUBJECT...]       # the tables alone, printed
+```
+
+Of rows that measure the same the last one counts. The pictures need matplotlib (`pip install 'icseg[train]'`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from benchmarks.report_pictures import draw_accuracy, draw_cost, draw_memory, draw_roofline, draw_speedup
+from benchmarks.report_rows import (
+    ACCURACY,
+    COLD,
+    DENSE,
+    EVERYTHING,
+    OURS,
+    RESULTS,
+    SIZES,
+    SUPPORT,
+    WITH_MEMORY,
+    BadRowsError,
+    Crossover,
+    Point,
+    Row,
+    Scored,
+    Series,
+    crossover,
+    gflops,
+    is_dirty,
+    megabytes,
+    quotient,
+    read_all,
+    roofline_points,
+    scored,
+    seconds,
+    series,
+)
+from icseg.files import written_whole
+
+PAGE = "report.md"
+NEXT_TO_NOTHING = 0.01  # of Dice
+CONDITIONS = {COLD: "", WITH_MEMORY: "with the support set encoded before, "}
+DIRTY = "†"
+DIRTY_NOTE = f"{DIRTY} measured with changes that were not committed"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def answers(rows: Sequence[Row]) -> list[str]:
+    """One sentence each: how much cheaper, from which size on, at what cost in accuracy."""
+    one = next(iter(series(rows, SIZES)), None)
+    return [
+        f"**How much cheaper?** {_cheaper(one)}",
+        f"**From which size on?** {_from_which_size(one)}",
+        f"**Does it cost accuracy?** {_accuracy(rows)}",
+    ]
+
+
+def _cheaper(one: Series | None) -> str:
+    if one is None:
+        return f'Not answered: there is no row of whole models (subject "{SIZES}").'
+    parts = []
+    for ours, condition in CONDITIONS.items():
+        times, work = one.ratios(seconds, ours), one.ratios(gflops, ours)
+        at = [f"{_times(times[x])} the time{_flops_too(work, x)} at {x} px" for x in times]
+        if at:
+            parts.append(condition + ", ".join(at))
+    if not parts:
+        return f"Not answered: no row times {COLD} and a dense rival ({' or '.join(DENSE)}) at one size."
+    timed = [name for name in DENSE if one.values(seconds, name)]
+    reasons = _left_out(one, [*DENSE, *OURS])
+    notes = [f"measured on {one.fixed}, threads {one.threads}"]
+    notes += [f"left out: {reasons}"] if reasons else []
+    notes += [f"{name} was not timed" for name in DENSE if name not in timed and name not in reasons]
+    which = timed[0] if len(timed) == 1 else f"at each size the least of {_and(timed)}"
+    takes = f"The best dense rival ({which}) takes, as a multiple of {COLD}, {'; '.join(parts)}"
+    return f"{'; '.join([takes, *notes])}."
+
+
+def _flops_too(work: dict[int, float], x: int) -> str:
+    return f" ({_times(work[x])} the FLOPs)" if x in work else ""
+
+
+def _left_out(one: Series, names: Iterable[str]) -> str:
+    found = [
+        (name, x, row["left_out"][name]) for name in names for x, row in one.rows.items() if name in row["left_out"]
+    ]
+    counted = any(name in one.rows[x]["flops"] for name, x, _ in found)
+    texts = ", ".join(f"{name} at {x} px ({reason})" for name, x, reason in found)
+    return texts + ", FLOPs counted all the same" * counted
+
+
+def _from_which_size(one: Series | None) -> str:
+    found = {} if one is None else {ours: crossover(one, ours) for ours in OURS}
+    texts = [condition + _crossing(cross) for ours, condition in CONDITIONS.items() if (cross := found.get(ours))]
+    if not texts:
+        return "Not answered: that takes rows of whole models with a dense rival."
+    if found[COLD] == found[WITH_MEMORY]:
+        texts = [f"{texts[0]}, the support set encoded before or not"]
+    return f"By measured time {COLD} is faster than the best dense rival {'; '.join(texts)}."
+
+
+def _crossing(found: Crossover) -> str:
+    measured = sorted([*found.cheaper, *found.slower])
+    if not found.cheaper:
+        return f"at no measured size ({_pixels(measured)})"
+    if found.first is None:
+        return f"at {_pixels(found.cheaper)} but not at {_pixels(found.slower)}, the largest size included"
+    if not found.slower:
+        more = "" if len(measured) > 1 else ", the only one"
+        return f"from {found.first} px on, the smallest size measured{more} (where it crosses below is not measured)"
+    also = [x for x in found.cheaper if x < max(found.slower)]
+    notes = [f"slower at {_pixels(found.slower)}"]
+    notes += [f"faster at {_pixels(also)}, too"] if also else []
+    notes += [f"interpolated, not measured: {found.interpolated:.0f} px"] if found.interpolated else []
+    return f"from {found.first} px on ({', '.join(notes)})"
+
+
+def _accuracy(rows: Iterable[Row]) -> str:
+    places = scored(rows)
+    if not places:
+        return f'Not answered: there is no row of accuracy (subject "{ACCURACY}").'
+    machines_too = len({machine for _, _, machine in places}) > 1
+    parts = [
+        f"at {size} px with {support} support pairs{f' on {machine}' if machines_too else ''} {_accuracy_at(models)}"
+        for (size, support, machine), models in places.items()
+    ]
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _accuracy_at(models: Sequence[Scored]) -> str:
+    if not models:
+        return "no class is scored for every model"
+    ours = [m for m in models if m.ours and not m.everything]
+    dense = [m for m in models if m.dense]
+    references = dense and [max(dense, key=lambda m: m.dice)]
+    references += [m for m in models if m.ours and m.everything]
+    if not ours:
+        return "there is no row of a sparse model with a budget"
+    if not references:
+        return f'there is no row of a dense rival, nor of a sparse model that takes every patch (budget "{EVERYTHING}")'
+    return "; ".join(_loss(reference, ours) for reference in references)
+
+
+def _loss(reference: Scored, ours: Sequence[Scored]) -> str:
+    """Of the cheapest budget that loses next to nothing, or else of the best one."""
+    close = [m for m in ours if m.dice >= reference.dice - NEXT_TO_NOTHING]
+    chosen = min(close, key=lambda m: m.gflops) if close else max(ours, key=lambda m: m.dice)
+    of = f"the cheapest of {len(ours)}" if close else f"the best of {len(ours)}, none of them"
+    which = f", {of} within {NEXT_TO_NOTHING:g} of that," if len(ours) > 1 else ""
+    lower = sum(chosen.of_class[c] < reference.of_class[c] for c in chosen.of_class)
+    gap = chosen.dice - reference.dice
+    return (
+        f"the Dice is {reference.dice:.3f} for {reference.name} and {chosen.dice:.3f} for {chosen.name}{which} "
+        f"{abs(gap):.3f} {'less' if gap < 0 else 'more'} in the mean over {chosen.classes}, lower in {lower} of them, "
+        f"where the former takes {_times(reference.gflops / chosen.gflops)} the FLOPs and "
+        f"{_times(reference.seconds / chosen.seconds)} the time"
+    )
+
+
+def _times(ratio: float) -> str:
+    """To two digits, or all before the point."""
+    text = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+    return f"{text} times"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(words)
+
+
+def _pixels(sizes: Iterable[int]) -> str:
+    *most, last = [str(x) for x in sorted(sizes)]
+    return f"{', '.join(most)} and {last} px" if most else f"{last} px"
+
+
+def table(rows: list[Row]) -> str:
     """One line a case: the time (and GFLOPs where counted) of every rival, and the best rival's time over ours.
 
     Ours is the last of a row's rivals; those whose names start with "native" are ours too. Models have no ratio: they
     do not compute the same.
     """
-    ours = list(dict.fromkeys(list(row["seconds"])[-1] for row in rows))
-    others = dict.fromkeys(name for row in rows for name in row["seconds"] if name not in ours)
-    names = [*others, *ours]
+    compared = rows[0]["subject"] not in (SIZES, SUPPORT)
+    rivals = dict.fromkeys(name for row in rows for name in [*row["seconds"], *row["left_out"]])
+    ours = list(dict.fromkeys(list(row["seconds"])[-1] for row in rows if row["seconds"]) if compared else OURS)
+    names = [*(name for name in rivals if name not in ours), *(name for name in ours if name in rivals)]
     columns = ["", "threads", *names]
-    compared = rows[0]["subject"] != "model"
     copied = any(row["bytes"] for row in rows)
     columns += ["ratio"] * compared + ["share of a copy"] * copied
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines = []
     for row in rows:
-        cells = [row["case"], str(row["threads"]), *(_cell(row, name) for name in names)]
+        cells = [row["case"] + f" {DIRTY}" * is_dirty(row), str(row["threads"]), *(_cell(row, name) for name in names)]
         cells += [_ratio(row)] * compared + [_share_of_a_copy(row)] * copied
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(columns, lines) + f"\n\n{DIRTY_NOTE}" * any(map(is_dirty, rows))
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    made = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*made, *("| " + " | ".join(cells) + " |" for cells in lines)])
+
+
+def _cell(row: Row, name: str) -> str:
     if name not in row["seconds"]:
-        return ""
-    seconds = row["seconds"][name]
-    time = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-    flops, memory = row["flops"].get(name), row.get("megabytes", {}).get(name)
+        return f"left out: {row['left_out'][name]}" if name in row["left_out"] else ""
+    time = _time(row["seconds"][name])
+    flops, memory = row["flops"].get(name), row["megabytes"].get(name)
     counted = "" if flops is None else f", {flops / 1e9:.4g} GFLOPs"
     return time + counted + ("" if memory is None else f", {memory:.0f} MB")
 
 
-def _ratio(row: dict[str, Any]) -> str:
-    *others, ours = row["seconds"]
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _ratio(row: Row) -> str:
+    *others, ours = row["seconds"] or [""]
     seconds = [row["seconds"][name] for name in others if not name.startswith("native")]
     return f"{min(seconds) / row['seconds'][ours]:.2g}" if seconds else ""
 
 
-def _share_of_a_copy(row: dict[str, Any]) -> str:
+def _share_of_a_copy(row: Row) -> str:
     """The time a copy of as many bytes takes, at the bandwidth of large copies, over ours."""
-    if not row["bytes"]:
+    if not row["bytes"] or not row["copy_bandwidth"] or not row["seconds"]:
         return ""
     *_, ours = row["seconds"].values()
     return f"{row['bytes'] / row['copy_bandwidth'] / ours:.2f}"
 
 
-def main(path: str, *subjects: str) -> None:
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    for subject, work in dict.fromkeys((row["subject"], row["work"]) for row in rows):
-        if subjects and subject not in subjects:
-            continue
-        found = [row for row in rows if (row["subject"], row["work"]) == (subject, work)]
-        latest = {(row["case"], row["threads"]): row for row in found}
-        row = found[-1]
-        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        print(f"**{subject}**, {work}: medians of interleaved rounds; {row['machine']}; {versions}\n")
-        print(table(list(latest.values())) + "\n")
+def tables(rows: Sequence[Row], subjects: Sequence[str] = ()) -> str:
+    """Of all subjects but accuracy, or of some; one a subject, work and machine."""
+    timed = [row for row in rows if row["subject"] != ACCURACY]
+    unknown = [subject for subject in subjects if subject not in {row["subject"] for row in timed}]
+    if unknown:
+        raise BadRowsError(f"subjects must be of the rows, got {unknown[0]!r}, of which there is none")
+    groups: dict[tuple[str, str, str], dict[tuple[str, int], Row]] = {}
+    for row in timed:
+        if not subjects or row["subject"] in subjects:
+            key = row["subject"], row["work"], row["machine"]
+            groups.setdefault(key, {})[row["case"], row["threads"]] = row
+    return "\n".join(
+        f"**{subject}**, {work}: medians of interleaved rounds; {machine}; {_versions(latest.values())}\n\n"
+        f"{table(list(latest.values()))}\n"
+        for (subject, work, machine), latest in groups.items()
+    )
+
+
+def _versions(rows: Iterable[Row]) -> str:
+    return "; ".join(dict.fromkeys(", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in rows))
+
+
+def speedup_table(one: Series) -> str:
+    """FLOP ratio, the bound that FLOPs alone give, and measured speed-up, of each dense rival to ours."""
+    lines = []
+    for x, row in one.rows.items():
+        for rival in DENSE:
+            cells = [f"{x} px" + f" {DIRTY}" * is_dirty(row), rival]
+            for ours in OURS:
+                bound, measured = quotient(row, gflops, rival, ours), quotient(row, seconds, rival, ours)
+                share = f"{measured / bound:.2f}" if bound and measured else ""
+                cells += [_times(bound) if bound else "", _times(measured) if measured else "", share]
+            if any(cells[2:]):
+                lines.append(cells)
+    heads = ["FLOP ratio", "speed-up", "speed-up over FLOP ratio"]
+    return _markdown(["", "dense rival", *heads, *(f"{head}, support encoded before" for head in heads)], lines)
+
+
+def accuracy_table(models: Iterable[Scored]) -> str:
+    return _markdown(
+        ["model", "budget", "Dice", "GFLOPs", "time"],
+        [
+            [m.model + f" {DIRTY}" * m.dirty, m.budget, f"{m.dice:.3f}", f"{m.gflops:.4g}", _time(m.seconds)]
+            for m in models
+        ],
+    )
+
+
+def roofline_table(points: Iterable[Point]) -> str:
+    lines = []
+    for point in points:
+        row, roof = point.row, point.roof
+        kind = "arithmetic" if row["matrix_rate"] and roof == row["matrix_rate"] else "memory"
+        share = f"{point.rate / roof:.2f}, {kind}" if roof < math.inf else ""
+        name = f"{row['subject']}, {row['case']}" + f" {DIRTY}" * is_dirty(row)
+        lines.append(
+            [name, row["work"], str(row["threads"]), f"{point.intensity:.3g}", f"{point.rate / 1e9:.3g}", share]
+        )
+    return _markdown(["", "work", "threads", "FLOPs a byte", "GFLOP/s", "share of the roof"], lines)
+
+
+def machines(rows: Iterable[Row]) -> list[str]:
+    """One line a machine and set of versions: what the rows say, no more."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["machine"], _versions([row])), []).append(row)
+    lines = []
+    for (machine, versions), found in groups.items():
+        threads = sorted({row["threads"] for row in found if "threads" in row})
+        parts = [machine, f"threads {', '.join(map(str, threads))}"] if threads else [machine]
+        commits = dict.fromkeys(row["commit"] + f" {DIRTY}" * is_dirty(row) for row in found)
+        lines.append("; ".join([*parts, versions, f"commits {', '.join(commits)}"]))
+    return lines
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> Path:
+    """The page and its pictures into a folder, each written whole, the page last; returns its path."""
+    text, pictures = page(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in pictures.items():
+        draw(path=folder / name)
+    with written_whole(folder / PAGE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return folder / PAGE
+
+
+def page(rows: Sequence[Row]) -> tuple[str, dict[str, Callable[..., None]]]:
+    """Its text, and what draws each picture to a path."""
+    pictures: dict[str, Callable[..., None]] = {}
+    by_size, by_support = series(rows, SIZES), series(rows, SUPPORT)
+    places, points = scored(rows), roofline_points(rows)
+    parts = ["# Sparse against dense, measured", *answers(rows), *machines(rows)]
+    parts.append(
+        "Rows bear no date; the commit says which code was measured." + f" {DIRTY_NOTE}." * any(map(is_dirty, rows))
+    )
+
+    parts.append("## FLOPs and latency against size")
+    if by_size:
+        pictures["size.png"] = partial(draw_cost, by_size[0], xlabel="size in pixels", crossovers=True)
+        parts.append("![FLOPs and latency of every rival against image size](size.png)")
+        parts += [f"{_source(one)}\n\n{table(list(one.rows.values()))}" for one in by_size]
+    else:
+        parts.append(_none(SIZES))
+
+    parts.append("## The bound that FLOPs give, and the speed-up measured")
+    if by_size and any(by_size[0].ratios(seconds, ours) for ours in OURS):
+        pictures["speedup.png"] = partial(draw_speedup, by_size[0])
+        parts += [
+            "The FLOP ratio is the speed-up if both ran at the same FLOP/s; what is lost of it is memory traffic and "
+            "the cost of small operations.",
+            "![FLOP ratio and measured speed-up against image size](speedup.png)",
+            speedup_table(by_size[0]),
+        ]
+    else:
+        parts.append("There is no row of whole models with a dense rival.")
+
+    parts.append("## Support size")
+    if by_support:
+        pictures["support.png"] = partial(draw_cost, by_support[0], xlabel="support pairs", crossovers=False)
+        parts.append("![FLOPs and latency of every rival against the number of support pairs](support.png)")
+        parts += [f"{_source(one)}\n\n{table(list(one.rows.values()))}" for one in by_support]
+    else:
+        parts.append(_none(SUPPORT))
+
+    parts.append("## Dice against cost")
+    if any(places.values()):
+        pictures["accuracy.png"] = partial(draw_accuracy, places)
+        parts.append("![Dice against GFLOPs and against latency](accuracy.png)")
+        parts += [
+            f"{size} px, {support} support pairs, mean over {models[0].classes} that all are scored on; cost of the "
+            f"target alone; {machine}.\n\n{accuracy_table(models)}"
+            for (size, support, machine), models in places.items()
+            if models
+        ]
+    else:
+        parts.append(_none(ACCURACY) if not places else "No class is scored for every model.")
+
+    parts.append("## Roofline of the ops")
+    if points:
+        pictures["roofline.png"] = partial(draw_roofline, points)
+        parts.append("![FLOP/s of the ops against FLOPs a byte, with the roofs of the machine](roofline.png)")
+        if not all(point.row["matrix_rate"] for point in points):
+            parts.append("Where the rate of a large matrix product was not measured, memory is the only roof.")
+        parts.append(f"<details><summary>Every case</summary>\n\n{roofline_table(points)}\n\n</details>")
+    else:
+        parts.append("There is no row of an op with both FLOPs and bytes counted.")
+
+    parts.append("## Peak memory")
+    if by_size and any(by_size[0].values(megabytes, name) for name in by_size[0].names):
+        pictures["memory.png"] = partial(draw_memory, by_size[0])
+        parts.append("The most that one call holds beyond the model and its inputs.")
+        parts.append("![Peak memory of every rival against image size](memory.png)")
+    else:
+        parts.append("There is no row of whole models with peak memory.")
+
+    parts.append("## Every op")
+    ops = [row for row in rows if row["subject"] not in (SIZES, SUPPORT, ACCURACY)]
+    parts.append(
+        "*ratio*: the best rival's time over ours, which stands last; *share of a copy*: the time that a large copy "
+        f"takes for the bytes of inputs and outputs over ours.\n\n{tables(ops).rstrip()}"
+        if ops
+        else "There is no row of an op."
+    )
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def _none(subject: str) -> str:
+    return f'There is no row of the subject "{subject}".'
+
+
+def _source(one: Series) -> str:
+    """What a series is of."""
+    rows = one.rows.values()
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{one.fixed}; {one.machine}, threads {one.threads}; {_versions(rows)}; commits {commits}."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, help="files of JSON lines; else benchmarks/results/*.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "report", help="folder of the page and its pictures")
+    parser.add_argument(
+        "--tables", nargs="*", metavar="SUBJECT", help="print the tables, of some subjects, and no more"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        rows = read_all(given.results)
+        if given.tables is not None:
+            print(tables(rows, given.tables))
+        else:
+            print(write_report(rows, given.out))
+    except (BadRowsError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"report: {error}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
