@@ -143,8 +143,8 @@ def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def finished(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
     """As subprocess.run; but interrupted, it ends the command with all that this has started."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **pipes, **settings) as process:
+    settings |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **settings) as process:
         try:
             out, errors = process.communicate()
         except BaseException:
@@ -211,6 +211,7 @@ def provide_library(root: Path, tree: Path, revision: str) -> str:
         return "copied"
     if not (tree / "csrc").is_dir() or not (tree / "setup.py").exists():
         return "none"
+    say(f"building the library of {revision[:10]}, which can take minutes")
     variables = {**os.environ, "ICSEG_REQUIRE_NATIVE": "1", "ICSEG_CUDA": "0"}
     done = finished([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, env=variables)
     if done.returncode:
@@ -237,12 +238,21 @@ class Worker:
             variables["OMP_NUM_THREADS"] = str(threads)
         # -P: modules beside the cases are not imported in place of the revision's own.
         command = [sys.executable, "-P", str(Path(compare_cases.__file__).resolve())]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with self._errors.open("w") as errors:
-            # A session of its own: of an interruption, which closes its input, it is not told otherwise.
+            # A session of its own: Ctrl-C reaches this process alone, which then ends its workers.
             self._process = subprocess.Popen(
-                command, text=True, cwd=folder, env=variables, stderr=errors, start_new_session=True, **pipes
+                command,
+                text=True,
+                cwd=folder,
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
             )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         self._tree = tree.resolve()
 
     def started(self) -> dict[str, Any]:
@@ -268,20 +278,20 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._requests, self._replies):
             with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
+                pipe.close()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(request), file=self._process.stdin, flush=True)
+            print(json.dumps(request), file=self._requests, flush=True)
         reply = self._read(f"ran {request['case']!r}")
         if "error" in reply:
             raise Problem(f"{request['case']!r} failed in {self.name}: {reply['error']}")
         return reply
 
     def _read(self, doing: str) -> dict[str, Any]:
-        line = self._process.stdout.readline()  # type: ignore[union-attr]
+        line = self._replies.readline()
         if line:
             return json.loads(line)
         status, said = self._process.wait(), last_line(self._errors.read_text())
@@ -352,17 +362,17 @@ def compared(
         tree = stack.enter_context(checked_out(root, revision, folder))
         started = time.monotonic()
         say(f"library of {revision[:10]}: {provide_library(root, tree, revision)}, {time.monotonic() - started:.0f} s")
-        workers = []
-        for name, place in ((revision[:10], tree), ("the working tree", root)):
-            workers.append(Worker(name, place, folder, threads))
-            stack.callback(workers[-1].close)
-        about = [worker.started() for worker in workers]
+        before = Worker(revision[:10], tree, folder, threads)
+        stack.callback(before.close)
+        now = Worker("the working tree", root, folder, threads)
+        stack.callback(now.close)
+        about = before.started(), now.started()
         makers = [a["library"] for a in about]
         if all(makers) and makers[0] != makers[1]:
             say(f"the libraries have different builds, which may tell in the times: {makers[0]}; {makers[1]}")
         say(f"{len(names)} cases, {rounds} rounds, {about[1]['threads']} threads")
         with tqdm(total=rounds * len(names), unit="timing", file=sys.stderr, leave=False, disable=None) as bar:
-            results = measure(*workers, names, rounds=rounds, margin=margin, progress=bar.update)
+            results = measure(before, now, names, rounds=rounds, margin=margin, progress=bar.update)
         return results, about[1]["threads"]
 
 
