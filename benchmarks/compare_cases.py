@@ -44,7 +44,7 @@ def _named() -> Iterator[tuple[str, Callable[[], Run]]]:
         for work, backward in works:
             name = f"sample_patches B{batch} {side} px p{p} stride {stride} k{k}, {work}"
             yield name, partial(sample, batch, side, p, stride, sigma, k, backward)
-    for batch, channels, side, count, p in [(1, 1, 128, 16, 8), (4, 4, 512, 256, 16)]:
+    for batch, channels, side, count, p in [(1, 1, 128, 16, 8), (1, 4, 512, 256, 16)]:
         for work, backward in works:
             size = f"B{batch} C{channels} {side} px K{count} p{p}"
             yield f"gather_patches {size}, {work}", partial(gather, batch, channels, side, count, p, p, backward)
@@ -52,7 +52,7 @@ def _named() -> Iterator[tuple[str, Callable[[], Run]]]:
                 f"gather_patches resampled {size}, {work}",
                 partial(gather, batch, channels, side, count, p, 1.25 * p, backward),
             )
-    for batch, channels, side, count, p in [(1, 1, 128, 16, 16), (4, 4, 512, 64, 8)]:
+    for batch, channels, side, count, p in [(1, 1, 128, 16, 16), (1, 4, 512, 64, 8)]:
         for work, backward in works:
             name = f"scatter_patches B{batch} C{channels} {side} px K{count} p{p}, {work}"
             yield name, partial(scatter, batch, channels, side, count, p, backward)
