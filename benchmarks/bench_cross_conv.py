@@ -40,6 +40,7 @@ def convolutions(batch, supports, side):
     return [torch.randn(batch, n, CHANNELS, side, side, generator=generator) for n in (1, supports)]
 
 
+@pytest.mark.quick(side=32, wanted="sums and mean")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("wanted", ["pairs", "mean", "sums and mean"])
 @pytest.mark.parametrize(("batch", "supports", "side"), TAILS)
@@ -116,6 +117,7 @@ def bench_cross_conv2d(record, batch, supports, side, work, threads):
     record(row, runs["native"])
 
 
+@pytest.mark.quick(side=128, wanted="pairs and mean")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("wanted", ["pairs and mean", "mean"])
 @pytest.mark.parametrize(("batch", "supports", "side"), CASES)
