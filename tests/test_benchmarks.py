@@ -168,10 +168,10 @@ def bench_shift(record, shift, threads):
 """
 
 
-def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(*arguments: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=BENCHMARKS.parent)
 
 
@@ -198,10 +198,11 @@ def test_a_case_whose_outputs_disagree_fails_without_a_time(tmp_path: Path) -> N
 
 
 def test_quick_keeps_few_cases_of_every_file() -> None:
-    found = run_pytest(str(BENCHMARKS), "--benchmark-only", "--quick", "--collect-only", "-q")
+    found = run_pytest(str(BENCHMARKS), "--benchmark-only", "--quick", "--collect-only", "-q", threads=2)
     cases = [line for line in found.stdout.splitlines() if "::" in line]
     assert {Path(case.split("::")[0]).name for case in cases} == {path.name for path in BENCHMARKS.glob("bench_*.py")}
     assert len(cases) <= 30, found.stdout
+    assert not [case for case in cases if case.endswith("-1]")]  # with all threads only
 
 
 # The dense baseline
@@ -334,6 +335,21 @@ def test_models_that_do_not_fit_are_left_out(models: ModuleType, monkeypatch: py
     monkeypatch.setattr(models, "free_megabytes", lambda: 1.0)
     assert models.left_out(models.DENSE, case, 1.0) == "needs about 2 MB by formula, of which 1 MB are free"
     assert models.left_out(models.SPARSE, case, 1e20) is None
+
+
+@torch.inference_mode()
+def test_a_model_that_is_left_out_is_counted_and_not_called(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.config.addinivalue_line("markers", "quick: as the benchmarks' own conftest registers it")
+    bench, case = load(monkeypatch, "bench_model"), models.synthetic_case(SIDE, SUPPORT)
+    monkeypatch.setattr(models, "speed", lambda name: 1.0)
+    names = models.DENSE, models.SPARSE, models.KEPT
+    row = bench.compared("model", "32 px S2", case, names, rounds=1, memory=False)
+    assert list(row.seconds) == [models.SPARSE, models.KEPT]
+    assert row.left_out.keys() == {models.DENSE}
+    assert row.flops.keys() == set(names)
+    assert row.max_abs_difference == {models.KEPT: 0.0}
 
 
 # Accuracy
