@@ -338,6 +338,7 @@ def test_models_that_do_not_fit_are_left_out(models: ModuleType, monkeypatch: py
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("no_rates")
 def test_a_model_that_is_left_out_is_counted_and_not_called(
     models: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
