@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from harness import compare, compiled, thread_counts, with_backward
 
-from icseg_kernels import cross_conv2d, cross_conv2d_mean
+from icseg_kernels import cross_conv2d, cross_conv2d_mean, flops
 from icseg_kernels.cross_conv import cross_conv2d_and_mean
 
 CHANNELS = 64
@@ -40,6 +40,7 @@ def convolutions(batch, supports, side):
     return [torch.randn(batch, n, CHANNELS, side, side, generator=generator) for n in (1, supports)]
 
 
+@pytest.mark.quick(side=32, wanted="sums and mean")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("wanted", ["pairs", "mean", "sums and mean"])
 @pytest.mark.parametrize(("batch", "supports", "side"), TAILS)
@@ -112,10 +113,25 @@ def bench_cross_conv2d(record, batch, supports, side, work, threads):
     # Gradients of the weight sum that many terms: the concatenated form itself lies 8e-8 of them from float64's.
     tolerance = 3e-7 * batch * supports * side**2 if backward else 1e-4
     rounds = 5 if side > 128 else None
-    row = compare("cross_conv2d", case, runs, work=work, threads=threads, tolerance=tolerance, rounds=rounds)
+    shape = (3, 3), (side, side)
+    count = flops.cross_conv2d_flops(batch, 1, supports, CHANNELS, CHANNELS, CHANNELS, *shape)
+    least = flops.cross_conv2d_bytes(batch, 1, supports, CHANNELS, CHANNELS, CHANNELS, *shape, (side, side))
+    concatenated = 2 * batch * supports * 2 * CHANNELS * CHANNELS * 9 * side**2
+    row = compare(
+        "cross_conv2d",
+        case,
+        runs,
+        work=work,
+        threads=threads,
+        tolerance=tolerance,
+        rounds=rounds,
+        flops={} if backward else dict.fromkeys(runs, count) | {"concatenated": concatenated},
+        bytes=0 if backward else least,
+    )
     record(row, runs["native"])
 
 
+@pytest.mark.quick(side=128, wanted="pairs and mean")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("wanted", ["pairs and mean", "mean"])
 @pytest.mark.parametrize(("batch", "supports", "side"), CASES)
@@ -143,5 +159,13 @@ def bench_cross_conv2d_mean(record, batch, supports, side, wanted, threads):
             "native": lambda: cross_conv2d_and_mean(x, y, weight, bias, backend="native"),
         }
     case = f"B{batch} S{supports} {side} px {wanted}"
-    row = compare("cross_conv2d, mean", case, rivals, threads=threads, tolerance=1e-4)
+    sizes = batch, 1, supports, CHANNELS, CHANNELS, CHANNELS, (3, 3), (side, side)
+    counts = dict.fromkeys(rivals, flops.cross_conv2d_flops(*sizes))
+    least = flops.cross_conv2d_bytes(*sizes, (side, side), mean=wanted == "mean")
+    if wanted == "mean":
+        of_mean = flops.cross_conv2d_mean_flops(batch, 1, *sizes[3:])
+        counts |= {"sum with the mean": of_mean, "native": of_mean}
+    else:
+        least += batch * CHANNELS * side**2 * 4  # the mean, beside the pairs
+    row = compare("cross_conv2d, mean", case, rivals, threads=threads, tolerance=1e-4, flops=counts, bytes=least)
     record(row, rivals["native"])

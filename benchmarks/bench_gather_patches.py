@@ -60,6 +60,7 @@ def least_traffic(batch: int, channels: int, side: int, count: int, p: int, exte
     return copied + backward * 4 * batch * channels * (count * p * p + side * side)
 
 
+@pytest.mark.quick(case=CASES[1], work="forward")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("work", ["forward", "forward + backward"])
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -30,6 +30,7 @@ def ours(backend):
     return lambda x, gain, bias: group_norm_film(x, GROUPS, gain, bias, activation="gelu", backend=backend)
 
 
+@pytest.mark.quick(samples=64, channels=256, side=8, work="forward")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("work", ["forward", "forward + backward"])
 @pytest.mark.parametrize(("samples", "channels", "side"), CASES)

@@ -42,6 +42,7 @@ compiled_reference = compiled(lambda logits, k, seed: reference.gumbel_topk(logi
 compiled_topk = compiled(torch_topk)
 
 
+@pytest.mark.quick(candidates=16384)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize(("batch", "candidates", "k"), CASES)
 def bench_draw(record, batch, candidates, k, threads):

@@ -43,6 +43,7 @@ def flat(means: list[torch.Tensor], deviations: list[torch.Tensor]) -> list[torc
 sliced_compiled = compiled(sliced, dynamic=True)
 
 
+@pytest.mark.quick(side=256, batch=1, deviating=True)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("deviating", [True, False])
 @pytest.mark.parametrize("batch", [1, 4])

@@ -1,30 +1,39 @@
-"""Whole models, one target and three support pairs: latency beside FLOPs and memory, at the field's sizes.
+"""Whole models on one target: latency beside FLOPs and memory, at the field's sizes and numbers of supports.
 
 The target is a synthetic lesion that is hard to find; with `--pack PACK.npz`, that of the pack which takes the median
-number of patches.
+number of patches. A model that does not fit into memory or takes minutes a call is left out, and the row says why.
 """
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from harness import compare
-from models import SUPPORT, median_case, peak_megabytes, rivals, synthetic_case
-from torch.utils.flop_counter import FlopCounterMode
+from harness import Row, compare
+from models import (
+    FACTORISED,
+    KEPT,
+    MOST_SECONDS,
+    NAMES,
+    SPARSE,
+    SUPPORT,
+    UNIVERSEG,
+    built,
+    counted,
+    left_out,
+    median_case,
+    peak_megabytes,
+    synthetic_case,
+)
 
 import icseg
 from icseg.evaluation import Case
 from icseg.sparse.network import expected_foreground
 from icseg.sparse.pyramid import Pyramid
-from icseg_kernels import upsample_with_patches, use_backend
+from icseg_kernels import upsample_with_patches
 
-
-def counted(run) -> float:
-    """FLOPs by torch's counter; the reference backend hides none."""
-    with use_backend("reference"), FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
+SAME = {FACTORISED: UNIVERSEG, KEPT: SPARSE}
 
 
 @pytest.fixture
@@ -40,31 +49,63 @@ def case_of(pack: Path | None, side: int) -> tuple[str, Case]:
     return f"{name} {pack.stem}", median_case(pack, side, icseg.PatchICL.from_pretrained())
 
 
-@pytest.mark.parametrize("side", [128, 256, 512, 1024])
-@torch.inference_mode()
-def bench_model(record, pack, side):
-    name, case = case_of(pack, side)
-    runs = rivals(case)
-    same = {
-        "UniverSeg, factorised": "UniverSeg, as published",
-        "PatchICL, sparse, support encoded before": "PatchICL, sparse",
-    }
-    flops = {name: counted(run) for name, run in runs.items()}
-    memory = {name: peak_megabytes(name, side, case, pack) for name in runs}
-    row = compare(
-        "model",
+def compared(
+    subject: str,
+    name: str,
+    case: Case,
+    names: Sequence[str],
+    *,
+    pack: Path | None = None,
+    rounds: int,
+    memory: bool = True,
+    most_seconds: float = MOST_SECONDS,
+) -> Row:
+    """The row of these models on a case."""
+    side = case.target.shape[-1]
+    runs = {model: built(model, case) for model in names}
+    flops = {model: counted(model, run) for model, run in runs.items()}
+    reasons = {model: left_out(model, case, flops[model], most_seconds) for model in names}
+    out = {model: reason for model, reason in reasons.items() if reason}
+    runs = {model: run for model, run in runs.items() if model not in out}
+    return compare(
+        subject,
         name,
         runs,
-        rounds=5 if side < 1024 else 3,
+        rounds=rounds,
         warm=True,
         tolerance=1e-4,
-        same=same,
+        same=SAME,
         flops=flops,
-        megabytes=memory,
+        megabytes={model: peak_megabytes(model, side, case, pack) for model in runs} if memory else {},
+        left_out=out,
+        limit=120,
     )
-    record(row, runs["PatchICL, sparse"])
 
 
+@pytest.mark.quick(side=128)
+@pytest.mark.quick(side=256)
+@pytest.mark.parametrize("side", [128, 256, 512, 1024])
+@torch.inference_mode()
+def bench_model(record, pack, quick, side):
+    name, case = case_of(pack, side)
+    memory = not quick or side == 256  # a process for each model takes longer than the model
+    row = compared("model", name, case, NAMES, pack=pack, rounds=3 if quick else 5, memory=memory)
+    record(row, built(KEPT, case))
+
+
+@pytest.mark.quick(support=1)
+@pytest.mark.quick(support=8)
+@pytest.mark.parametrize("support", [1, 3, 8, 16, 32, 64])
+@torch.inference_mode()
+def bench_support_size(record, quick, support):
+    """The number of support pairs at 256 px; the published UniverSeg as long as a call takes at most 20 s."""
+    case, names = synthetic_case(256, support), (UNIVERSEG, FACTORISED, SPARSE, KEPT)
+    rounds = 3 if quick else 5
+    row = compared("support size", f"256 px S{support}", case, names, rounds=rounds, memory=not quick, most_seconds=20)
+    record(row, built(KEPT, case))
+
+
+@pytest.mark.quick(side=256)
 @pytest.mark.parametrize("side", [256, 512, 1024])
 @torch.inference_mode()
 def bench_whole_image_work(record, pack, side):

@@ -49,6 +49,8 @@ CALLS: dict[str, Callable[[str], torch.Tensor]] = {
 }
 
 
+@pytest.mark.quick(op="gather_patches")
+@pytest.mark.quick(op="selected_attention")
 @pytest.mark.parametrize("op", CALLS)
 def bench_overhead(record, op):
     rivals = {backend: lambda backend=backend: CALLS[op](backend) for backend in ("reference", "native")}

@@ -40,6 +40,7 @@ def turned_by_attention(
     return selected_attention(q, k, v, rotary=(turn, turn))
 
 
+@pytest.mark.quick(count=320, work="forward")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("work", ["forward", "forward + backward"])
 @pytest.mark.parametrize(("batch", "count", "channels"), CASES)
@@ -64,6 +65,8 @@ def bench_qkv_projection(record, batch, count, channels, work, threads):
     width = channels // HEADS
     count_of_flops = flops.qkv_projection_flops(batch, count, channels, HEADS, width)
     count_of_flops += flops.selected_attention_flops(batch, HEADS, count * count, width, width)
+    # Tokens, angles and weights in, attended values out; queries, keys and values need not leave the caches.
+    least = 4 * (3 * batch * count * channels + 3 * channels * (channels + 1) + 2 * channels)
     case = f"B{batch} N{count} C{channels}"
     # Gradients of weight are sums over all tokens.
     tolerance = 1e-4 if work == "forward" else 1e-4 * (batch * count) ** 0.5
@@ -75,5 +78,6 @@ def bench_qkv_projection(record, batch, count, channels, work, threads):
         threads=threads,
         tolerance=tolerance,
         flops=dict.fromkeys(runs, count_of_flops) if work == "forward" else {},
+        bytes=least if work == "forward" else 0,
     )
     record(row, runs["turned by attention"])

@@ -78,6 +78,7 @@ def name(batch: int, side: int, p: int, stride: int, sigma: float, k: int) -> st
     return f"B{batch} {side} px p{p} stride {stride} blur {sigma:g} k{k}"
 
 
+@pytest.mark.quick(case=CASES[1])
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: name(*case))
 def bench_draw(record, case, threads):

@@ -47,6 +47,7 @@ def by_slices(patches: Tensor, coords: Tensor, weight: Tensor, side: int) -> Ten
 by_compiled_scatter_add = compiled(by_scatter_add)
 
 
+@pytest.mark.quick(side=256, work="forward")
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("work", ["forward", "forward + backward"])
 @pytest.mark.parametrize(("batch", "channels", "side", "count", "p", "weight"), CASES)

@@ -61,6 +61,7 @@ def work_of(gradients: bool) -> str:
     return "forward + backward" if gradients else "forward"
 
 
+@pytest.mark.quick(nq=320, gradients=False)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(("b", "h", "nq", "nk", "d"), DENSE)
@@ -82,10 +83,12 @@ def bench_all_keys(record, b, h, nq, nk, d, gradients, threads):
         work=work_of(gradients),
         threads=threads,
         flops={} if gradients else dict.fromkeys(rivals, count),
+        bytes=0 if gradients else flops.selected_attention_bytes(b, h, nq, nk, d, d),
     )
     record(row, rivals["native"])
 
 
+@pytest.mark.quick(b=1, nq=256, gradients=False)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(("b", "h", "nq", "nk", "d"), SELECTED)
@@ -110,6 +113,7 @@ def bench_half_of_the_keys(record, b, h, nq, nk, d, gradients, threads):
         work=work_of(gradients),
         threads=threads,
         flops={} if gradients else dict.fromkeys(rivals, count),
+        bytes=0 if gradients else flops.selected_attention_bytes(b, h, nq, nk // 2, d, d),
     )
     record(row, rivals["native"])
 

@@ -42,6 +42,7 @@ def by_hand(x: torch.Tensor, layers: list[ConvLayer]) -> torch.Tensor:
     return x
 
 
+@pytest.mark.quick(name="four 3 x 3, 3 to 24 channels", count=100)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", STACKS)
@@ -62,7 +63,16 @@ def bench_small_convolutions(record, name, count, threads):
         "native": lambda: small_convolutions(x, layers, backend="native"),
     }
     least = flops.small_convolutions_bytes(count, channels, side, side, [row[:4] for row in rows])
+    work = flops.small_convolutions_flops(count, channels, side, side, [row[:4] for row in rows])
     case = f"N{count} {name}"
     with torch.no_grad():
-        row = compare("small_convolutions", case, runs, threads=threads, tolerance=1e-4, bytes=least)
+        row = compare(
+            "small_convolutions",
+            case,
+            runs,
+            threads=threads,
+            tolerance=1e-4,
+            flops=dict.fromkeys(runs, work),
+            bytes=least,
+        )
         record(row, runs["native"])

@@ -40,6 +40,7 @@ def by_hand(tokens: torch.Tensor, memory: list[torch.Tensor], b: BlockWeights) -
 COMPILED = compiled(by_hand, dynamic=True)
 
 
+@pytest.mark.quick(count=60)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize(("batch", "count", "pieces"), CASES)
 def bench_transformer_block(record, batch, count, pieces, threads):
@@ -54,7 +55,16 @@ def bench_transformer_block(record, batch, count, pieces, threads):
         "native": lambda: transformer_block(tokens, memory, block, heads=HEADS, backend="native"),
     }
     work = flops.transformer_block_flops(batch, count, sum(pieces) + count, DIM, HIDDEN)
+    least = flops.transformer_block_bytes(batch, count, sum(pieces), DIM, HIDDEN)
     case = f"B{batch} N{count} memory {sum(pieces)} in {len(pieces)}"
     with torch.no_grad():
-        row = compare("transformer_block", case, runs, threads=threads, tolerance=1e-4, flops=work)
+        row = compare(
+            "transformer_block",
+            case,
+            runs,
+            threads=threads,
+            tolerance=1e-4,
+            flops=dict.fromkeys(runs, work),
+            bytes=least,
+        )
         record(row, runs["native"])

@@ -27,6 +27,7 @@ def scattered(coarser: torch.Tensor, patches: torch.Tensor, coords: torch.Tensor
     return torch.where(written.coverage, written.mean, doubled)
 
 
+@pytest.mark.quick(side=512, batch=1)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(("side", "count"), CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from icseg_kernels import backend as backends
+
 Run = Callable[[], Tensor | Sequence[Tensor]]
 
 
@@ -30,6 +33,9 @@ class Row:
     copy_bandwidth: bytes a second, read plus written, of a large torch copy on as many threads, in the same run; 0
                     if bytes were not counted.
     megabytes:      the most that a call of a rival holds beyond its inputs, where that was measured.
+    matrix_rate:    FLOP/s of a large float32 matrix product on as many threads, in the same run; 0 if FLOPs were not
+                    counted.
+    left_out:       why a rival was not timed, in one clause. Its FLOPs may be counted all the same.
     """
 
     subject: str
@@ -46,6 +52,28 @@ class Row:
     versions: dict[str, str]
     commit: str
     megabytes: dict[str, float] = field(default_factory=dict)
+    matrix_rate: float = 0.0
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> str:
+        """The last of the rivals."""
+        return list(self.seconds)[-1]
+
+    def share_of_roof(self, rival: str) -> float | None:
+        """The least time of a call over its time; None where neither bytes nor FLOPs were counted.
+
+        The least: what its bytes take at the copy's bandwidth or its FLOPs at the matrix product's rate, if that is
+        longer. In caches a call may move bytes faster than the copy, whose tensors fit into none.
+        """
+        moved = self.bytes / self.copy_bandwidth if self.copy_bandwidth else 0.0
+        computed = self.flops.get(rival, 0.0) / self.matrix_rate if self.matrix_rate else 0.0
+        return max(moved, computed) / self.seconds[rival] if moved or computed else None
+
+    def summary(self) -> dict[str, Any]:
+        """The row, with the backend and the share of the roof of ours."""
+        backend = self.ours if self.ours in backends.BACKENDS else backends.named() or "each op's own choice"
+        return asdict(self) | {"backend": backend, "share_of_roof": self.share_of_roof(self.ours)}
 
 
 def compare(
@@ -61,34 +89,49 @@ def compare(
     flops: dict[str, float] | None = None,
     bytes: int = 0,
     megabytes: dict[str, float] | None = None,
+    left_out: dict[str, str] | None = None,
     repeats: int = 1,
     warm: bool = False,
+    limit: float = math.inf,
 ) -> Row:
     """Time the rivals round by round, after checking their outputs (which also warms them up, and compiles).
 
     tolerance: largest absolute difference allowed between rivals that compute the same thing.
     threads:   of torch, for this case; None leaves them as they are.
     rounds:    None: as many as take about half a second, from 7 to 300.
-    same:      which rival each rival's output must equal; None: all of them the first one's.
+    same:      which rival each rival's output must equal; None: all of them the first one's. Pairs of which one is
+               left out are passed over.
+    left_out:  rivals that are not timed, and why.
     repeats:   calls a timing, for what takes microseconds.
     warm:      before each timing that rival is called once, so that it does not find the cache as the one before left
                it; not where it takes more than a second, to which that makes no difference.
+    limit:     seconds that all rounds may take; there are fewer then, but at least 3 (or `rounds`).
     """
+    left_out = left_out or {}
+    if both := sorted(left_out.keys() & rivals.keys()):
+        raise ValueError(f"left_out must name none of the rivals, got {', '.join(both)}")
     with using_threads(threads or torch.get_num_threads()):
         outputs = {name: _tensors(run()) for name, run in rivals.items()}
         if same is None:
             first, *others = rivals
             same = dict.fromkeys(others, first)
+        same = {name: other for name, other in same.items() if name in rivals and other in rivals}
         difference = {name: _difference(outputs[name], outputs[other]) for name, other in same.items()}
         wrong = {name: d for name, d in difference.items() if not d <= tolerance}
         if wrong:
             raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
         del outputs
         once = {name: _once(run, repeats) for name, run in rivals.items()}
-        rounds = rounds or _rounds(sum(once.values()) * repeats)
-        times: dict[str, list[float]] = {name: [] for name in rivals}
-        for _ in range(rounds):
+        total = sum(once.values()) * repeats
+        rounds = rounds or _rounds(total)
+        if rounds * total > limit:
+            rounds = min(rounds, max(3, int(limit / total)))
+        # What takes more than a second was warmed up by the check: that timing is its first round.
+        times: dict[str, list[float]] = {name: [seconds] if seconds >= 1 else [] for name, seconds in once.items()}
+        for number in range(rounds):
             for name, run in rivals.items():
+                if len(times[name]) > number:
+                    continue
                 if warm and once[name] < 1:
                     run()
                 times[name].append(_once(run, repeats))
@@ -107,6 +150,8 @@ def compare(
             versions(),
             commit(),
             megabytes or {},
+            matrix_rate(torch.get_num_threads()) if flops else 0.0,
+            left_out,
         )
 
 
@@ -186,6 +231,18 @@ def copy_bandwidth(threads: int) -> float:
     with using_threads(threads):
         seconds = statistics.median(_once(lambda: target.copy_(source)) for _ in range(10))
     return 2 * source.nbytes / seconds
+
+
+@functools.cache
+def matrix_rate(threads: int) -> float:
+    """FLOP/s of the product of two float32 matrices of 2048 rows and columns: the median of 7."""
+    side = 2048
+    left, right = torch.ones(side, side), torch.ones(side, side)
+    target = torch.empty(side, side)
+    with using_threads(threads), torch.inference_mode():
+        torch.mm(left, right, out=target)
+        seconds = statistics.median(_once(lambda: torch.mm(left, right, out=target)) for _ in range(7))
+    return 2 * side**3 / seconds
 
 
 def append(path: Path, row: Row) -> None:
