@@ -270,7 +270,8 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 def _fvcore_handle(formula: Formula) -> Callable[[list[Any], list[Any]], int]:
     def handle(inputs: list[Any], outputs: list[Any]) -> int:
-        return formula(*map(_plain, inputs), out_val=[_plain(output) for output in outputs]) // 2
+        found = [_plain(output) for output in outputs]
+        return formula(*map(_plain, inputs), out_val=found[0] if len(found) == 1 else found) // 2
 
     return handle
 

@@ -70,7 +70,6 @@ def by_fvcore(run: Callable[..., Any], inputs: Inputs) -> int:
     operations = Operations(make_fx(run)(*inputs))
     handles = flops.fvcore_handles()
     handles["aten::_scaled_dot_product_flash_attention_for_cpu"] = attention
-    handles["icseg::gather_patches_bilinear"] = interpolation
     handles["aten::upsample_bilinear2d"] = lambda inputs, outputs: 0
     return 2 * analysis(operations, inputs).set_op_handle(**handles).total()
 
@@ -89,12 +88,6 @@ class Operations(torch.nn.Module):
 def attention(inputs: list[Any], outputs: list[Any]) -> int:
     (b, h, nq, d), (_, _, nk, dv) = (inputs[i].type().sizes() for i in (0, 2))
     return flops.selected_attention_flops(b, h, nq * nk, d, dv) // 2
-
-
-def interpolation(inputs: list[Any], outputs: list[Any]) -> int:
-    *batch, patches, channels, side, _ = outputs[0].type().sizes()
-    samples = functools.reduce(int.__mul__, batch, 1)
-    return flops.gather_patches_flops(samples, patches, channels, side, bilinear=True) // 2
 
 
 # UniverSeg
