@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,13 +66,12 @@ def by_fvcore(run: Callable[..., Any], inputs: Inputs) -> int:
 
     Of the operations that were run, not of the Python code: its tracing makes tensors of sizes.
     """
-    analysis = pytest.importorskip("fvcore.nn").FlopCountAnalysis
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     operations = Operations(make_fx(run)(*inputs))
     handles = flops.fvcore_handles()
     handles["aten::_scaled_dot_product_flash_attention_for_cpu"] = attention
     handles["aten::upsample_bilinear2d"] = lambda inputs, outputs: 0
-    return 2 * analysis(operations, inputs).set_op_handle(**handles).total()
+    return 2 * FlopCountAnalysis(operations, inputs).set_op_handle(**handles).total()
 
 
 class Operations(torch.nn.Module):
