@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_models import multiverseg, neuralizer, tyche, universeg
+from reference_models import multiverseg, neuralizer, neuroverse3d, tyche, universeg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +28,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "multiverseg": lambda: multiverseg.MultiverSegNet((4, 6, 5)),
     "normalised multiverseg": lambda: multiverseg.MultiverSegNet((4, 6), cross_norm=True),
     "linear multiverseg": lambda: multiverseg.MultiverSegNet((4, 6, 5), cross_relu=False),
+    "neuralizer": lambda: neuralizer.PairwiseConvAvgModel(3, 1, 1, 4, 2),
+    "neuralizer in 3D": lambda: neuralizer.PairwiseConvAvgModel(2, 1, 1, 4, 3),
     "residual multiverseg": lambda: multiverseg.MultiverSegNet(
         (4, 6, 5), cross_relu=False, cross_residual=True, conv_residual=True
     ),
@@ -42,6 +44,11 @@ def made(name: str) -> nn.Module:
 def inputs(model: nn.Module, images: int = 3, *, batch: int = 2, size: tuple[int, int] = (8, 12)) -> dict[str, Tensor]:
     """Arguments of a model, float64."""
     torch.manual_seed(images)
+    if isinstance(model, neuralizer.PairwiseConvAvgModel):
+        volume = (*size, 4) if isinstance(model.target_embedding, nn.Conv3d) else size
+        contexts = torch.rand(2, batch, images, 1, *volume, dtype=torch.float64)
+        target = torch.rand(batch, 1, *volume, dtype=torch.float64)
+        return {"context_in": contexts[0], "context_out": contexts[1], "target_in": target}
     support = torch.rand(batch, images, 1, *size, dtype=torch.float64)
     masks = (torch.rand(batch, images, 1, *size) > 0.5).double()
     found = {"support_images": support, "support_labels": masks}
@@ -108,14 +115,13 @@ def test_every_switch_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_second_derivatives(name: str) -> None:
-    if "ReLU" in name:
-        return
     model = made(name)
     given = inputs(model, 2, batch=1, size=(4, 4))
 
     def penalty() -> Tensor:
-        target = given["target_image"].clone().requires_grad_()
-        (slope,) = torch.autograd.grad(model(**given | {"target_image": target}).sum(), target, create_graph=True)
+        key = "target_in" if "target_in" in given else "target_image"
+        target = given[key].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(**given | {key: target}).sum(), target, create_graph=True)
         (grad,) = torch.autograd.grad(slope.square().sum(), next(model.parameters()), allow_unused=True)
         return torch.zeros(()) if grad is None else grad
 
@@ -303,16 +309,16 @@ def test_the_cache_is_for_calls_without_gradients() -> None:
     given = inputs(model)
     model(**given)
     plan = report._replaced[0][1].__self__
-    assert plan._known is None
+    assert not plan._memory
     with torch.inference_mode():
         model(**given)
-    assert plan._known is not None
+    assert plan._memory
     expected = made("universeg")(**given)
     found = model(**given)
     assert found.requires_grad
     assert_close(found, expected)
     report.forget()
-    assert plan._known is None
+    assert not plan._memory
 
 
 def test_the_cache_knows_autocast() -> None:
@@ -548,6 +554,35 @@ def test_neuralizer(dim: int, commute_mean: bool) -> None:
     pixel = 2 * 2 * 4 * 4 * torch.Size(size).numel()  # FLOPs of a 1 x 1 convolution of a batch
     saved = 4 * images - (2 + images + (1 if commute_mean else images))
     assert before - flops(lambda: model(**given)) == saved * pixel
+
+
+def test_flops_of_neuralizer() -> None:
+    """Two scales, three blocks; per context and pixel, in 1 x 1 convolutions of a width of 4."""
+    model = neuralizer.PairwiseConvAvgModel(2, 1, 1, 4, 2).eval()
+    given = {name: t.float() for name, t in inputs(model, 5, batch=1, size=(8, 8)).items()}
+    unit, images, mixers = 2 * 4**2 * 64, 5, 2 + 0.25
+    before = flops(lambda: model(**given)) / unit
+    report = accelerate(model, cache_support=False)
+    after = flops(lambda: model(**given)) / unit
+    # Two mixers of 2 a context, now one of 1, 2 for the target and 1 for the mean; in the last block only the latter.
+    assert before - after == pytest.approx(mixers * (4 * images - (images + 3)) + images + 1)
+    report.undo()
+    accelerate(model)
+    assert flops(lambda: model(**given)) / unit == pytest.approx(after)
+    assert after - flops(lambda: model(**given)) / unit == pytest.approx(images * (2 / 4 + 2 * 9))
+
+
+def test_neuroverse3d() -> None:
+    torch.manual_seed(0)
+    model = neuroverse3d.ConvBlock_context_t2c(4, 3).double()
+    context, target = torch.rand(2, 3, 4, 4, 5, 6).double(), torch.rand(2, 4, 4, 5, 6).double()
+    expected, before = model(context, target), flops(lambda: model(context, target))
+    report = accelerate(model, (context, target))
+    assert report.models == ("Neuroverse3D",)
+    assert_close(model(context, target), expected)
+    assert before - flops(lambda: model(context, target)) == 2 * 16 * 2 * 120 * (2 * 3 - (3 + 1))
+    report.undo()
+    assert torch.equal(model(context, target), expected)
 
 
 def test_bad_arguments() -> None:

@@ -28,9 +28,9 @@ def accelerate(
 ) -> Report:
     """Rewrite the in-context models found in `model`, in place: the same outputs and gradients for less work.
 
-    Recognised by class name and structure: UniverSeg, TysegXC (Tyche), MultiverSegNet and the blocks of Neuralizer's
-    PairwiseConvAvgModel; in any other model every CrossConv2d. Only `forward` of module instances is replaced:
-    parameters, buffers and state_dict stay as they are, and `Report.undo` takes everything back.
+    Recognised by class name and structure: UniverSeg, TysegXC (Tyche), MultiverSegNet, PairwiseConvAvgModel
+    (Neuralizer) and the context blocks of Neuroverse3D; in any other model every CrossConv2d. Only `forward` of module
+    instances is replaced: parameters, buffers and state_dict stay as they are, and `Report.undo` takes all of it back.
 
     model:             any module that is, or holds, such a model.
     example_inputs:    what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.

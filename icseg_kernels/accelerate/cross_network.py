@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from icseg_kernels.accelerate import convolutions
 from icseg_kernels.accelerate.report import REWRITES, Change
 from icseg_kernels.accelerate.rewrite import (
+    Memory,
     Switches,
     convolve,
     differentiated,
@@ -64,10 +65,7 @@ class CrossNetwork:
 
     def __init__(self, model: Any, switches: Switches) -> None:
         self.model, self.switches = model, switches
-        self._known: dict[str, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known": None}
+        self._memory = Memory()
 
     @classmethod
     def mismatch(cls, model: Any) -> str:
@@ -129,7 +127,7 @@ class CrossNetwork:
 
     def forget(self) -> None:
         """Free what is kept of a support set."""
-        self._known = None
+        self._memory.forget()
 
     @property
     def _blocks(self) -> list[Any]:
@@ -236,24 +234,18 @@ class CrossNetwork:
         conv, after = block.cross.cross_conv, block.support.vmapped.conv
         of_target, of_support = conv.weight.split([target.shape[2], support.shape[2]], dim=1)
         sources = [support, of_support, conv.bias, after.weight, after.bias]
-        kind = support.device.type
-        mode = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        known = self._known
-        if known is None or known["mode"] != mode or not all(map(_same, sources, known["sources"])):
+
+        def make() -> tuple[Tensor, Tensor]:
             pairs = convolve(support, conv, of_support, conv.bias)
-            known = {
-                "mode": mode,
-                "sources": [None if source is None else source.clone() for source in sources],
-                "mean": pairs.mean(dim=1, keepdim=True),
-                "support": convolve(pairs, after, after.weight, after.bias),
-            }
-            self._known = known
+            return pairs.mean(dim=1, keepdim=True), convolve(pairs, after, after.weight, after.bias)
+
+        mean, new = self._memory.recall(sources, make)
         pair = convolve(self._query(target), conv, of_target, None)
-        new = known["support"] + convolve(pair, after, after.weight, None)
+        new = new + convolve(pair, after, after.weight, None)
         for name, module in block.support.vmapped.named_children():
             if name != "conv":
                 new = each(module, new)
-        return self._new_target(block, target, pair + known["mean"]), new
+        return self._new_target(block, target, pair + mean), new
 
     # Support sets in chunks: a block needs no more of the set than a mean.
 
@@ -435,10 +427,3 @@ def _activation(cross: Any) -> dict[str, Any] | None:
     if type(nonlin) is nn.GELU and nonlin.approximate == "none":
         return {"activation": "gelu"}
     return None
-
-
-def _same(source: Tensor | None, kept: Tensor | None) -> bool:
-    """Whether the values are equal, of one dtype, on one device."""
-    if source is None or kept is None:
-        return source is kept
-    return source.dtype == kept.dtype and source.device == kept.device and torch.equal(source, kept)

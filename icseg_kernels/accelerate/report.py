@@ -100,7 +100,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"recognised: {', '.join(self.models) or 'no model'}"]
         groups: dict[tuple[str, str, bool, str], int] = {}
-        for c in self.changes:
+        for c in sorted(self.changes, key=lambda change: list(REWRITES).index(change.rewrite)):
             key = (c.model, c.rewrite, c.done, c.reason)
             groups[key] = groups.get(key, 0) + 1
         for (_, rewrite, done, reason), count in groups.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,3 +64,41 @@ def recorded() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Memory:
+    """What was made of some tensors last, for as long as their values stay the same; copies start without it."""
+
+    def __init__(self) -> None:
+        self._mode: torch.dtype | None = None
+        self._sources: list[Tensor | None] | None = None
+        self._made: tuple[Tensor, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_mode": None, "_sources": None, "_made": ()}
+
+    def recall(self, sources: list[Tensor | None], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` returned for equal sources in the same autocast mode, or returns now."""
+        kind = next(source.device.type for source in sources if source is not None)
+        mode = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        known = self._sources is not None and len(self._sources) == len(sources) and mode == self._mode
+        if self._sources is None or not known or not all(map(_same, sources, self._sources)):
+            self.forget()
+            self._made = make()
+            self._sources, self._mode = [None if s is None else s.detach().clone() for s in sources], mode
+        return self._made
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._sources, self._made = None, ()
+
+    def __len__(self) -> int:
+        """Tensors kept."""
+        return len(self._made)
+
+
+def _same(source: Tensor | None, kept: Tensor | None) -> bool:
+    """Whether the values are equal, of one dtype, on one device."""
+    if source is None or kept is None:
+        return source is kept
+    return source.dtype == kept.dtype and source.device == kept.device and torch.equal(source, kept)
