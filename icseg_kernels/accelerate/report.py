@@ -110,8 +110,8 @@ class Report:
             lines.append("  nothing to rewrite: no module of a known class and structure")
         if self.comparison is not None:
             lines += _table(self.comparison)
-            if not self.comparison.equal:
-                lines.append("the difference is above the tolerance: every rewrite was undone")
+        if self.comparison is not None and not self.comparison.equal:
+            lines.append("the difference is above the tolerance: every rewrite was undone")
         elif self.undone:
             lines.append("undone")
         return "\n".join(lines)
