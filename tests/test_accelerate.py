@@ -522,6 +522,15 @@ def test_compiles() -> None:
         assert_close(compiled(**given), expected)
 
 
+@pytest.mark.parametrize("name", ["universeg", "neuralizer"])
+def test_tensors_without_values(name: str) -> None:
+    model = made(name)
+    given = {key: tensor.to("meta") for key, tensor in inputs(model).items()}
+    accelerate(model.to("meta"), max_memory=1)
+    with torch.no_grad():
+        assert model(**given).shape == (2, 1, 8, 12)
+
+
 def test_functional_call() -> None:
     model, other = made("universeg"), made("universeg")
     given = inputs(model)

@@ -44,14 +44,14 @@ def rewrite(
     mismatch = network.mismatch(module)
     if mismatch or not switches.split:
         reason = mismatch or "needs the split"
-        wanted = [rewrite for rewrite in REWRITES if rewrite != "split" and getattr(switches, rewrite)]
-        changes.extend(Change(name, kind, rewrite, False, reason) for rewrite in wanted)
+        wanted = [switch for switch in REWRITES if switch != "split" and getattr(switches, switch)]
+        changes.extend(Change(name, kind, switch, False, reason) for switch in wanted)
         return
     plan = network(module, switches)
-    for rewrite_name in REWRITES:
-        if rewrite_name != "split":
-            reason = plan.reason(rewrite_name)
-            changes.append(Change(name, kind, rewrite_name, not reason, reason))
+    for switch in REWRITES:
+        if switch != "split":
+            reason = plan.reason(switch)
+            changes.append(Change(name, kind, switch, not reason, reason))
     replaced.append((module, plan.forward))
 
 
@@ -105,16 +105,16 @@ class CrossNetwork:
             return "a block lacks target.vmapped or support.vmapped"
         return ""
 
-    def reason(self, rewrite: str) -> str:
+    def reason(self, switch: str) -> str:
         """Why a rewrite is not made, or ""."""
-        if not getattr(self.switches, rewrite):
-            return "no limit given" if rewrite == "max_memory" else "switched off"
+        if not getattr(self.switches, switch):
+            return "no limit given" if switch == "max_memory" else "switched off"
         last, first = self._blocks[-1], self._blocks[0]
-        if rewrite == "commute_mean":
+        if switch == "commute_mean":
             if not _linear(last.cross):
                 return f"{_nonlinear_part(last.cross)} comes before the mean"
             return "" if self.switches.drop_dead_support else "needs drop_dead_support"
-        if rewrite == "cache_support":
+        if switch == "cache_support":
             if not _linear(first.cross):
                 return f"{_nonlinear_part(first.cross)} mixes target and support in the first block"
             if len(self._blocks) == 1:
@@ -224,7 +224,7 @@ class CrossNetwork:
     # The first block of a support set that has been seen before.
 
     def _caches(self, target: Tensor, support: Tensor) -> bool:
-        if self.reason("cache_support") or recorded():
+        if self.reason("cache_support") or recorded(support):
             return False
         block = self._blocks[0]
         return not differentiated((target, support, *block.cross.parameters(), *block.support.parameters()))
@@ -252,7 +252,7 @@ class CrossNetwork:
     def _chunk(self, support: Tensor) -> int:
         """Images of the support set to hold features of at once."""
         limit, images = self.switches.max_memory, support.shape[1]
-        if limit is None or recorded() or differentiated((support, *self.model.parameters())):
+        if limit is None or recorded(support) or differentiated((support, *self.model.parameters())):
             return images
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules()):
             return images

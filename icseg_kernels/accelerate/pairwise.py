@@ -220,7 +220,7 @@ class PairwiseNetwork:
         """Context features that the first mixer is given."""
         embedding, conv = self.model.context_embedding, self._blocks[0].context_conv
         weights = [*embedding.parameters(), *conv.parameters()]
-        if not self.switches.cache_support or recorded() or differentiated((contexts, *weights)):
+        if not self.switches.cache_support or recorded(contexts) or differentiated((contexts, *weights)):
             made: Tensor = conv(embedding(contexts))
             return made
         return self._memory.recall([contexts, *weights], lambda: (conv(embedding(contexts)),))[0]
@@ -228,7 +228,7 @@ class PairwiseNetwork:
     def _chunk(self, contexts: Tensor) -> int:
         """Contexts to hold features of at once."""
         limit, images = self.switches.max_memory, contexts.shape[1]
-        if limit is None or recorded() or differentiated((contexts, *self.model.parameters())):
+        if limit is None or recorded(contexts) or differentiated((contexts, *self.model.parameters())):
             return images
         channels = max(b.combine_conv_context.module.out_channels for b in self._blocks)
         pixels = contexts.shape[0] * math.prod(contexts.shape[3:])

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from icseg_kernels.cross_conv import cross_conv2d
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Switches(NamedTuple):
     """Which rewrites are wanted; see `accelerate`."""
@@ -59,9 +61,9 @@ def differentiated(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def recorded() -> bool:
-    """Whether the call is compiled, traced or captured, so that it cannot look at values."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+def recorded(tensor: Tensor) -> bool:
+    """Whether the call is compiled, traced or captured, or has no values, so that it cannot look at them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta or type(tensor) not in _PLAIN:
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -70,31 +72,37 @@ class Memory:
     """What was made of some tensors last, for as long as their values stay the same; copies start without it."""
 
     def __init__(self) -> None:
-        self._mode: torch.dtype | None = None
-        self._sources: list[Tensor | None] | None = None
-        self._made: tuple[Tensor, ...] = ()
+        self._kept: _Kept | None = None  # replaced as a whole, for threads that share a model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_mode": None, "_sources": None, "_made": ()}
+        return {"_kept": None}
 
     def recall(self, sources: list[Tensor | None], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` returned for equal sources in the same autocast mode, or returns now."""
         kind = next(source.device.type for source in sources if source is not None)
         mode = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        known = self._sources is not None and len(self._sources) == len(sources) and mode == self._mode
-        if self._sources is None or not known or not all(map(_same, sources, self._sources)):
-            self.forget()
-            self._made = make()
-            self._sources, self._mode = [None if s is None else s.detach().clone() for s in sources], mode
-        return self._made
+        kept = self._kept
+        if kept is not None and kept.mode == mode and all(map(_same, sources, kept.sources)):
+            return kept.made
+        del kept
+        self.forget()  # before the next are made
+        kept = _Kept(mode, [None if s is None else s.detach().clone() for s in sources], make())
+        self._kept = kept
+        return kept.made
 
     def forget(self) -> None:
         """Free what is kept."""
-        self._sources, self._made = None, ()
+        self._kept = None
 
     def __len__(self) -> int:
         """Tensors kept."""
-        return len(self._made)
+        return 0 if self._kept is None else len(self._kept.made)
+
+
+class _Kept(NamedTuple):
+    mode: torch.dtype | None
+    sources: list[Tensor | None]
+    made: tuple[Tensor, ...]
 
 
 def _same(source: Tensor | None, kept: Tensor | None) -> bool:
