@@ -119,8 +119,9 @@ class CrossNetwork:
                 return f"{_nonlinear_part(first.cross)} mixes target and support in the first block"
             if len(self._blocks) == 1:
                 return "nothing reads the support features of the only block"
-            if not isinstance(getattr(first.support.vmapped, "conv", None), nn.Conv2d):
-                return "the support path of the first block does not begin with a convolution"
+            begin = next(iter(first.support.vmapped.named_children()), ("", None))
+            if begin[0] != "conv" or not isinstance(begin[1], nn.Conv2d) or begin[1].groups != 1:
+                return "the support path of the first block does not begin with a convolution of one group"
             if getattr(first, "cross_residual", False) or getattr(first, "conv_residual", False):
                 return "shortcuts pass by the convolutions of the first block"
         return ""
