@@ -3,6 +3,7 @@
 Each op has a reference in plain PyTorch and, where built, faster backends; see `icseg_kernels.backend`.
 """
 
+from icseg_kernels.accelerate import accelerate
 from icseg_kernels.attention import Rotation, selected_attention
 from icseg_kernels.backend import BackendError, use_backend
 from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean
@@ -29,6 +30,7 @@ __all__ = [
     "Rotation",
     "Scatter",
     "TopK",
+    "accelerate",
     "cross_conv2d",
     "cross_conv2d_and_mean",
     "cross_conv2d_mean",
