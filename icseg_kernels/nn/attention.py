@@ -75,7 +75,7 @@ class SelectedAttention(nn.MultiheadAttention):
                           the scores. With it, or with dropout in training, torch's attention serves, over the gathered
                           keys.
         is_causal:        a hint that attn_mask is causal; not used.
-        select:           what the selection reads: a mask, a score or a list (see there), always batch first.
+        select:           what the selection reads: a mask, a score or a list (see there), batch first, or unbatched.
 
         Where torch's module gives NaN, for a query without keys, the attention gives 0. Raises TypeError, ValueError,
         or NotImplementedError for need_weights=True.
@@ -91,6 +91,7 @@ class SelectedAttention(nn.MultiheadAttention):
         if not batched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            select = None if select is None else select[None]
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         b, nq, nk = query.shape[0], query.shape[1], key.shape[1]

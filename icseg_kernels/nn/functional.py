@@ -112,6 +112,9 @@ def _masked(
     k, v, mask = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=0.0 if sink else -torch.inf)
     if index is None:
         return _safe_attention(q, k, v, mask, dropout_p, scale)
+    checks.device("index", checks.tensor("index", index), q.device)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
     if index.ndim not in (2, 3) or index.shape[0] != b or (index.ndim == 3 and nq % max(index.shape[1], 1)):
         raise ValueError(
             f"index must have shape [B, M] or [B, G, M] with B = {b} and G a divisor of {nq}, got {list(index.shape)}"

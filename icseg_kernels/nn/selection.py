@@ -12,12 +12,12 @@ from icseg_kernels.gumbel_topk import gumbel_topk
 
 
 class Selected(NamedTuple):
-    """index: [B, M] or [B, G, M] rows of the keys, as `icseg_kernels.selected_attention` takes them; -1 is no key.
+    """rows: [B, M] or [B, G, M], the list of `icseg_kernels.selected_attention`; -1 is no key.
 
     bias: [B, N] to add to the attention scores of the keys, or None.
     """
 
-    index: Tensor
+    rows: Tensor
     bias: Tensor | None = None
 
 
