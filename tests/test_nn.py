@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import icseg_kernels
 from icseg_kernels.nn import (
@@ -26,7 +27,7 @@ from icseg_kernels.nn import (
 )
 from icseg_kernels.nn.functional import scaled_dot_product_attention
 from icseg_kernels.nn.selection import listed
-from icseg_kernels.patches import NO_PATCH, gaussian_weight
+from icseg_kernels.patches import gaussian_weight
 
 F64 = torch.float64
 
@@ -174,6 +175,44 @@ class TestFunctional:
             )
 
         equal_with_gradients(ours, reference, [*self.tokens(), bias])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_biased_errors_are_torchs(self, dtype: torch.dtype) -> None:
+        """Against float64, no more than a little above those of torch's attention under a mask."""
+        shapes = ((2, 3, 40, 32), (2, 3, 60, 32), (2, 3, 60, 16), (2, 60))
+        tokens = [rand(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+        index = torch.arange(0, 60, 3).expand(2, -1)
+        allowed = restricted(index, 60)
+
+        def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+            mask = bias[:, None, None].masked_fill(~allowed, -torch.inf).expand(2, 1, 40, 60)
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+        def gradients(run: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
+            leaves = [x.detach().requires_grad_() for x in given]
+            out = run(*leaves)
+            return [out, *torch.autograd.grad(out.double().square().sum(), leaves)]
+
+        exact = gradients(masked, [x.double() for x in tokens])
+        ours = gradients(lambda *t: scaled_dot_product_attention(*t[:3], index=index, key_bias=t[3]), tokens)
+        theirs = gradients(masked, tokens)
+        for mine, other, true in zip(ours, theirs, exact, strict=True):
+            assert mine.dtype == dtype
+            slack = torch.finfo(dtype).eps * true.abs().max()
+            assert (mine - true).abs().max() <= 1.5 * (other - true).abs().max() + slack
+
+    @pytest.mark.parametrize(
+        ("batch", "queries", "keys", "listed"), [(0, 4, 7, 3), (2, 0, 7, 3), (2, 4, 0, 3), (2, 4, 7, 0), (2, 4, 0, 0)]
+    )
+    def test_nothing_to_attend_to_gives_zero(self, batch: int, queries: int, keys: int, listed: int) -> None:
+        q, k, v = torch.rand(batch, 2, queries, 4), torch.rand(batch, 2, keys, 4), torch.rand(batch, 2, keys, 5)
+        for mask in (None, torch.ones(queries, keys, dtype=torch.bool)):
+            for index in (None, torch.full((batch, listed), 1), torch.full((batch, 1, listed), -1)):
+                out = scaled_dot_product_attention(q, k, v, mask, index=index)
+                assert out.shape == (batch, 2, queries, 5)
+                assert not out.isnan().any()
+                if keys == 0 or (index is not None and (index.ndim == 3 or listed == 0)):
+                    assert not out.any()
 
     @pytest.mark.parametrize("sink", [False, True])
     def test_both_ways_agree_on_groups_repetitions_and_empty_lists(self, sink: bool) -> None:
@@ -654,11 +693,27 @@ class TestPatchRouter:
         assert out.coords.tolist() == [[[0, 0]]]
         close(out.logits, network(F.pad(image, (0, 2, 0, 3)))[:, :, :5, :6])
 
-    def test_nan_of_the_coarse_pass_takes_no_window(self) -> None:
-        router = PatchRouter(Windowed(1, 1), k=1, patch_size=4, stride=4, coarse=nn.Identity()).eval()
-        out = router(torch.full((1, 1, 8, 8), torch.nan, dtype=F64))
-        assert (out.coords == NO_PATCH).all()
-        assert not out.coverage.any()
+    def test_nan_of_the_coarse_pass_is_not_looked_at(self) -> None:
+        coarse = torch.full((1, 1, 4, 8), 3.0, dtype=F64)
+        coarse[..., :4] = torch.nan
+        router = PatchRouter(Windowed(1, 1), k=1, patch_size=4, stride=4, coarse=lambda_module(lambda _: coarse)).eval()
+        out = router(rand(1, 1, 4, 8))
+        assert out.coords.tolist() == [[[0, 4]]]
+        assert out.logits[..., :4].isnan().all()
+        assert not out.logits[..., 4:].isnan().any()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_under_autocast_and_half_types(self, dtype: torch.dtype) -> None:
+        """The same windows, and logits to the rounding of the type."""
+        torch.manual_seed(0)
+        network, image = Windowed().float(), rand(1, 2, 12, 20).float()
+        coarse = lambda_module(lambda x: torch.cat([x, x[:, :1].square()], dim=1))
+        router = PatchRouter(network, k=3, patch_size=6, coarse=coarse).eval()
+        expected = router(image)
+        with torch.autocast("cpu", dtype):
+            found = router(image)
+        assert torch.equal(found.coords, expected.coords)
+        torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.05, atol=0.05)
 
     def test_entropy(self) -> None:
         logits = rand(2, 4, 3, 3)
@@ -673,8 +728,16 @@ class TestPatchRouter:
         network = Windowed()
         network.forward = network.layers.forward
         router = PatchRouter(network, k=2, patch_size=6, chunk=2).eval()
-        compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(router, fullgraph=True, backend=counter)
         equal_with_gradients(lambda x: compiled(x).logits, lambda x: router(x).logits, [rand(2, 2, 12, 12)])
+        once = counter.frame_count
+        for seed in range(3):
+            assert torch.equal(
+                compiled(rand(2, 2, 12, 12), seed=torch.tensor(seed)).coords,
+                router(rand(2, 2, 12, 12), seed=seed).coords,
+            )
+        assert counter.frame_count == once + 1  # of a draw
 
     def test_bad_input(self) -> None:
         network = Windowed()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from icseg_kernels import checks
 from icseg_kernels.attention import selected_attention
+from icseg_kernels.numerics import accumulation_dtype
 
 
 def scaled_dot_product_attention(
@@ -67,11 +68,11 @@ def scaled_dot_product_attention(
         _check_bias(key_bias, query, key)
     if attn_mask is not None or dropout_p or is_causal:
         return _masked(query, key, value, attn_mask, dropout_p, is_causal, scale, index, key_bias, sink)
-    if key_bias is not None:  # one more channel: 1 * bias / scale
+    if key_bias is not None:
         if not scale:
             raise ValueError(f"scale must not be 0 with key_bias, got {scale}")
-        channel = (key_bias / scale)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
-        query, key = F.pad(query, (0, 1), value=1.0), torch.cat([key, channel], dim=3)
+        channels = _bias_channels(key_bias, scale)[:, None].expand(-1, key.shape[1], -1, -1)
+        query, key = F.pad(query, (0, channels.shape[3]), value=1.0), torch.cat([key, channels], dim=3)
     return selected_attention(query, key, value, index=index, scale=scale, sink=sink)
 
 
@@ -87,6 +88,15 @@ def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
     if bias.shape != (key.shape[0], key.shape[2]) or bias.dtype != query.dtype:
         wanted = f"[B, Nk] = {[key.shape[0], key.shape[2]]} and dtype {query.dtype}"
         raise ValueError(f"key_bias must have shape {wanted}, got {list(bias.shape)} and {bias.dtype}")
+
+
+def _bias_channels(bias: Tensor, scale: float) -> Tensor:
+    """[B, Nk, 1], the bias over scale; [B, Nk, 2] for the half types, with what they round off."""
+    exact = bias.to(accumulation_dtype(bias.dtype)) / scale
+    high = exact.to(bias.dtype)
+    if exact.dtype == bias.dtype:
+        return high[..., None]
+    return torch.stack([high, (exact - high.to(exact.dtype)).to(bias.dtype)], dim=-1)
 
 
 def _masked(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from icseg_kernels import checks
 from icseg_kernels.gumbel_topk import gumbel_topk
 from icseg_kernels.nn.patches import PatchScatter
-from icseg_kernels.patches import NO_PATCH, gather_patches
+from icseg_kernels.patches import gather_patches
 
 
 class Routed(NamedTuple):
@@ -35,10 +35,10 @@ class PatchRouter(nn.Module):
     """Sliding-window inference at the k windows of an image of which a coarse pass is least certain.
 
     The candidates are those of sliding-window inference: every `stride` pixels on both axes, the last window flush
-    with the border. Windows are ranked by their mean entropy under the coarse pass, and in training drawn without
-    replacement in proportion to it. Their logits are averaged where they overlap; pixels without a window keep the
-    coarse logits. Gradients reach the network, and the coarse pass by its uncovered pixels and by `Routed.coarse`; the
-    choice of windows gets none.
+    with the border. Windows are ranked by their mean entropy under the coarse pass (NaN counts as 0), and in training
+    drawn without replacement in proportion to it. Their logits are averaged where they overlap; pixels without a window
+    keep the coarse logits. Gradients reach the network, and the coarse pass by its uncovered pixels and by
+    `Routed.coarse`; the choice of windows gets none.
 
     network:     maps windows [N, C, p, p] to logits [N, K, p, p]; one channel (K = 1) is a sigmoid's.
     k:           windows an image, at most; None: all, which is sliding-window inference.
@@ -111,15 +111,16 @@ class PatchRouter(nn.Module):
     def _windows(self, entropy: Tensor, seed: int | Tensor | None) -> Tensor:
         """[B, k, 2]"""
         p, (height, width) = self.patch_size, entropy.shape[2:]
-        padded = F.pad(entropy.double(), (0, max(p - width, 0), 0, max(p - height, 0)))
-        y, x = (torch.tensor(_starts(n, p, self.stride), device=entropy.device) for n in (height, width))
-        mean = F.avg_pool2d(padded, p, stride=1)[:, 0, y][:, :, x].flatten(1)  # [B, windows]
+        y, x = (_starts(n, p, self.stride, entropy.device) for n in (height, width))
+        # In float64, which autocast leaves alone.
+        total = _members(y, p, height) @ entropy[:, 0].double().nan_to_num(0.0) @ _members(x, p, width).mT
+        mean = total.flatten(1) / p**2  # [B, windows]
         k = mean.shape[1] if self.k is None else min(self.k, mean.shape[1])
         drawn = self.training or seed is not None
         score = mean.clamp(min=1e-30).log()  # odds in proportion to the entropy, and all can be drawn
         index = gumbel_topk(score, k, seed=seed, noise=None if drawn else 0.0).indices
         corners = torch.stack([y[:, None].expand(-1, len(x)), x.expand(len(y), -1)], dim=-1).flatten(0, 1)
-        return torch.where(index[..., None] < 0, NO_PATCH, corners[index.clamp(min=0)])
+        return corners[index]
 
     def _window_logits(self, windows: Tensor, channels: int) -> Tensor:
         """[B, k, C, p, p] -> [B, k, K, p, p]"""
@@ -148,7 +149,13 @@ def prediction_entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=1, keepdim=True)
 
 
-def _starts(length: int, patch: int, stride: int) -> list[int]:
+def _starts(length: int, patch: int, stride: int, device: torch.device) -> Tensor:
     """Where windows begin: every `stride` pixels, and flush with the end."""
     last = max(length - patch, 0)
-    return [*range(0, last, stride), last]
+    return (torch.arange(-(-last // stride) + 1, device=device) * stride).clamp(max=last)
+
+
+def _members(starts: Tensor, patch: int, length: int) -> Tensor:
+    """[windows, length]: 1 where a window lies, else 0."""
+    place = torch.arange(length, device=starts.device) - starts[:, None]
+    return ((place >= 0) & (place < patch)).double()
