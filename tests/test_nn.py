@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,15 @@ class TestCrossConv:
         equal_with_gradients(ours, reference, [x, y])
         parameters_equal(ours, plain)
         equal_with_gradients(ours.mean, lambda x, y: reference(x, y).mean(2), [x, y])
+
+    def test_published_weights_load(self) -> None:
+        with np.load(Path(__file__).parent / "data" / "universeg_8.npz", allow_pickle=False) as file:
+            prefix = "weight/enc_blocks.1.cross.cross_conv."
+            state = {n.removeprefix(prefix): torch.from_numpy(file[n]) for n in file.files if n.startswith(prefix)}
+        out_channels, channels, *kernel = state["weight"].shape
+        module = CrossConv2d(channels // 2, out_channels, tuple(kernel), padding=1)
+        module.load_state_dict(state)
+        assert sorted(state) == sorted(module.state_dict())
 
     def test_constructor(self) -> None:
         assert CrossConv2d(4, 6, 3).weight.shape == (6, 8, 3, 3)
