@@ -225,6 +225,18 @@ class TestFunctional:
                 if keys == 0 or (index is not None and (index.ndim == 3 or listed == 0)):
                     assert not out.any()
 
+    @pytest.mark.parametrize("index", [None, torch.tensor([[1, 2], [0, 6]])])
+    def test_a_query_with_all_masked_gives_zero_and_no_gradient(self, index: Tensor | None) -> None:
+        q, k, v = (t.requires_grad_() for t in self.tokens())
+        mask = torch.arange(4)[:, None].expand(4, 7) != 2
+        out = scaled_dot_product_attention(q, k, v, mask, index=index)
+        assert not out[:, :, 2].any()
+        out.square().sum().backward()
+        assert not q.grad[:, :, 2].any()
+        assert all(t.grad.isfinite().all() for t in (q, k, v))
+        expected = scaled_dot_product_attention(q, k, v, index=index)
+        close(out[:, :, [0, 1, 3]], expected[:, :, [0, 1, 3]])
+
     @pytest.mark.parametrize("sink", [False, True])
     def test_both_ways_agree_on_groups_repetitions_and_empty_lists(self, sink: bool) -> None:
         """A mask that allows all takes torch's attention over gathered keys; none takes the op."""
@@ -398,6 +410,13 @@ class TestSelectedAttention:
         index = torch.tensor([[4, 2, 1, NK], [1, 4, 2, -1]])
         close(ours(q, k, k, padding, select=index)[0], theirs(q, k, k, ~allowed)[0])
 
+    def test_an_index_past_the_keys_is_not_the_extra_key(self) -> None:
+        ours, _ = attentions(add_bias_kv=True)
+        ours.selection = SelectByIndex()
+        q, k = rand(2, NQ, E), rand(2, NK, E, seed=1)
+        past, none = torch.tensor([[0, NK], [NK + 1, 3]]), torch.tensor([[0, -1], [-1, 3]])
+        close(ours(q, k, k, select=past)[0], ours(q, k, k, select=none)[0])
+
     def test_learned_score_learns(self) -> None:
         """Values of the keys with a positive first feature are wanted: the score comes to select those."""
         torch.manual_seed(0)
@@ -448,12 +467,12 @@ class TestSelectedAttention:
 
     def test_in_torchs_layers(self) -> None:
         """Also in evaluation without gradients, where torch's layer fuses its own attention."""
-        layer = nn.TransformerEncoderLayer(E, HEADS, 16, 0.0, batch_first=True, dtype=F64).eval()
+        layer = nn.TransformerEncoderLayer(E, 2, 16, 0.0, batch_first=True, dtype=F64).eval()  # fused for even heads
         x = rand(2, NK, E)
         padding = torch.arange(NK) >= torch.tensor([[5], [3]])
         with torch.no_grad():
             expected = layer(x), layer(x, src_key_padding_mask=padding)
-            attention = SelectedAttention(E, HEADS, batch_first=True, dtype=F64)
+            attention = SelectedAttention(E, 2, batch_first=True, dtype=F64)
             attention.load_state_dict(layer.self_attn.state_dict())
             layer.self_attn = attention
             close(layer(x), expected[0])
@@ -507,11 +526,14 @@ class TestSelectedAttention:
             [rand(2, NQ, E), rand(2, NK, E, seed=1), rand(2, NK, E, seed=2)],
         )
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     def test_bad_input(self) -> None:
         attention = SelectedAttention(E, HEADS, batch_first=True)
         q, k = torch.rand(2, NQ, E), torch.rand(2, NK, E)
         with pytest.raises(TypeError, match="selection must be a Selection or None, got 3"):
             SelectedAttention(E, HEADS, selection=3)
+        with pytest.raises(TypeError, match=r"query must be a dense tensor, got a nested one \(torch.nn.Transformer"):
+            attention(*(torch.nested.nested_tensor([torch.rand(3, E), torch.rand(4, E)]),) * 3)
         with pytest.raises(NotImplementedError, match="need_weights must be False"):
             attention(q, k, k, need_weights=True)
         with pytest.raises(ValueError, match="attn_mask must be given where is_causal is True"):
@@ -557,6 +579,8 @@ class TestPatchModules:
         assert torch.equal(drawn.coords, icseg_kernels.sample_patches(weights, 5, 4, seed=3, **call).coords)
         best = icseg_kernels.sample_patches(weights, 5, 4, noise=0.0, **call).coords
         assert not torch.equal(drawn.coords, best)
+        torch.manual_seed(0)
+        assert not torch.equal(sampler(weights).coords, best)
         assert torch.equal(sampler.eval()(weights).coords, best)
         patches = PatchGather(4)(source, drawn.coords)
         assert torch.equal(patches, icseg_kernels.gather_patches(source, drawn.coords, 4))

@@ -86,8 +86,8 @@ class SelectedAttention(nn.MultiheadAttention):
             raise ValueError("attn_mask must be given where is_causal is True, got None")
         if select is not None and self.selection is None:
             raise ValueError(f"select must be None without a selection, got {checks.shown(select)}")
-        batched = checks.floating("query", query).ndim == 3
         self._check_tokens(query, key, value)
+        batched = query.ndim == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
@@ -132,7 +132,11 @@ class SelectedAttention(nn.MultiheadAttention):
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         sizes = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
         for name, (tokens, size) in sizes.items():
-            checks.floating(name, tokens)
+            if checks.floating(name, tokens).is_nested:
+                raise TypeError(
+                    f"{name} must be a dense tensor, got a nested one "
+                    "(torch.nn.TransformerEncoder makes none with enable_nested_tensor=False)"
+                )
             if tokens.ndim not in (2, 3) or tokens.ndim != query.ndim or tokens.shape[-1] != size:
                 axes = "[Nq, E]" if query.ndim == 2 else "[B, N, E]" if self.batch_first else "[N, B, E]"
                 raise ValueError(f"{name} must have shape {axes} with E = {size}, got {list(tokens.shape)}")
