@@ -3,6 +3,7 @@
 Each op has a reference in plain PyTorch and, where built, faster backends; see `icseg_kernels.backend`.
 """
 
+from icseg_kernels import nn
 from icseg_kernels.accelerate import accelerate
 from icseg_kernels.attention import Rotation, selected_attention
 from icseg_kernels.backend import BackendError, use_backend
@@ -38,6 +39,7 @@ __all__ = [
     "group_norm_film",
     "gumbel_topk",
     "halvings",
+    "nn",
     "qkv_projection",
     "sample_patches",
     "scatter_patches",

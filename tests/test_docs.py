@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from reference_models import universeg
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,5 +28,8 @@ def examples(page: str) -> list[object]:
 
 
 @pytest.mark.parametrize("code", examples("drop_in.md"))
-def test_drop_in_examples_run(code: str) -> None:
+def test_drop_in_examples_run(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("universeg")  # its stand-in
+    monkeypatch.setitem(sys.modules, "universeg", package)
+    monkeypatch.setitem(sys.modules, "universeg.model", universeg)
     exec(compile(code, "drop_in.md", "exec"), {"__name__": "drop_in"})
