@@ -171,7 +171,9 @@ def bench_shift(record, shift, threads):
 def run_pytest(*arguments: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    # pytest-benchmark times nothing in a worker of pytest-xdist.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**own, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=BENCHMARKS.parent)
 
 
