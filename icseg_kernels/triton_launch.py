@@ -61,6 +61,18 @@ def slower(*call: Any) -> bool:
     return INTERPRETED or not PREFERRED
 
 
+def power_of_two(value: int) -> int:
+    """The smallest that is at least `value`: what a block of Triton is as long as."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of it."""
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options) on `device` and its current stream; a grid without programs does nothing."""
     if 0 in grid:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from icseg.sparse import fused
+from icseg.sparse import fused, network
 from icseg.sparse.budget import Budget
 from icseg.sparse.static import static_shapes
 from icseg_kernels import triton_launch, use_backend
@@ -85,9 +85,8 @@ def test_equals_the_modules(model, calls, given):
     assert len(calls) == 2
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels serve float64 in Triton's interpreter alone")
 def test_equals_the_modules_in_float64(model):
-    if DEVICE != "cpu":
-        pytest.skip("needs Triton's interpreter")
     double = copy.deepcopy(model).double()
     inputs = inputs_of()
     assert_equal(run(double, inputs, budget=BUDGET), run(double, inputs, "reference", budget=BUDGET), 1e-8)
@@ -152,6 +151,16 @@ def test_gradients_modes_and_ragged_sets_go_through_the_modules(model, calls, wa
     assert calls == []
 
 
+def test_large_support_sets_are_encoded_in_chunks(model, calls, wanted, monkeypatch):
+    monkeypatch.setattr(network, "CHUNK", 2)
+    _, images, masks = (x.to(DEVICE) for x in inputs_of(support=3))
+    with torch.no_grad():
+        model.encode_support(images, masks)
+        assert calls == []
+        model.encode_support(images[:, :2], masks[:, :2])
+    assert calls == ["encode_support"]
+
+
 def test_a_backend_that_is_named_serves(model, calls):
     run(model, inputs_of(), "reference", budget=BUDGET)
     assert calls == []
@@ -162,20 +171,20 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def replaced(network):
-    network.decoder.token = Doubled(32, 256)
+def replaced(net):
+    net.decoder.token = Doubled(32, 256)
 
 
-def hooked(network):
-    network.propagation.register_forward_hook(lambda *_: None)
+def hooked(net):
+    net.propagation.register_forward_hook(lambda *_: None)
 
 
-def mixed(network):
-    network.decoder.own.double()
+def mixed(net):
+    net.decoder.own.double()
 
 
-def sloped(network):
-    network.encoder.stem[1].negative_slope = 0.2
+def sloped(net):
+    net.encoder.stem[1].negative_slope = 0.2
 
 
 @pytest.mark.parametrize("change", [replaced, hooked, mixed, sloped])

@@ -15,6 +15,7 @@ from icseg import graph
 from icseg.output import SegmentationOutput
 from icseg.sparse.budget import Budget
 from icseg.sparse.static import is_static, static_shapes
+from icseg_kernels import use_backend
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -166,16 +167,36 @@ def test_training_and_other_architectures_are_refused() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("budget", [None, 60], ids=["adaptive", "patches"])
-def test_a_graph_gives_the_same_masks(budget: int | None) -> None:
+def test_a_graph_gives_the_same_masks(budget: int | None, backend: str) -> None:
     model = icseg.PatchICL.from_pretrained(device="cuda")
-    cold = model.graph(2, (96, 96), support=2, budget=budget)
-    memory = model.encode_support(*(x.cuda() for x in inputs()[1:]))
-    warm = model.graph(2, (96, 96), memory=memory, budget=budget)
+    with torch.no_grad(), use_backend(backend):
+        cold = model.graph(2, (96, 96), support=2, budget=budget)
+        memory = model.encode_support(*(x.cuda() for x in inputs()[1:]))
+        warm = model.graph(2, (96, 96), memory=memory, budget=budget)
     for seed in (0, 3):
         given = [x.cuda() for x in inputs(seed=seed)]
-        with torch.no_grad(), static_shapes():
+        with torch.no_grad(), static_shapes(), use_backend(backend):
             expected = model(*given, budget=budget).logits
             assert (cold(*given).logits - expected).abs().max() < 1e-3
             warm.set_memory(model.encode_support(*given[1:]))
             assert (warm(given[0]).logits - expected).abs().max() < 1e-3
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_compiled_pass_with_little_overhead_gives_the_same_masks(backend: str) -> None:
+    model = icseg.PatchICL.from_pretrained(device="cuda")
+    compiled = torch.compile(model, mode="reduce-overhead")
+    with torch.no_grad(), use_backend(backend):
+        memory = model.encode_support(*(x.cuda() for x in inputs()[1:]))
+        for seed in (0, 3, 5):
+            given = [x.cuda() for x in inputs(seed=seed)]
+            with static_shapes():
+                cold, warm = model(*given, budget=60).logits, model(given[0], memory=memory, budget=60).logits
+            torch.compiler.cudagraph_mark_step_begin()
+            assert (compiled(*given, budget=60).logits - cold).abs().max() < 1e-3
+            torch.compiler.cudagraph_mark_step_begin()
+            assert (compiled(given[0], memory=memory, budget=60).logits - warm).abs().max() < 1e-3

@@ -250,7 +250,7 @@ def test_plans(name, samples):
     elements = []
     for layer in layers:
         size = layer.size(size)
-        elements.append(chosen.images * size[1] * size[2] * triton._padded(size[0]))
+        elements.append(chosen.images * size[1] * size[2] * triton.padded(size[0]))
     for i, needed in enumerate(elements[:-1]):
         assert needed <= (chosen.slot - chosen.second if i % 2 else chosen.second)
     assert chosen.second % 16 == chosen.slot % 16 == 0

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from icseg.plain import is_plain
 from icseg.published.config import BackboneConfig
 from icseg_kernels import Rotation, qkv_projection, selected_attention
 
@@ -149,11 +150,7 @@ _PROJECTION = nn.LayerNorm, nn.Linear, nn.Linear
 
 def _plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is torch's own, with weight and bias, and nothing comes before or after it."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is kind and not hooked and all(layer._parameters.get(name) is not None for name in _NAMES)
-
-
-_NAMES = "weight", "bias"
+    return type(layer) is kind and is_plain(layer) and None not in map(layer._parameters.get, ("weight", "bias"))
 
 
 def _turns_early(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icseg.plain import is_plain
 from icseg.sparse.patches import PatchInputs
 from icseg_kernels import BlockWeights, ConvLayer, selected_attention, small_convolutions, transformer_block
 
@@ -67,12 +68,6 @@ def _conv_layer(conv: nn.Module, follower: nn.Module | None = None) -> ConvLayer
         return None
     slope = follower.negative_slope if type(follower) is nn.LeakyReLU and is_plain(follower) else None
     return ConvLayer(conv.weight, conv.bias, stride[0], padding[0], conv.padding_mode == "replicate", slope)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether it computes what its class says: without hooks, and with parameters that are not computed from others."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and module._parameters.keys() <= {"weight", "bias"}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, index: Tensor | None, scale: float | None = None) -> Tensor:

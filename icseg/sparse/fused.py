@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from icseg.draws import uniform
 from icseg.memory import SupportMemory
 from icseg.output import LevelOutput, SegmentationOutput
+from icseg.plain import is_hooked, is_plain
 from icseg.sparse.budget import LevelPlan
-from icseg.sparse.encoder import PatchEncoder, SmallConvolutions, is_plain
+from icseg.sparse.encoder import PatchEncoder, SmallConvolutions
 from icseg.sparse.patches import coords_of, grid_size
 from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, level_count, to_size
 from icseg.sparse.static import is_static
-from icseg.sparse.support import LevelMemory
+from icseg.sparse.support import LevelMemory, patches_per_image
 from icseg_kernels import backend, halvings, triton_launch
 from icseg_kernels.cascade.attend import MOST_BLOCKS, TokenWeights, attend_patches, most_tokens
 from icseg_kernels.cascade.decode import NEGATIVE_SLOPE, DecodeWeights, decode_patches, support_cells
@@ -56,9 +57,13 @@ def weights_of(network: SparseNetwork) -> Weights | None:
     containers = [encoder, encoder.stem, encoder.label_stem, encoder.token, encoder.context, propagation, decoder]
     containers += [decoder.shared, decoder.layers, *network.blocks]
     kinds = "".join(_KINDS.get(type(layer), "?") for layer in layers)
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in containers)
     slopes = {layer.negative_slope for layer in layers if isinstance(layer, nn.LeakyReLU)}
-    if kinds != _PLAIN_KINDS or hooked or not all(map(is_plain, layers)) or slopes != {NEGATIVE_SLOPE}:
+    if (
+        kinds != _PLAIN_KINDS
+        or any(map(is_hooked, containers))
+        or not all(map(is_plain, layers))
+        or slopes != {NEGATIVE_SLOPE}
+    ):
         return None
     if None in blocks or len({parameter.dtype for parameter in network.parameters()}) > 1:
         return None
@@ -106,62 +111,73 @@ def _token_weights(network: SparseNetwork, level: int, *, is_target: bool) -> To
     return TokenWeights._make(fields)
 
 
-def serves_target(
+def weights_for_target(
     network: SparseNetwork,
     image: Tensor,
     memory: SupportMemory,
     grids: Sequence[tuple[int, int]],
     plans: Sequence[LevelPlan],
-) -> bool:
-    """Whether `forward` can and shall segment an image whose levels have these grids of patches."""
+) -> Weights | None:
+    """What `forward` takes, for an image whose levels have these grids of patches; None where it does not serve."""
     if any(len(plan.rounds) > 1 for plan in plans) or any(name.endswith(".valid") for name in memory.tensors):
-        return False
+        return None
     cells = [rows * columns for rows, columns in grids]
-    picks = [cells[0], *(min(plan.rounds[0], n) for plan, n in zip(plans[1:], cells[1:], strict=True))]
-    return _serves(network, [image, *memory.tensors.values()], cells, picks, max(picks))
+    counts = _target_counts(cells, plans)
+    return _weights_if_served(network, [image, *memory.tensors.values()], cells, counts, max(counts))
 
 
-def serves_support(network: SparseNetwork, images: Tensor, masks: Tensor) -> bool:
-    """Whether `encode_support` can and shall encode images [B, S, 1, H, W]."""
-    height, width = images.shape[-2:]
-    levels, counts = support_counts(network, height, width, images.shape[1])
-    finest = grid_size(*finest_size(height, width, network.config.levels[levels - 1]))
-    return _serves(network, [images, masks], [finest[0] * finest[1]], counts, images.shape[1] * max(counts))
+def weights_for_support(network: SparseNetwork, images: Tensor, masks: Tensor) -> Weights | None:
+    """What `encode_support` takes, for images [B, S, 1, H, W]; None where it does not serve."""
+    config, (height, width) = network.config, images.shape[-2:]
+    levels = level_count(height, width, config.levels)
+    counts = patches_per_image(config, images.shape[1])[:levels]
+    rows, columns = grid_size(*finest_size(height, width, config.levels[levels - 1]))
+    return _weights_if_served(network, [images, masks], [rows * columns], counts, images.shape[1] * max(counts))
 
 
-def _serves(
+def _target_counts(cells: Sequence[int], plans: Sequence[LevelPlan]) -> list[int]:
+    """Patches of each level: all of the first."""
+    return [cells[0], *(min(plan.rounds[0], n) for plan, n in zip(plans[1:], cells[1:], strict=True))]
+
+
+def _weights_if_served(
     network: SparseNetwork, tensors: Sequence[Tensor], cells: Sequence[int], picks: Sequence[int], patches: int
-) -> bool:
+) -> Weights | None:
     """cells, picks: of each level; patches: the most that attend to each other. tensors: beside the weights."""
     image = tensors[0]
     if network.training or torch.is_grad_enabled() or torch.is_autocast_enabled(image.device.type):
-        return False
+        return None
     named = backend.named()
     if named not in (None, "triton") or (named is None and triton_launch.slower()):
-        return False
+        return None
     if transformer_block_triton.missing() or not backend.unwatched(tuple(tensors)):
-        return False
+        return None
     if triton_launch.unsupported_device("image", image) or triton_launch.unsupported_dtype("image", image):
-        return False
+        return None
     parameter, config = next(network.parameters()), network.config
     if any(t.dtype != parameter.dtype or t.device != parameter.device for t in tensors):
-        return False
+        return None
     if config.depth > MOST_BLOCKS or max(cells) > MOST_CELLS or max(picks) > MOST_PICKS:
-        return False
-    return patches + config.registers <= most_tokens(image.device) and weights_of(network) is not None
+        return None
+    if patches + config.registers > most_tokens(image.device):
+        return None
+    return weights_of(network)
 
 
 def forward(
-    network: SparseNetwork, pyramid: Pyramid, memory: SupportMemory, plans: Sequence[LevelPlan], size: tuple[int, int]
+    network: SparseNetwork,
+    weights: Weights,
+    pyramid: Pyramid,
+    memory: SupportMemory,
+    plans: Sequence[LevelPlan],
+    size: tuple[int, int],
 ) -> SegmentationOutput:
     """`SparseNetwork.forward` for one round a level, from the pyramid on; `size` is that of the target."""
-    weights, config = weights_of(network), network.config
-    assert weights is not None
-    image = pyramid.images[-1]
+    config, image = network.config, pyramid.images[-1]
     batch, levels, registers = image.shape[0], len(plans), config.registers
     sizes = [(h, w) for h, w in (pyramid.image(level).shape[-2:] for level in range(levels))]
     cells = [rows * columns for rows, columns in (grid_size(*s) for s in sizes)]
-    counts = [cells[0], *(min(plan.rounds[0], n) for plan, n in zip(plans[1:], cells[1:], strict=True))]
+    counts = _target_counts(cells, plans)
     rows = sum(counts) + levels * registers
     cache = image.new_empty(config.depth, batch, rows, 2 * config.dim)
     words = torch.empty(batch, dtype=torch.int64, device=image.device)
@@ -206,13 +222,11 @@ def forward(
     return SegmentationOutput(to_size(written.divided, size), outputs, uncovered_error=uncovered)
 
 
-def encode_support(network: SparseNetwork, images: Tensor, masks: Tensor) -> SupportMemory:
-    """`SparseNetwork.encode_support` of images that all are valid, without a seed."""
-    weights, config = weights_of(network), network.config
-    assert weights is not None
-    batch, support = images.shape[:2]
-    height, width = images.shape[-2:]
-    levels, counts = support_counts(network, height, width, support)
+def encode_support(network: SparseNetwork, weights: Weights, images: Tensor, masks: Tensor) -> SupportMemory:
+    """`SparseNetwork.encode_support` of images that all are valid, without a seed; all of them at once."""
+    config, (batch, support), (height, width) = network.config, images.shape[:2], images.shape[-2:]
+    levels = level_count(height, width, config.levels)
+    counts = patches_per_image(config, support)[:levels]
     size = finest_size(height, width, config.levels[levels - 1])
     pyramid = Pyramid.of(to_size(images.flatten(0, 1), size).contiguous(), levels)
     finest = to_size(masks.flatten(0, 1), size).contiguous()
@@ -236,14 +250,6 @@ def encode_support(network: SparseNetwork, images: Tensor, masks: Tensor) -> Sup
         keys, values = support_cells(features, tokens, coords, mask, weights.decoder)
         tensors |= {f"level{level}.keys": keys, f"level{level}.values": values}
     return SupportMemory(network.fingerprint, batch, tensors, masks.shape[2], network.weights_identity)
-
-
-def support_counts(network: SparseNetwork, height: int, width: int, support: int) -> tuple[int, list[int]]:
-    """How many levels images of this size have, and the patches of an image at each, of `support` images."""
-    config = network.config
-    levels = level_count(height, width, config.levels)
-    share = max(2, config.most_support_patches // support)
-    return levels, [min(patches, share) for patches in config.support_patches[:levels]]
 
 
 @functools.lru_cache(maxsize=64)

@@ -101,8 +101,10 @@ class SparseNetwork(nn.Module):
         self, images: Tensor, masks: Tensor, *, valid: Tensor | None = None, seed: int | None = None
     ) -> SupportMemory:
         """images [B, S, 1, H, W], masks [B, S, C, H, W] in [0, 1]; `seed` varies which patches stand for equals."""
-        if valid is None and seed is None and fused.serves_support(self, images, masks):
-            return fused.encode_support(self, images, masks)
+        if valid is None and seed is None and images.shape[1] <= CHUNK:
+            weights = fused.weights_for_support(self, images, masks)
+            if weights is not None:
+                return fused.encode_support(self, weights, images, masks)
         encoder = self.support_encoder(images.shape[1], seed=seed)
         for start in range(0, images.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
@@ -128,8 +130,10 @@ class SparseNetwork(nn.Module):
         pyramid = Pyramid.of(image, levels)
         grids = [grid_size(*pyramid.image(level).shape[-2:]) for level in range(levels)]
         plans = self._plans(budget, memory, [rows * columns for rows, columns in grids], seed)
-        if target_mask is None and seed is None and fused.serves_target(self, image, memory, grids, plans):
-            return fused.forward(self, pyramid, memory, plans, (height, width))
+        if target_mask is None and seed is None:
+            weights = fused.weights_for_target(self, image, memory, grids, plans)
+            if weights is not None:
+                return fused.forward(self, weights, pyramid, memory, plans, (height, width))
         state = Cascade([[] for _ in self.blocks])
         outputs = []
         for level, plan in enumerate(plans):

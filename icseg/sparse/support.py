@@ -18,6 +18,7 @@ from icseg.sparse.pyramid import CONTEXT_STEPS, Pyramid, finest_size, level_coun
 from icseg_kernels import halvings
 
 if TYPE_CHECKING:
+    from icseg.sparse.config import SparseConfig
     from icseg.sparse.network import SparseNetwork
 
 SUPPORT_DRAW, TARGET_DRAW, ORACLE_DRAW, BUDGET_DRAW, ROUND_DRAW = range(5)
@@ -48,8 +49,7 @@ class SupportEncoder:
         config = network.config
         self.network, self.count, self.seed = network, count, seed
         self.chunks = self.images = 0
-        share = max(2, config.most_support_patches // count)
-        self.patches_per_image = [min(patches, share) for patches in config.support_patches]
+        self.patches_per_image = patches_per_image(config, count)
         self.levels: list[_LevelPatches] = []
 
     def add(self, images: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
@@ -129,6 +129,12 @@ class SupportEncoder:
         if index is not None:
             encoded["valid"] = index >= 0
         return encoded
+
+
+def patches_per_image(config: SparseConfig, count: int) -> list[int]:
+    """Of each level, for a support set of `count` images."""
+    share = max(2, config.most_support_patches // count)
+    return [min(patches, share) for patches in config.support_patches]
 
 
 def check_support(images: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:

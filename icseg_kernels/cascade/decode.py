@@ -113,8 +113,8 @@ def match_constants(s: Sizes, terms: int) -> dict[str, Any]:
         "KEY": s.key,
         "VALUE": s.value,
         "HIDDEN": s.hidden,
-        "BLOCK_HEADS": _power_of_two(s.heads),
-        "BLOCK_KEY": max(16, _power_of_two(s.key)),
+        "BLOCK_HEADS": triton_launch.power_of_two(s.heads),
+        "BLOCK_KEY": max(16, triton_launch.power_of_two(s.key)),
         "BLOCK_HIDDEN": terms,
         "BLOCK_INNER": terms,
     }
@@ -123,13 +123,13 @@ def match_constants(s: Sizes, terms: int) -> dict[str, Any]:
 def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool) -> dict[str, Any]:
     """All of `decode_kernel` but those of arithmetic, and options of its launch."""
     width = CELL_PIXELS * classes + s.value
-    block_value = max(16, _power_of_two(width))
-    block_heads = _power_of_two(s.heads)
-    period = max(16, _power_of_two(s.features + s.token + s.context))
-    block_own = max(16, _power_of_two(s.own))
+    block_value = max(16, triton_launch.power_of_two(width))
+    block_heads = triton_launch.power_of_two(s.heads)
+    period = max(16, triton_launch.power_of_two(s.features + s.token + s.context))
+    block_own = max(16, triton_launch.power_of_two(s.own))
     tokens_at = (s.heads + PRIORS) * CELLS * block_value
     map_at = tokens_at + CELLS * s.token
-    block_shared = max(16, _power_of_two(s.shared))
+    block_shared = max(16, triton_launch.power_of_two(s.shared))
     hidden_at = map_at + SIDE * SIDE * period
     own_at = hidden_at + (SIDE * SIDE * block_shared if terms < block_shared else 0)
     return {
@@ -144,18 +144,18 @@ def decode_constants(s: Sizes, classes: int, terms: int, *, channels_last: bool)
         "BLOCK_VALUE": block_value,
         "BLOCK_KEYS": min(terms, 64 if block_value <= 32 else 32),
         "SPLITS": max(1, min(8 // block_heads, 128 // (block_heads * block_value))),
-        "BLOCK_CONTEXT": max(16, _power_of_two(CELL_PIXELS * s.context)),
-        "BLOCK_TOKEN": _power_of_two(s.token),
+        "BLOCK_CONTEXT": max(16, triton_launch.power_of_two(CELL_PIXELS * s.context)),
+        "BLOCK_TOKEN": triton_launch.power_of_two(s.token),
         "BLOCK_SHARED": block_shared,
         "BLOCK_OWN": block_own,
         "PERIOD": period,
         "BLOCK_SHARED_IN": min(period, terms),
         "BLOCK_SHARED_OUT": min(block_shared, terms),
-        "BLOCK_OWN_IN": min(max(16, _power_of_two(9 * (s.heads + PRIORS))), terms),
+        "BLOCK_OWN_IN": min(max(16, triton_launch.power_of_two(9 * (s.heads + PRIORS))), terms),
         "BLOCK_OWN_MID": min(block_own, terms),
-        "BLOCK_OUT": min(max(16, _power_of_two(s.heads * s.value)), terms),
-        "BLOCK_TOKENS": min(_power_of_two(CELLS * s.token), 128 if terms == 64 else 64),
-        "BLOCK_D": min(_power_of_two(s.dim), 128),
+        "BLOCK_OUT": min(max(16, triton_launch.power_of_two(s.heads * s.value)), terms),
+        "BLOCK_TOKENS": min(triton_launch.power_of_two(CELLS * s.token), 128 if terms == 64 else 64),
+        "BLOCK_D": min(triton_launch.power_of_two(s.dim), 128),
         "TOKENS_AT": tokens_at,
         "MAP_AT": map_at,
         "HIDDEN_AT": hidden_at,
@@ -279,8 +279,8 @@ def support_constants(s: Sizes, classes: int, terms: int) -> dict[str, Any]:
     return {
         **match_constants(s, terms),
         "CLASSES": classes,
-        "BLOCK_LEARNED": max(16, _power_of_two(s.heads * s.value)),
-        "BLOCK_LABELS": _power_of_two(CELL_PIXELS * classes),
+        "BLOCK_LEARNED": max(16, triton_launch.power_of_two(s.heads * s.value)),
+        "BLOCK_LABELS": triton_launch.power_of_two(CELL_PIXELS * classes),
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -349,7 +349,3 @@ def _fused(dtype: torch.dtype) -> bool:
 def _terms(dtype: torch.dtype, fused: bool) -> int:
     """In the interpreter as many as ever: it takes its time for each operation, whatever the size."""
     return terms_of(dtype, fused) if not triton_launch.INTERPRETED else 64
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()

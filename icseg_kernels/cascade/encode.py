@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from icseg_kernels import triton_launch
+from icseg_kernels.small_convolutions.triton import padded
 
 CROP = 16  # pixels of a crop's side: of a patch with its halo, of its context, and of its label
 PATCH = 8  # of what four convolutions of 3 x 3 leave of it, and one of 4 x 4 with stride 2
@@ -155,26 +156,18 @@ def options(channels: Channels, itemsize: int, *, fused: bool) -> dict[str, Any]
     sizes = (*pixels, small, tiny, small, tiny)
     for i, (name, outputs) in enumerate(channels._asdict().items()):
         terms = inputs[i] * (9 if i < 4 else 16)
-        rows, block = _blocks(sizes[i], terms, _padded(outputs), itemsize, fused)
+        rows, block = _blocks(sizes[i], terms, padded(outputs), itemsize, fused)
         name = name.upper()
-        found |= {name: outputs, f"{name}_WIDTH": _padded(outputs), f"{name}_M": rows, f"{name}_K": block}
+        found |= {name: outputs, f"{name}_WIDTH": padded(outputs), f"{name}_M": rows, f"{name}_K": block}
     return found | {"num_warps": 8, "num_stages": 1}
 
 
 def _blocks(pixels: int, terms: int, width: int, itemsize: int, fused: bool) -> tuple[int, int]:
     """Pixels and products at a time: few steps, as each waits for what it loads, of a tile that registers hold."""
-    rows = min(max(16, _power_of_two(pixels)), 128 if fused else 256)
+    rows = min(max(16, triton_launch.power_of_two(pixels)), 128 if fused else 256)
     tile = 4096 if fused else 32768 // itemsize
     most = min(tile // rows, tile // width)
-    return rows, max(16, min(most, _power_of_two(terms)))
-
-
-def _padded(channels: int) -> int:
-    return max(16, _power_of_two(channels))
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
+    return rows, max(16, min(most, triton_launch.power_of_two(terms)))
 
 
 def _aligned(elements: int) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from icseg_kernels import triton_launch
@@ -65,7 +63,7 @@ def tail(
         elements,
         slope,
         ACTIVATION=_ACTIVATIONS[activation],
-        ACC=_triton_dtype(zx.dtype),
+        ACC=triton_launch.triton_dtype(accumulation_dtype(zx.dtype)),
         BLOCK=block,
         num_warps=warps,
     )
@@ -112,7 +110,7 @@ def tail_backward(
         elements,
         slope,
         ACTIVATION=_ACTIVATIONS[activation],
-        ACC=_triton_dtype(zx.dtype),
+        ACC=triton_launch.triton_dtype(accumulation_dtype(zx.dtype)),
         BLOCK=block,
         ONE=one,
         num_warps=warps,
@@ -135,9 +133,3 @@ def _sizes(zx: Tensor, zy: Tensor) -> tuple[tuple[int, ...], int, int, int, int]
     ):
         raise ValueError(f"zx and zy must have shapes [B, Sx, C, H, W], [B, Sy, C, H, W], got {shape}, {other}")
     return shape[2:], shape[0], shape[1], other[1], math.prod(shape[2:])
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from icseg_kernels import triton_launch
@@ -37,7 +36,7 @@ def forward_tile(each: int, length: int) -> Tile:
     if not tile.parts:
         return tile
     tiles = math.ceil(each / tile.channels) * math.ceil(length / tile.pixels)
-    return tile._replace(parts=min(_power_of_two(tiles), MOST_PARTS))
+    return tile._replace(parts=min(triton_launch.power_of_two(tiles), MOST_PARTS))
 
 
 def backward_tile(each: int, length: int) -> Tile:
@@ -45,20 +44,16 @@ def backward_tile(each: int, length: int) -> Tile:
     if not tile.parts:
         return tile
     # A program of the second launch adds up the parts of all channels of its group: few where these are many.
-    parts = max(1, min(MOST_PARTS // 2, 512 // _power_of_two(each)))
-    return tile._replace(parts=min(_power_of_two(math.ceil(length / tile.pixels)), parts))
+    parts = max(1, min(MOST_PARTS // 2, 512 // triton_launch.power_of_two(each)))
+    return tile._replace(parts=min(triton_launch.power_of_two(math.ceil(length / tile.pixels)), parts))
 
 
 def _tile(each: int, length: int, most: int) -> Tile:
-    channels, pixels = _power_of_two(each), _power_of_two(length)
+    channels, pixels = triton_launch.power_of_two(each), triton_launch.power_of_two(length)
     if channels * pixels <= most:
         return Tile(channels, pixels, max(1, min(channels * pixels // 512, 16)), 0)
     pixels = min(pixels, _TILE)
     return Tile(min(channels, _TILE // pixels), pixels, 8, 1)
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
 
 
 def unsupported(x: Tensor) -> list[str]:
@@ -81,7 +76,11 @@ def group_norm_film(
     each, rows = channels // groups, samples * groups
     flat = x.reshape(samples, channels, length)  # a copy where pixels are not evenly spaced
     tile = forward_tile(each, length)
-    options: dict[str, Any] = {"ACC": _triton_dtype(wide), "BLOCK_C": tile.channels, "BLOCK_L": tile.pixels}
+    options: dict[str, Any] = {
+        "ACC": triton_launch.triton_dtype(wide),
+        "BLOCK_C": tile.channels,
+        "BLOCK_L": tile.pixels,
+    }
     strides = (*flat.stride(), *films[2:])
     gelu = activation == "gelu"
     if not tile.parts:
@@ -131,7 +130,7 @@ def group_norm_film_backward(
     strides = (*outer.stride(), *flat.stride(), *films[2:])
     options: dict[str, Any] = {
         "GELU": activation == "gelu",
-        "ACC": _triton_dtype(wide),
+        "ACC": triton_launch.triton_dtype(wide),
         "BLOCK_C": tile.channels,
         "BLOCK_L": tile.pixels,
         "num_warps": tile.warps,
@@ -158,7 +157,7 @@ def group_norm_film_backward(
 
 def summed_channels(each: int, tile: Tile) -> int:
     """Channels whose parts a program adds up at a time."""
-    return min(_power_of_two(each), max(1, 1024 // tile.parts))
+    return min(triton_launch.power_of_two(each), max(1, 1024 // tile.parts))
 
 
 def _sizes(x: Tensor, groups: int) -> tuple[int, int, int]:
@@ -182,9 +181,3 @@ def _films(
             raise ValueError(f"{name} must be on {x.device}, [C] or [N, C] of x {list(x.shape)}, got {values.shape}")
         strides += [0 if values.ndim == 1 else values.stride(0), values.stride(-1)]
     return gain, bias, strides[0], strides[1], strides[2], strides[3]
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return tl.float64 if dtype == torch.float64 else tl.float32

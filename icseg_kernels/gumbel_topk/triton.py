@@ -100,7 +100,7 @@ def draw_into(
     batch, count = logits.shape
     k = draw.indices.shape[1]
     device = logits.device
-    dtype = triton_dtype(draw.scores.dtype)
+    dtype = triton_launch.triton_dtype(draw.scores.dtype)
     kind, source, noise_strides = noise_arguments(seed, noise)
     strides = (*logits.stride(), *noise_strides)
     ranked = k < RANKED_AT_ONCE
@@ -227,13 +227,7 @@ def gumbel_topk_backward(
         BLOCK=kernels.BACKWARD_BLOCK,
         RANKS=kernels.RANKS,
         OF_NOISE=of_noise,
-        DTYPE=triton_dtype(grad.dtype),
+        DTYPE=triton_launch.triton_dtype(grad.dtype),
         enable_fp_fusion=False,
     )
     return grad
-
-
-def triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]

@@ -91,7 +91,7 @@ def window_logits(weights: Tensor, windows: Windows) -> Tensor:
     rows, columns = sizes.block(small=False)
     pool_blocks, blocks = -(-sizes.rows // rows), -(-sizes.kept_rows // rows)
     workspace = _workspace(weights, sizes, pool_blocks)
-    dtype = gumbel_topk_triton.triton_dtype(workspace.dtype)
+    dtype = triton_launch.triton_dtype(workspace.dtype)
     common: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "DTYPE": dtype, "enable_fp_fusion": False}
     triton_launch.launch(
         kernels.pool_kernel,
@@ -179,7 +179,7 @@ def _draw_small(
         TILE=tile,
         RANKS=RANKS,
         NOISE=kind,
-        DTYPE=gumbel_topk_triton.triton_dtype(workspace.dtype),
+        DTYPE=triton_launch.triton_dtype(workspace.dtype),
         NO_PATCH=NO_PATCH,
         num_warps=warps,
         enable_fp_fusion=False,
@@ -233,7 +233,7 @@ def sample_patches_backward(grad: Tensor, indices: Tensor, weights: Tensor, wind
             ROWS=rows,
             COLUMNS=columns,
             BLOCKS=kernels.BLOCKS,
-            DTYPE=gumbel_topk_triton.triton_dtype(dtype),
+            DTYPE=triton_launch.triton_dtype(dtype),
             num_warps=kernels.SMALL_WARPS if small else 4,
             enable_fp_fusion=False,
         )

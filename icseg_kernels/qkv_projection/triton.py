@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +104,9 @@ def qkv_projection(
         x, norm_weight, norm_bias, added, *_sections(weights, sizes), *_sections(biases, sizes),
         q_cos, q_sin, k_cos, k_sin, q, k, v, None if norm_weight is None else stats,
         *strides, *q_turn, *k_turn, batch, count, queries, of_queries, eps,
-        C=channels, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=width, SUM=_triton_dtype(_sums(x, weight)),
-        FACTOR=_triton_dtype(torch.float32 if exact else weight.dtype), PRECISION="tf32" if tf32 else "ieee", **options,
+        C=channels, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=width, SUM=triton_launch.triton_dtype(_sums(x, weight)),
+        FACTOR=triton_launch.triton_dtype(torch.float32 if exact else weight.dtype),
+        PRECISION="tf32" if tf32 else "ieee", **options,
     )  # fmt: skip
     return q, k, v, stats
 
@@ -173,7 +173,7 @@ def qkv_projection_backward(
         kernels.adjoint_kernel, (_tiles(rows, kernels.ADJOINT["BLOCK_T"]) * blocks,), x.device,
         *grads, q_cos, q_sin, k_cos, k_sin, x, norm_weight, norm_bias, added, found, joined, entering,
         *(stride for grad in grads for stride in grad.stride()), *q_turn, *k_turn, *strides, batch, count, queries,
-        C=channels, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=width, SUM=_triton_dtype(_sums(x, weight)),
+        C=channels, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=width, SUM=triton_launch.triton_dtype(_sums(x, weight)),
         **kernels.ADJOINT,
     )  # fmt: skip
     none = gradients(x, norm_weight, weights, False, False, False, False)
@@ -287,9 +287,3 @@ def _sums(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _tiles(size: int, block: int) -> int:
     return math.ceil(size / block)
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))

@@ -62,7 +62,7 @@ def plan(size: Size, layers: Sequence[Layer], samples: int, *, fused: bool) -> P
     maps = []  # pixels, channels with padding
     for layer in layers:
         size = layer.size(size)
-        maps.append((size[1] * size[2], _padded(size[0])))
+        maps.append((size[1] * size[2], padded(size[0])))
     pixels, widest = (max(values) for values in zip(*maps, strict=True))
     images = 1
     while 2 * images * pixels <= 128 and math.ceil(samples / (2 * images)) >= _ENOUGH:
@@ -70,7 +70,7 @@ def plan(size: Size, layers: Sequence[Layer], samples: int, *, fused: bool) -> P
     kept = [images * count * width for count, width in maps[:-1]] + [0, 0]
     second = max(kept[::2])
     most = 128 if widest <= 64 else 64
-    rows = tuple(max(16, min(most, _power_of_two(images * count))) for count, _ in maps)
+    rows = tuple(max(16, min(most, triton_launch.power_of_two(images * count))) for count, _ in maps)
     warps = 8 if max(rows) * max(widest, 32) >= 4096 else 4
     return Plan(images, second, second + max(kept[1::2]), rows, 16 if fused else 32, warps)
 
@@ -91,17 +91,14 @@ def constants(size: Size, layers: Sequence[Layer], chosen: Plan) -> dict[str, An
     nothing = Layer(0, 0, 0, 0, False)
     for i, layer in enumerate([*layers, *[nothing] * (LAYERS - len(layers))], 1):
         found |= {f"C{i}": layer.outputs, f"KERNEL{i}": layer.kernel, f"STRIDE{i}": layer.stride}
-        found |= {f"PADDING{i}": layer.padding, f"REPLICATE{i}": layer.replicate, f"WIDTH{i}": _padded(layer.outputs)}
+        found |= {f"PADDING{i}": layer.padding, f"REPLICATE{i}": layer.replicate, f"WIDTH{i}": padded(layer.outputs)}
         found[f"ROWS{i}"] = chosen.rows[i - 1] if i <= len(layers) else 0
     return found
 
 
-def _padded(channels: int) -> int:
-    return max(16, _power_of_two(channels))
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
+def padded(channels: int) -> int:
+    """Channels of a map in scratch: products need 16 of them."""
+    return max(16, triton_launch.power_of_two(channels))
 
 
 def unsupported(x: Tensor, layers: Sequence[ConvLayer], sizes: Sequence[Size]) -> list[str]:
