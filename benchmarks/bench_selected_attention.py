@@ -1,7 +1,8 @@
-"""selected_attention: C++ against torch's attention, over all keys, over rows gathered first, and after a rotation."""
+"""selected_attention: C++ against torch's attentions, over all keys, over rows gathered first, and after a rotation."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import compare, compiled, thread_counts, with_backward
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from icseg_kernels import Rotation, flops, selected_attention
 from icseg_kernels.attention.reference import turned
@@ -49,6 +51,21 @@ def turned_then_sdpa(q: Tensor, k: Tensor, v: Tensor, turn: Rotation) -> Tensor:
 compiled_turned_then_sdpa = compiled(turned_then_sdpa, dynamic=False)
 
 
+FLEX = "FlexAttention, compiled"
+FORWARD_ALONE = {FLEX: "torch's FlexAttention has no backward on CPUs"}
+compiled_flex = compiled(flex_attention, dynamic=False)
+
+
+def mask_of(index: Tensor, queries: int, keys: int) -> BlockMask:
+    """FlexAttention's form of a list of keys of each sample."""
+    listed = torch.zeros(len(index), keys, dtype=torch.bool).scatter_(1, index, True)
+
+    def is_listed(b: Tensor, _h: Tensor, _q: Tensor, k: Tensor) -> Tensor:
+        return listed[b, k]
+
+    return create_block_mask(is_listed, len(index), None, queries, keys, device="cpu")
+
+
 def rivals_of(
     gradients: bool, inputs: list[Tensor], rivals: dict[str, Callable[..., Tensor]]
 ) -> dict[str, Callable[[], Tensor | list[Tensor]]]:
@@ -69,6 +86,7 @@ def bench_all_keys(record, b, h, nq, nk, d, gradients, threads):
     inputs = tokens(b, h, nq, nk, d, gradients=gradients)
     rivals = {
         "SDPA": F.scaled_dot_product_attention,
+        **({} if gradients else {FLEX: compiled_flex}),
         "native": lambda q, k, v: selected_attention(q, k, v, backend="native"),
         "chosen": lambda q, k, v: selected_attention(q, k, v),
     }
@@ -84,6 +102,7 @@ def bench_all_keys(record, b, h, nq, nk, d, gradients, threads):
         threads=threads,
         flops={} if gradients else dict.fromkeys(rivals, count),
         bytes=0 if gradients else flops.selected_attention_bytes(b, h, nq, nk, d, d),
+        left_out=FORWARD_ALONE if gradients else {},
     )
     record(row, rivals["native"])
 
@@ -93,12 +112,14 @@ def bench_all_keys(record, b, h, nq, nk, d, gradients, threads):
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(("b", "h", "nq", "nk", "d"), SELECTED)
 def bench_half_of_the_keys(record, b, h, nq, nk, d, gradients, threads):
+    """FlexAttention has its mask made before; it spares whole blocks of keys, of which a random half has none."""
     inputs = tokens(b, h, nq, nk, d, gradients=gradients)
     generator = torch.Generator().manual_seed(1)
     index = torch.stack([torch.randperm(nk, generator=generator)[: nk // 2] for _ in range(b)])
     rivals = {
         "SDPA over gathered rows": lambda q, k, v: gathered(q, k, v, index),
         "compiled": lambda q, k, v: compiled_gathered(q, k, v, index),
+        **({} if gradients else {FLEX: functools.partial(compiled_flex, block_mask=mask_of(index, nq, nk))}),
         "reference": lambda q, k, v: selected_attention(q, k, v, index=index, backend="reference"),
         "native": lambda q, k, v: selected_attention(q, k, v, index=index, backend="native"),
     }
@@ -114,6 +135,7 @@ def bench_half_of_the_keys(record, b, h, nq, nk, d, gradients, threads):
         threads=threads,
         flops={} if gradients else dict.fromkeys(rivals, count),
         bytes=0 if gradients else flops.selected_attention_bytes(b, h, nq, nk // 2, d, d),
+        left_out=FORWARD_ALONE if gradients else {},
     )
     record(row, rivals["native"])
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -32,7 +35,7 @@ class Row:
     bytes:          of inputs and outputs, each once: the least traffic; 0 if not counted.
     copy_bandwidth: bytes a second, read plus written, of a large torch copy on as many threads, in the same run; 0
                     if bytes were not counted.
-    megabytes:      the most that a call of a rival holds beyond its inputs, where that was measured.
+    megabytes:      the most that a call of a rival holds beyond what it was given, where that was measured.
     matrix_rate:    FLOP/s of a large float32 matrix product on as many threads, in the same run; 0 if FLOPs were not
                     counted.
     left_out:       why a rival was not timed, in one clause. Its FLOPs may be counted all the same.
@@ -99,6 +102,7 @@ def compare(
     tolerance: largest absolute difference allowed between rivals that compute the same thing.
     threads:   of torch, for this case; None leaves them as they are.
     rounds:    None: as many as take about half a second, from 7 to 300.
+    megabytes: of each rival, measured elsewhere; None: `held_megabytes` in this process.
     same:      which rival each rival's output must equal; None: all of them the first one's. Pairs of which one is
                left out are passed over.
     left_out:  rivals that are not timed, and why.
@@ -121,6 +125,8 @@ def compare(
         if wrong:
             raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
         del outputs
+        if megabytes is None:
+            megabytes = {name: held_megabytes(run) for name, run in rivals.items()} if HAS_PEAK else {}
         once = {name: _once(run, repeats) for name, run in rivals.items()}
         total = sum(once.values()) * repeats
         rounds = rounds or _rounds(total)
@@ -149,7 +155,7 @@ def compare(
             machine(),
             versions(),
             commit(),
-            megabytes or {},
+            megabytes,
             matrix_rate(torch.get_num_threads()) if flops else 0.0,
             left_out,
         )
@@ -173,6 +179,26 @@ def _once(run: Callable[[], Any], repeats: int = 1) -> float:
     for _ in range(repeats):
         run()
     return (time.perf_counter() - start) / repeats
+
+
+def held_megabytes(run: Callable[[], object]) -> float:
+    """The most that one call holds beyond what this process does before it (where there is `HAS_PEAK`)."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed before must not hide what the call takes
+    _FORGET_PEAK.write_text("5")
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) / 1024
+
+
+_FORGET_PEAK = Path("/proc/self/clear_refs")  # of Linux
+HAS_PEAK = os.access(_FORGET_PEAK, os.W_OK)
+
+
+def kilobytes(name: str, file: Path = Path("/proc/self/status")) -> int:
+    """An entry of a file of /proc (on Linux)."""
+    return int(next(line.split()[1] for line in file.read_text().splitlines() if line.startswith(f"{name}:")))
 
 
 def _rounds(seconds: float) -> int:

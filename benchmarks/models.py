@@ -6,10 +6,8 @@ model and its inputs (on Linux).
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import gc
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from harness import held_megabytes, kilobytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -210,7 +209,7 @@ def megabytes_needed(name: str, side: int, support: int) -> float:
 
 def free_megabytes() -> float:
     """Of memory, without swapping (on Linux)."""
-    return _kilobytes("MemAvailable", Path("/proc/meminfo")) / 1024
+    return kilobytes("MemAvailable", Path("/proc/meminfo")) / 1024
 
 
 @functools.cache
@@ -239,17 +238,7 @@ def main(name: str, side: str, support: str, pack: str | None = None, number: st
         cases = _cases(Path(pack), int(side), int(support))
         case = next(case for case in cases if case.number == int(number))
     run = built(name, case)
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed before must not hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    before = _kilobytes("VmRSS")
-    run()
-    print((_kilobytes("VmHWM") - before) / 1024)
-
-
-def _kilobytes(name: str, file: Path = Path("/proc/self/status")) -> int:
-    return int(next(line.split()[1] for line in file.read_text().splitlines() if line.startswith(f"{name}:")))
+    print(held_megabytes(run))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,20 @@ def test_the_matrix_rate_is_positive(harness: ModuleType, monkeypatch: pytest.Mo
     assert harness.matrix_rate.__wrapped__(1) == 2 * 2048**3 / 0.5
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc, of Linux")
+def test_a_row_says_what_a_call_holds(harness: ModuleType) -> None:
+    def large() -> Tensor:
+        return torch.ones(2**23).view(4, -1).sum(dim=1)  # 32 MiB
+
+    rivals = {"large": large, "small": lambda: torch.full((4,), 2.0**21)}
+    found = harness.compare("s", "c", rivals, tolerance=0.0, rounds=1).megabytes
+    assert 31 < found["large"] < 34
+    assert found["small"] < 1
+    assert harness.compare("s", "c", rivals, tolerance=0.0, rounds=1, megabytes={"large": 5.0}).megabytes == {
+        "large": 5.0
+    }
+
+
 # Comparisons
 
 
@@ -137,7 +151,7 @@ def test_pairs_with_a_rival_that_is_left_out_are_passed_over(harness: ModuleType
 
 def test_a_limit_leaves_three_rounds(harness: ModuleType) -> None:
     rival = Rival(1.0)
-    assert harness.compare("s", "c", {"a": rival}, tolerance=0.0, rounds=9, limit=0.0).rounds == 3
+    assert harness.compare("s", "c", {"a": rival}, tolerance=0.0, rounds=9, megabytes={}, limit=0.0).rounds == 3
     assert rival.calls == 1 + 1 + 3
 
 
@@ -149,7 +163,8 @@ def test_a_slow_rivals_first_timing_is_its_first_round(harness: ModuleType, monk
         return {slow: 2.0, fast: 0.1}[run]
 
     monkeypatch.setattr(harness, "_once", once)
-    row = harness.compare("s", "c", {"slow": slow, "fast": fast}, tolerance=0.0, rounds=3, warm=True)
+    rivals = {"slow": slow, "fast": fast}
+    row = harness.compare("s", "c", rivals, tolerance=0.0, rounds=3, megabytes={}, warm=True)
     assert row.seconds == {"slow": 2.0, "fast": 0.1}
     assert (slow.calls, fast.calls) == (1 + 3, 1 + 1 + 2 * 3)
 

@@ -1,0 +1,71 @@
+"""accelerate: other people's models at 128 px as their packages compute them, and rewritten; random weights.
+
+The models are the structural copies of the tests, at their published widths.
+"""
+
+import copy
+
+import pytest
+import torch
+from harness import compare
+from reference_models import multiverseg, neuralizer, tyche, universeg
+from torch.utils.flop_counter import FlopCounterMode
+
+import icseg_kernels
+
+WIDTHS = (64,) * 4
+MODELS = {
+    "UniverSeg": lambda: universeg.UniverSeg(WIDTHS),
+    "Tyche": lambda: tyche.TysegXC(WIDTHS),
+    "MultiverSeg": lambda: multiverseg.MultiverSegNet(WIDTHS),
+    "Neuralizer": lambda: neuralizer.PairwiseConvAvgModel(4, 1, 1, 64, 2),
+}
+SIDE, CANDIDATES = 128, 4  # pixels, and Tyche's masks of a target
+LIMIT = 2**26  # bytes of support features: 16 images
+BEFORE, AFTER, AGAIN = "as published", "accelerated", "accelerated, support seen before"
+CHUNKS = f"accelerated, max_memory {LIMIT >> 20} MiB"
+
+
+def inputs(name: str, support: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(1, *shape, SIDE, SIDE, generator=generator)
+
+    images, masks = random(support, 1), (random(support, 1) > 0.5).float()
+    if name == "Neuralizer":
+        return {"context_in": images, "context_out": masks, "target_in": random(1)}
+    found = {"support_images": images, "support_labels": masks}
+    if name == "Tyche":
+        return found | {"target_image": random(CANDIDATES, 1), "noise_image": random(CANDIDATES, 1)}
+    return found | {"target_image": random(5 if name == "MultiverSeg" else 1)}
+
+
+@pytest.mark.quick(name="UniverSeg", support=3)
+@pytest.mark.parametrize("support", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def bench_accelerate(record, name, support):
+    torch.manual_seed(0)
+    model, given = MODELS[name]().eval(), inputs(name, support)
+    faster, bounded = copy.deepcopy(model), copy.deepcopy(model)
+    report = icseg_kernels.accelerate(faster)
+    icseg_kernels.accelerate(bounded, max_memory=LIMIT, cache_support=False)
+
+    def unseen() -> torch.Tensor:
+        report.forget()
+        return faster(**given)
+
+    runs = {BEFORE: lambda: model(**given)}
+    if support * 64 * SIDE**2 * 4 > LIMIT:
+        runs[CHUNKS] = lambda: bounded(**given)
+    runs |= {AFTER: unseen, AGAIN: lambda: faster(**given)}
+    flops = {}
+    for rival, run in runs.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops[rival] = float(counter.get_total_flops())
+    row = compare(
+        "accelerate", f"{name} {SIDE} px S{support}", runs, tolerance=1e-4, rounds=3, flops=flops, warm=support < 64
+    )
+    record(row, runs[AGAIN])
