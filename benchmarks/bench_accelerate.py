@@ -3,12 +3,14 @@
 The models are the structural copies of the tests, at their published widths.
 """
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from harness import compare
 from reference_models import multiverseg, neuralizer, tyche, universeg
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import icseg_kernels
@@ -42,7 +44,7 @@ def inputs(name: str, support: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.quick(name="UniverSeg", support=3)
-@pytest.mark.parametrize("support", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize("support", [1, 3, 16, 64])
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def bench_accelerate(record, name, support):
@@ -57,15 +59,16 @@ def bench_accelerate(record, name, support):
         return faster(**given)
 
     runs = {BEFORE: lambda: model(**given)}
-    if support * 64 * SIDE**2 * 4 > LIMIT:
+    if name == "UniverSeg" and support == 64:
         runs[CHUNKS] = lambda: bounded(**given)
     runs |= {AFTER: unseen, AGAIN: lambda: faster(**given)}
     flops = {}
     for rival, run in runs.items():
-        with FlopCounterMode(display=False) as counter:
+        # On tensors without values, so in no time, but where values decide what is kept and used again.
+        fake = FakeTensorMode(allow_non_fake_inputs=True) if rival in (BEFORE, CHUNKS) else contextlib.nullcontext()
+        with FlopCounterMode(display=False) as counter, fake:
             run()
         flops[rival] = float(counter.get_total_flops())
-    row = compare(
-        "accelerate", f"{name} {SIDE} px S{support}", runs, tolerance=1e-4, rounds=3, flops=flops, warm=support < 64
-    )
+    case, rounds = f"{name} {SIDE} px S{support}", 1 if support == 64 else 3
+    row = compare("accelerate", case, runs, tolerance=1e-4, rounds=rounds, flops=flops, warm=True)
     record(row, runs[AGAIN])

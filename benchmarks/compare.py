@@ -5,8 +5,8 @@
 
 The revision is checked out beside, and its library built there or, where nothing that it is made of differs, copied.
 Then one process for each runs the same seeded cases, `benchmarks.compare_cases`, in turn, round by round. A case is
-slower if the 95 % interval of the ratio of medians lies above the margin. The exit status is 0; 1 if a case is slower,
-or its outputs differ by more than a thousandth; 2 if there is no answer; 130 if interrupted.
+slower if the 95 % interval of the ratio of medians lies above the margin. The exit status is 0; 1 if a case is slower;
+2 if there is no answer; 3 if none is slower, but outputs differ by more than a thousandth; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -429,12 +429,15 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     )
     parser.add_argument("revision", metavar="REV", help="what the working tree, changes included, is compared with")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="the smallest case of each op, and of the model")
     parser.add_argument("--rounds", metavar="N", type=int, default=20, help="timings of each case by each (20)")
     parser.add_argument("--margin", type=float, default=1.25, help="the ratio above which a case is slower (1.25)")
     parser.add_argument("--threads", metavar="N", type=int, help="of each worker; else as torch chooses")
     parser.add_argument("--out", metavar="FILE", type=Path, help="rows of JSON, one a case, with all timings")
     given = parser.parse_args(arguments)
     names = [name for name in compare_cases.cases() if given.only in name]
+    if given.quick:
+        names = quick(names)
     if not names:
         parser.error(f"--only must be part of a case's name, got {given.only!r}")
     if given.rounds < 3:
@@ -444,6 +447,14 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     if given.threads is not None and given.threads < 1:
         parser.error(f"--threads must be at least 1, got {given.threads}")
     return given, names
+
+
+def quick(names: Sequence[str]) -> list[str]:
+    """The first of those that begin and end with the same word: the smallest, of each op and kind of work."""
+    first: dict[tuple[str, str], str] = {}
+    for name in names:
+        first.setdefault((name.split()[0], name.split()[-1]), name)
+    return list(first.values())
 
 
 @contextlib.contextmanager
@@ -480,7 +491,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     print(table(results))
     for line in remarks(results, given.margin):
         print(line)
-    return int(any(r.verdict == "slower" or r.differs for r in results))
+    if any(r.verdict == "slower" for r in results):
+        return 1
+    return 3 if any(r.differs for r in results) else 0
 
 
 if __name__ == "__main__":

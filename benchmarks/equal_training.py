@@ -39,7 +39,7 @@ from icseg.training.state import STATE_FILE
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = ("sparse", "universeg", "published")
-OURS = "sparse"
+OURS, DENSE = "sparse", "universeg"
 SIZE = 256
 SUPPORT = 3
 RESAMPLES = 10_000

@@ -25,6 +25,7 @@ from torch import Tensor
 from icseg_kernels import backend as backends
 
 Run = Callable[[], Tensor | Sequence[Tensor]]
+SLOW = 5.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ def compare(
     warm:      before each timing that rival is called once, so that it does not find the cache as the one before left
                it; not where it takes more than a second, to which that makes no difference.
     limit:     seconds that all rounds may take; there are fewer then, but at least 3 (or `rounds`).
+
+    A rival that takes more than `SLOW` seconds a call is timed once, after the check: what disturbs such a call is
+    small beside it.
     """
     left_out = left_out or {}
     if both := sorted(left_out.keys() & rivals.keys()):
@@ -128,7 +132,7 @@ def compare(
         if megabytes is None:
             megabytes = {name: held_megabytes(run) for name, run in rivals.items()} if HAS_PEAK else {}
         once = {name: _once(run, repeats) for name, run in rivals.items()}
-        total = sum(once.values()) * repeats
+        total = sum(seconds for seconds in once.values() if seconds <= SLOW) * repeats
         rounds = rounds or _rounds(total)
         if rounds * total > limit:
             rounds = min(rounds, max(3, int(limit / total)))
@@ -136,7 +140,7 @@ def compare(
         times: dict[str, list[float]] = {name: [seconds] if seconds >= 1 else [] for name, seconds in once.items()}
         for number in range(rounds):
             for name, run in rivals.items():
-                if len(times[name]) > number:
+                if len(times[name]) > number or once[name] > SLOW:
                     continue
                 if warm and once[name] < 1:
                     run()

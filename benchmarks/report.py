@@ -16,17 +16,22 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
+from benchmarks import equal_training
 from benchmarks.report_pictures import draw_accuracy, draw_cost, draw_memory, draw_roofline, draw_speedup
 from benchmarks.report_rows import (
     ACCURACY,
     COLD,
     DENSE,
     EVERYTHING,
+    NO_OPS,
     OURS,
+    PARTS,
     RESULTS,
     SIZES,
     SUPPORT,
+    TRAINED_ALIKE,
     WITH_MEMORY,
     BadRowsError,
     Crossover,
@@ -44,6 +49,7 @@ from benchmarks.report_rows import (
     scored,
     seconds,
     series,
+    speedup,
 )
 from icseg.files import written_whole
 
@@ -60,7 +66,7 @@ def answers(rows: Sequence[Row]) -> list[str]:
     return [
         f"**How much cheaper?** {_cheaper(one)}",
         f"**From which size on?** {_from_which_size(one)}",
-        f"**Does it cost accuracy?** {_accuracy(rows)}",
+        f"**Does it cost accuracy?** {_accuracy(rows)}{_trained_alike(rows)}",
     ]
 
 
@@ -137,6 +143,31 @@ def _accuracy(rows: Iterable[Row]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+def _trained_alike(rows: Iterable[Row]) -> str:
+    differences = {rival: found[-1] for rival, found in trained_alike(rows).items()}
+    return "".join(
+        f" Trained alike, on the same tasks for the same time, the sparse model's Dice is {abs(d.mean):.3f} "
+        f"{'less' if d.mean < 0 else 'more'} than that of a dense UniverSeg ({d.dataset}, {_interval(d)})."
+        for rival, d in differences.items()
+        if rival == equal_training.DENSE
+    )
+
+
+def trained_alike(rows: Iterable[Row]) -> dict[str, list[equal_training.Difference]]:
+    """Of each rival: what the sparse model's Dice lies above its own, data set by data set, the mean last."""
+    found = [
+        equal_training.Row(**{name: value for name, value in row.items() if name != "subject"})
+        for row in rows
+        if row["subject"] == TRAINED_ALIKE
+    ]
+    rivals = dict.fromkeys(row.model for row in found if row.model != equal_training.OURS)
+    return {rival: equal_training.paired_bootstrap(found, equal_training.OURS, rival) for rival in rivals}
+
+
+def _interval(difference: equal_training.Difference) -> str:
+    return f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}"
+
+
 def _accuracy_at(models: Sequence[Scored]) -> str:
     if not models:
         return "no class is scored for every model"
@@ -185,10 +216,9 @@ def _pixels(sizes: Iterable[int]) -> str:
 def table(rows: list[Row]) -> str:
     """One line a case: the time (and GFLOPs where counted) of every rival, and the best rival's time over ours.
 
-    Ours is the last of a row's rivals; those whose names start with "native" are ours too. Models have no ratio: they
-    do not compute the same.
+    Ours is the last of a row's rivals. Models have no ratio: they do not compute the same.
     """
-    compared = rows[0]["subject"] not in (SIZES, SUPPORT)
+    compared = rows[0]["subject"] not in (SIZES, SUPPORT, PARTS)
     rivals = dict.fromkeys(name for row in rows for name in [*row["seconds"], *row["left_out"]])
     ours = list(dict.fromkeys(list(row["seconds"])[-1] for row in rows if row["seconds"]) if compared else OURS)
     names = [*(name for name in rivals if name not in ours), *(name for name in ours if name in rivals)]
@@ -198,7 +228,8 @@ def table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         cells = [row["case"] + f" {DIRTY}" * is_dirty(row), str(row["threads"]), *(_cell(row, name) for name in names)]
-        cells += [_ratio(row)] * compared + [_share_of_a_copy(row)] * copied
+        ratio = speedup(row)
+        cells += [f"{ratio:.2g}" if ratio else ""] * compared + [_share_of_a_copy(row)] * copied
         lines.append(cells)
     return _markdown(columns, lines) + f"\n\n{DIRTY_NOTE}" * any(map(is_dirty, rows))
 
@@ -221,12 +252,6 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _ratio(row: Row) -> str:
-    *others, ours = row["seconds"] or [""]
-    seconds = [row["seconds"][name] for name in others if not name.startswith("native")]
-    return f"{min(seconds) / row['seconds'][ours]:.2g}" if seconds else ""
-
-
 def _share_of_a_copy(row: Row) -> str:
     """The time a copy of as many bytes takes, at the bandwidth of large copies, over ours."""
     if not row["bytes"] or not row["copy_bandwidth"] or not row["seconds"]:
@@ -235,9 +260,25 @@ def _share_of_a_copy(row: Row) -> str:
     return f"{row['bytes'] / row['copy_bandwidth'] / ours:.2f}"
 
 
+def summary_table(rows: Iterable[Row]) -> str:
+    """One line an op and kind of work: how many times faster than the best rival, over the latest row of each case."""
+    latest = {(r["subject"], r["work"], r["machine"], r["case"], r["threads"]): r for r in rows}
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for (subject, work, machine, *_), row in latest.items():
+        if ratio := speedup(row):
+            ratios.setdefault((subject, work, machine), []).append(ratio)
+    machines = {machine for _, _, machine in ratios}
+    lines = [
+        [subject, work, *([machine] * (len(machines) > 1)), str(len(of)), f"{min(of):.2g}", f"{median(of):.2g}",
+         f"{max(of):.2g}"]
+        for (subject, work, machine), of in ratios.items()
+    ]  # fmt: skip
+    return _markdown(["", "work", *["machine"] * (len(machines) > 1), "cases", "least", "median", "most"], lines)
+
+
 def tables(rows: Sequence[Row], subjects: Sequence[str] = ()) -> str:
-    """Of all subjects but accuracy, or of some; one a subject, work and machine."""
-    timed = [row for row in rows if row["subject"] != ACCURACY]
+    """Of all subjects that are timed, or of some; one a subject, work and machine."""
+    timed = [row for row in rows if row["subject"] not in (ACCURACY, TRAINED_ALIKE)]
     unknown = [subject for subject in subjects if subject not in {row["subject"] for row in timed}]
     if unknown:
         raise BadRowsError(f"subjects must be of the rows, got {unknown[0]!r}, of which there is none")
@@ -300,7 +341,8 @@ def machines(rows: Iterable[Row]) -> list[str]:
     """One line a machine and set of versions: what the rows say, no more."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["machine"], _versions([row])), []).append(row)
+        if row["subject"] != TRAINED_ALIKE:
+            groups.setdefault((row["machine"], _versions([row])), []).append(row)
     lines = []
     for (machine, versions), found in groups.items():
         threads = sorted({row["threads"] for row in found if "threads" in row})
@@ -327,9 +369,8 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, Callable[..., None]]]:
     by_size, by_support = series(rows, SIZES), series(rows, SUPPORT)
     places, points = scored(rows), roofline_points(rows)
     parts = ["# Sparse against dense, measured", *answers(rows), *machines(rows)]
-    parts.append(
-        "Rows bear no date; the commit says which code was measured." + f" {DIRTY_NOTE}." * any(map(is_dirty, rows))
-    )
+    dirty = any(is_dirty(row) for row in rows if row["subject"] != TRAINED_ALIKE)
+    parts.append("Rows bear no date; the commit says which code was measured." + f" {DIRTY_NOTE}." * dirty)
 
     parts.append("## FLOPs and latency against size")
     if by_size:
@@ -372,6 +413,18 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, Callable[..., None]]]:
     else:
         parts.append(_none(ACCURACY) if not places else "No class is scored for every model.")
 
+    if alike := trained_alike(rows):
+        parts.append("## Dice after equal training")
+        parts.append(
+            "The same synthetic tasks and the same time on one thread for each model, scored on held-out ones and real "
+            "images; docs/sparse.md says how. 95 % intervals of a paired bootstrap over targets."
+        )
+        lines = [
+            [same[0].dataset, *(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in same)]
+            for same in zip(*alike.values(), strict=True)
+        ]
+        parts.append(_markdown(["data set", *(f"{equal_training.OURS} minus {rival}" for rival in alike)], lines))
+
     parts.append("## Roofline of the ops")
     if points:
         pictures["roofline.png"] = partial(draw_roofline, points)
@@ -391,13 +444,16 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, Callable[..., None]]]:
         parts.append("There is no row of whole models with peak memory.")
 
     parts.append("## Every op")
-    ops = [row for row in rows if row["subject"] not in (SIZES, SUPPORT, ACCURACY)]
-    parts.append(
-        "*ratio*: the best rival's time over ours, which stands last; *share of a copy*: the time that a large copy "
-        f"takes for the bytes of inputs and outputs over ours.\n\n{tables(ops).rstrip()}"
-        if ops
-        else "There is no row of an op."
-    )
+    ops = [row for row in rows if row["subject"] not in NO_OPS]
+    if ops:
+        parts.append(f"How many times faster than the best rival, over the cases:\n\n{summary_table(ops)}")
+        parts.append(
+            "<details><summary>Every case</summary>\n\n*ratio*: the best rival's time over ours, which stands last; "
+            "*share of a copy*: the time that a large copy takes for the bytes of inputs and outputs over ours.\n\n"
+            f"{tables(ops).rstrip()}\n\n</details>"
+        )
+    else:
+        parts.append("There is no row of an op.")
     return "\n\n".join(parts) + "\n", pictures
 
 

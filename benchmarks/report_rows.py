@@ -13,7 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-SIZES, SUPPORT, ACCURACY = "model", "support size", "accuracy"
+SIZES, SUPPORT, ACCURACY, TRAINED_ALIKE = "model", "support size", "accuracy", "equal training"
 COLD, WITH_MEMORY = "PatchICL, sparse", "PatchICL, sparse, support encoded before"
 OURS = (COLD, WITH_MEMORY)
 EVERYTHING = "all"  # the budget that takes every patch
@@ -22,7 +22,9 @@ DENSE = ("UniverSeg, factorised", "Dense global attention")
 Row = dict[str, Any]
 Place = tuple[int, int, str]  # size in pixels, support pairs, machine and threads
 Quantity = Callable[[Row, str], float | None]
-
+NO_OPS = SIZES, SUPPORT, ACCURACY, TRAINED_ALIKE
+PARTS = "whole-image work"  # of what, beside the whole of it, its row says: no rivals
+VARIANTS = ("native", "accelerated")  # rivals whose names start so are ours too
 
 # The fields of a row and their kinds; OLDER: of those that came later.
 NUMBER = (int, float)
@@ -55,12 +57,16 @@ SCORED: Kinds = ORIGIN | {
 }
 
 
+# Of benchmarks/equal_training.py, whose rows name no subject: Dice of one model on one target.
+OF_TRAINING: Kinds = {"model": str, "dataset": str, "class_name": str, "target": int, "patient": int, "dice": NUMBER}
+
+
 class BadRowsError(ValueError):
     """Rows that cannot be read, in one sentence."""
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none if none of its lines is a row of results, which has a subject."""
+    """The rows of a file; none if none of its lines is a row of results."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -76,6 +82,8 @@ def read(path: Path) -> list[Row]:
             if not isinstance(row, dict):
                 raise BadRowsError(f"{place}: a row must be one JSON object, got {line[:40]!r}")
             rows.append((place, row))
+    if rows and all(row.keys() == OF_TRAINING.keys() for _, row in rows):
+        rows = [(place, {"subject": TRAINED_ALIKE, **row}) for place, row in rows]
     if not any("subject" in row for _, row in rows):
         return []
     return [_checked(row, place) for place, row in rows]
@@ -96,17 +104,18 @@ def read_all(paths: Sequence[Path]) -> list[Row]:
 
 def _checked(row: Row, place: str) -> Row:
     """With the fields that older rows lack."""
-    of_accuracy = row.get("subject") == ACCURACY
-    row = row if of_accuracy else OLDER | row
-    for name, kind in (SCORED if of_accuracy else TIMED).items():
+    kinds = {ACCURACY: SCORED, TRAINED_ALIKE: OF_TRAINING}.get(row.get("subject", ""), TIMED)
+    row = OLDER | row if kinds is TIMED else row
+    for name, kind in kinds.items():
         if name not in row:
             raise BadRowsError(f"{place}: the row of {row.get('subject', 'no subject')!r} lacks {name!r}")
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise BadRowsError(f"{place}: {name!r} is of the wrong kind, got {row[name]!r}")
-    if of_accuracy:
+    if kinds is not TIMED:
         if not 0 <= row["dice"] <= 1:
             raise BadRowsError(f"{place}: 'dice' must lie between 0 and 1, got {row['dice']}")
-        _check_numbers({"gflops": row["gflops"], "seconds": row["seconds"]}, place)
+        if kinds is SCORED:
+            _check_numbers({"gflops": row["gflops"], "seconds": row["seconds"]}, place)
         return row
     if not isinstance(row["flops"], dict):  # the same of every rival
         row["flops"] = dict.fromkeys(row["seconds"], row["flops"])
@@ -204,6 +213,15 @@ def series(rows: Iterable[Row], subject: str) -> list[Series]:
         return sum(name in row["seconds"] for row in one.rows.values() for name in DENSE if COLD in row["seconds"])
 
     return sorted(latest_first, key=telling, reverse=True)
+
+
+def speedup(row: Row) -> float | None:
+    """The best rival's time over ours, which stands last; None without a rival, and for whole models."""
+    if row["subject"] in (*NO_OPS, PARTS):
+        return None
+    *others, ours = row["seconds"] or [""]
+    found = [row["seconds"][name] for name in others if not name.startswith(VARIANTS)]
+    return min(found) / row["seconds"][ours] if found else None
 
 
 @dataclass(frozen=True)
@@ -338,7 +356,7 @@ def roofline_points(rows: Iterable[Row]) -> list[Point]:
     """Of ours, the latest row a case, where FLOPs and bytes were counted."""
     latest = {}
     for row in rows:
-        if row["subject"] not in (ACCURACY, SIZES, SUPPORT) and row["bytes"] and row["seconds"]:
+        if row["subject"] not in NO_OPS and row["bytes"] and row["seconds"]:
             ours = list(row["seconds"])[-1]
             if work := row["flops"].get(ours):
                 key = tuple(row[field] for field in ("subject", "case", "work", "threads", "machine"))

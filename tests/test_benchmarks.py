@@ -155,6 +155,15 @@ def test_a_limit_leaves_three_rounds(harness: ModuleType) -> None:
     assert rival.calls == 1 + 1 + 3
 
 
+def test_a_very_slow_rival_is_timed_once(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = Rival(1.0), Rival(1.0)
+    monkeypatch.setattr(harness, "_once", lambda run, repeats=1: run.calls or {slow: 60.0, fast: 0.1}[run])
+    slow.calls = fast.calls = -1  # 0 after the check
+    row = harness.compare("s", "c", {"slow": slow, "fast": fast}, tolerance=0.0, rounds=3, megabytes={}, limit=1.0)
+    assert row.seconds == {"slow": 60.0, "fast": 0.1}
+    assert (slow.calls, row.rounds) == (0, 3)
+
+
 def test_a_slow_rivals_first_timing_is_its_first_round(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = Rival(1.0), Rival(1.0)
 
@@ -363,7 +372,7 @@ def test_a_model_that_is_left_out_is_counted_and_not_called(
     bench, case = load(monkeypatch, "bench_model"), models.synthetic_case(SIDE, SUPPORT)
     monkeypatch.setattr(models, "speed", lambda name: 1.0)
     names = models.DENSE, models.SPARSE, models.KEPT
-    row = bench.compared("model", "32 px S2", case, names, rounds=1, memory=False)
+    row = bench.compared("model", "32 px S2", case, names, rounds=1, alone=False)
     assert list(row.seconds) == [models.SPARSE, models.KEPT]
     assert row.left_out.keys() == {models.DENSE}
     assert row.flops.keys() == set(names)

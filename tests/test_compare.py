@@ -137,7 +137,7 @@ def test_what_a_revision_lacks_is_no_failure(script: ModuleType) -> None:
         script.measure(Fake(1, lacks="x"), Fake(1, lacks="TypeError: c"), ["c"], rounds=3, margin=1.25)
 
 
-@pytest.mark.parametrize(("now", "output", "status"), [(0.01, 1.0, 0), (0.02, 1.0, 1), (0.01, 1.01, 1)])
+@pytest.mark.parametrize(("now", "output", "status"), [(0.01, 1.0, 0), (0.02, 1.01, 1), (0.01, 1.01, 3)])
 def test_the_exit_status(
     script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,7 +155,7 @@ def test_the_exit_status(
     out = tmp_path / "rows.jsonl"
     assert script.main(["HEAD", "--only", CASE, "--out", str(out)]) == status
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + status
+    assert len(lines) == 3 + (now > 0.01) + (output > 1)
     assert lines[2].startswith(f"| {CASE} | 10 ms |")
     if status:
         assert lines[3].startswith("slower: halvings" if now == 0.02 else "differs: halvings")
@@ -387,6 +387,15 @@ def test_options_out_of_range(
     with pytest.raises(SystemExit, match="2"):
         script.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_quick_set_has_the_smallest_case_of_each_op(script: ModuleType) -> None:
+    found = script.parsed(["HEAD", "--quick"])[1]
+    assert {name.split()[0] for name in found} == {name.split()[0] for name in script.compare_cases.cases()}
+    assert "gumbel_topk B1 N1024 k16, forward + backward" in found
+    assert "sparse model 128 px, cold" in found
+    assert not any("256 px, cold" in name or "N1024 half" in name for name in found)
+    assert script.parsed(["HEAD", "--quick", "--only", "sparse"])[1] == found[-2:]
 
 
 @needs_git

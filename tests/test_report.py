@@ -165,6 +165,23 @@ def test_budgets_are_compared_with_every_patch(page: Callable) -> None:
     assert "the former takes 4.5 times the FLOPs" in sentence
 
 
+def trained(model: str, target: int, dice: float, dataset: str = "d") -> dict[str, Any]:
+    row = {"model": model, "dataset": dataset, "class_name": "a", "target": target, "patient": target}
+    return row | {"dice": dice}
+
+
+def test_models_trained_alike_are_compared(report: Any, tmp_path: Path) -> None:
+    """Rows of benchmarks/equal_training.py, which name no subject; a constant difference has no interval."""
+    found = [trained("sparse", i, 0.5 + i / 10, dataset) for i in range(4) for dataset in "de"]
+    found += [{**row, "model": "universeg", "dice": row["dice"] - 0.25} for row in found]
+    rows = report.read_all([written(tmp_path / "alike.jsonl", found), written(tmp_path / "rows.jsonl", CROSSING)])
+    text = report.page(rows)[0]
+    assert "the sparse model's Dice is 0.250 more than that of a dense UniverSeg (mean of data sets, 95 %" in text
+    assert "| e | +0.250 [+0.250, +0.250] |" in text
+    assert "## Dice after equal training" in text
+    assert "## Dice after equal training" not in report.page(rows[len(found) :])[0]
+
+
 def test_the_latest_row_of_a_case_counts(page: Callable) -> None:
     assert "9 times the time" in page([model(256, 5.0, 1.0, 1.0), model(256, 9.0, 1.0, 1.0)])
 
@@ -221,6 +238,7 @@ def test_tables_alone(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture
         (json.dumps(timed("an op", "N1", {"native": 1.0}, threads="2")), "'threads' is of the wrong kind, got '2'"),
         (json.dumps(timed("model", "large", {COLD: 1.0})), "must be like '512 px S3', got 'large'"),
         (json.dumps(accuracy(COLD, 1.5)), "'dice' must lie between 0 and 1, got 1.5"),
+        (json.dumps(trained("sparse", 1, 0.5)), "line 2: the row of 'no subject' lacks 'subject'"),
     ],
 )
 def test_bad_rows_end_in_one_sentence(report: Any, tmp_path: Path, line: str, expected: str) -> None:
