@@ -5,6 +5,7 @@ The models are the structural copies of the tests, at their published widths.
 
 import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -44,8 +45,7 @@ def inputs(name: str, support: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.quick(name="UniverSeg", support=3)
-@pytest.mark.parametrize("support", [1, 3, 16, 64])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "support"), [*itertools.product(MODELS, (1, 3, 16)), ("UniverSeg", 64)])
 @torch.inference_mode()
 def bench_accelerate(record, name, support):
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def bench_accelerate(record, name, support):
         return faster(**given)
 
     runs = {BEFORE: lambda: model(**given)}
-    if name == "UniverSeg" and support == 64:
+    if support == 64:
         runs[CHUNKS] = lambda: bounded(**given)
     runs |= {AFTER: unseen, AGAIN: lambda: faster(**given)}
     flops = {}

@@ -53,7 +53,7 @@ compiled_turned_then_sdpa = compiled(turned_then_sdpa, dynamic=False)
 
 FLEX = "FlexAttention, compiled"
 FORWARD_ALONE = {FLEX: "torch's FlexAttention has no backward on CPUs"}
-compiled_flex = compiled(flex_attention, dynamic=False)
+compiled_flex = torch.compile(flex_attention, dynamic=False)  # of as many threads as at compilation
 
 
 def mask_of(index: Tensor, queries: int, keys: int) -> BlockMask:

@@ -92,7 +92,6 @@ def compare(
     same: dict[str, str] | None = None,
     flops: dict[str, float] | None = None,
     bytes: int = 0,
-    megabytes: dict[str, float] | None = None,
     left_out: dict[str, str] | None = None,
     repeats: int = 1,
     warm: bool = False,
@@ -103,7 +102,6 @@ def compare(
     tolerance: largest absolute difference allowed between rivals that compute the same thing.
     threads:   of torch, for this case; None leaves them as they are.
     rounds:    None: as many as take about half a second, from 7 to 300.
-    megabytes: of each rival, measured elsewhere; None: `held_megabytes` in this process.
     same:      which rival each rival's output must equal; None: all of them the first one's. Pairs of which one is
                left out are passed over.
     left_out:  rivals that are not timed, and why.
@@ -119,7 +117,9 @@ def compare(
     if both := sorted(left_out.keys() & rivals.keys()):
         raise ValueError(f"left_out must name none of the rivals, got {', '.join(both)}")
     with using_threads(threads or torch.get_num_threads()):
-        outputs = {name: _tensors(run()) for name, run in rivals.items()}
+        outputs, held = {}, {}
+        for name, run in rivals.items():
+            outputs[name], held[name] = _checked(run)
         if same is None:
             first, *others = rivals
             same = dict.fromkeys(others, first)
@@ -129,9 +129,7 @@ def compare(
         if wrong:
             raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
         del outputs
-        if megabytes is None:
-            megabytes = {name: held_megabytes(run) for name, run in rivals.items()} if HAS_PEAK else {}
-        once = {name: _once(run, repeats) for name, run in rivals.items()}
+        once = {name: seconds_of(run, repeats) for name, run in rivals.items()}
         total = sum(seconds for seconds in once.values() if seconds <= SLOW) * repeats
         rounds = rounds or _rounds(total)
         if rounds * total > limit:
@@ -144,7 +142,7 @@ def compare(
                     continue
                 if warm and once[name] < 1:
                     run()
-                times[name].append(_once(run, repeats))
+                times[name].append(seconds_of(run, repeats))
         return Row(
             subject,
             case,
@@ -159,7 +157,7 @@ def compare(
             machine(),
             versions(),
             commit(),
-            megabytes,
+            held if HAS_PEAK else {},
             matrix_rate(torch.get_num_threads()) if flops else 0.0,
             left_out,
         )
@@ -177,16 +175,29 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return max((gap.max().item() for gap in gaps if gap.numel()), default=0.0)
 
 
-def _once(run: Callable[[], Any], repeats: int = 1) -> float:
-    """Seconds a call."""
+def seconds_of(run: Callable[[], Any], repeats: int = 1) -> float:
+    """A call, timed together with the others of `repeats`."""
     start = time.perf_counter()
     for _ in range(repeats):
         run()
     return (time.perf_counter() - start) / repeats
 
 
+def _checked(run: Run) -> tuple[list[Tensor], float]:
+    """Its outputs, and the most megabytes that a call holds: of a second one, as the first may compile, unless slow."""
+    outputs: list[Tensor] = []
+    start = time.perf_counter()
+    held = held_megabytes(lambda: outputs.extend(_tensors(run())))
+    if time.perf_counter() - start < SLOW:
+        held = held_megabytes(run)
+    return outputs, held
+
+
 def held_megabytes(run: Callable[[], object]) -> float:
-    """The most that one call holds beyond what this process does before it (where there is `HAS_PEAK`)."""
+    """The most that one call holds beyond what this process did before it; 0 where the system does not say."""
+    if not HAS_PEAK:
+        run()
+        return 0.0
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what was freed before must not hide what the call takes
@@ -259,7 +270,7 @@ def copy_bandwidth(threads: int) -> float:
     source = torch.ones(2**26)
     target = torch.empty_like(source)
     with using_threads(threads):
-        seconds = statistics.median(_once(lambda: target.copy_(source)) for _ in range(10))
+        seconds = statistics.median(seconds_of(lambda: target.copy_(source)) for _ in range(10))
     return 2 * source.nbytes / seconds
 
 
@@ -271,7 +282,7 @@ def matrix_rate(threads: int) -> float:
     target = torch.empty(side, side)
     with using_threads(threads), torch.inference_mode():
         torch.mm(left, right, out=target)
-        seconds = statistics.median(_once(lambda: torch.mm(left, right, out=target)) for _ in range(7))
+        seconds = statistics.median(seconds_of(lambda: torch.mm(left, right, out=target)) for _ in range(7))
     return 2 * side**3 / seconds
 
 

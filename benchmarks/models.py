@@ -1,21 +1,14 @@
-"""The whole models that are compared, on one task at a size; and, as a program, the peak memory of one of them.
-
-`python benchmarks/models.py NAME SIDE SUPPORT [PACK NUMBER]` prints the most megabytes that one call holds beyond the
-model and its inputs (on Linux).
-"""
+"""The whole models that are compared, on one task at a size."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from harness import held_megabytes, kilobytes
+from harness import kilobytes, seconds_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -215,31 +208,6 @@ def free_megabytes() -> float:
 @functools.cache
 @torch.inference_mode()
 def speed(name: str) -> float:
-    """FLOP/s of a model's second call at 128 px."""
+    """FLOP/s of a model at 128 px: of the fastest of four calls, the first of which warms up."""
     run = built(name, synthetic_case(128))
-    run()
-    start = time.perf_counter()
-    run()
-    return counted(name, run) / (time.perf_counter() - start)
-
-
-def peak_megabytes(name: str, side: int, case: Case, pack: Path | None = None) -> float:
-    """Of one call, in a process of its own that holds no other model; `case` is of `pack`, or the synthetic one."""
-    command = [sys.executable, __file__, name, str(side), str(len(case.support_images))]
-    command += [] if pack is None else [str(pack), str(case.number)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-@torch.inference_mode()
-def main(name: str, side: str, support: str, pack: str | None = None, number: str = "0") -> None:
-    if pack is None:
-        case = synthetic_case(int(side), int(support))
-    else:
-        cases = _cases(Path(pack), int(side), int(support))
-        case = next(case for case in cases if case.number == int(number))
-    run = built(name, case)
-    print(held_megabytes(run))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return counted(name, run) / min(seconds_of(run) for _ in range(4))

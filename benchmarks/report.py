@@ -134,10 +134,11 @@ def _accuracy(rows: Iterable[Row]) -> str:
     places = scored(rows)
     if not places:
         return f'Not answered: there is no row of accuracy (subject "{ACCURACY}").'
-    machines_too = len({machine for _, _, machine in places}) > 1
+    machines_too = len({machine for _, _, machine, _ in places}) > 1
     parts = [
-        f"at {size} px with {support} support pairs{f' on {machine}' if machines_too else ''} {_accuracy_at(models)}"
-        for (size, support, machine), models in places.items()
+        f"at {size} px with {support} support pairs{f' on {machine}' if machines_too else ''}"
+        f"{f' after {trained} of training each' if trained else ''} {_accuracy_at(models)}"
+        for (size, support, machine, trained), models in places.items()
     ]
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
@@ -405,9 +406,10 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, Callable[..., None]]]:
         pictures["accuracy.png"] = partial(draw_accuracy, places)
         parts.append("![Dice against GFLOPs and against latency](accuracy.png)")
         parts += [
-            f"{size} px, {support} support pairs, mean over {models[0].classes} that all are scored on; cost of the "
-            f"target alone; {machine}.\n\n{accuracy_table(models)}"
-            for (size, support, machine), models in places.items()
+            f"{size} px, {support} support pairs{f', after {trained} of training each' if trained else ''}, mean over "
+            f"{models[0].classes} that all are scored on; cost of the target alone; {machine}.\n\n"
+            f"{accuracy_table(models)}"
+            for (size, support, machine, trained), models in places.items()
             if models
         ]
     else:

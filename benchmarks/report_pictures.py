@@ -182,7 +182,7 @@ def draw_accuracy(places: dict[Place, list[Scored]], path: Path) -> None:
     shown = {place: models for place, models in places.items() if models}
     names = list(dict.fromkeys(m.kind for models in shown.values() for m in models))
     figure, panels = _figure(len(shown), 2)
-    for index, ((size, support, _), models) in enumerate(shown.items()):
+    for index, ((size, support, _, trained), models) in enumerate(shown.items()):
         for panel, field, label in zip(panels[2 * index :], ("gflops", "seconds"), ("GFLOPs", "latency"), strict=False):
             for number, name in enumerate(names):
                 found = sorted((m for m in models if m.kind == name), key=lambda m: getattr(m, field))
@@ -212,7 +212,8 @@ def draw_accuracy(places: dict[Place, list[Scored]], path: Path) -> None:
             panel.margins(x=0.12, y=0.12)
             panel.set_xlabel(f"{label} of a target")
             panel.set_ylabel("Dice")
-            panel.set_title(f"{size} px, {support} support pairs, {models[0].classes}", fontsize=10)
+            title = f"{size} px, {support} support pairs, {models[0].classes}"
+            panel.set_title(title + f", trained for {trained}" * bool(trained), fontsize=10)
             panel.grid(alpha=0.3)
     _legend(figure, panels, columns=3, hollow=any(m.dirty for models in shown.values() for m in models))
     _save(figure, path)

@@ -20,7 +20,7 @@ EVERYTHING = "all"  # the budget that takes every patch
 DENSE = ("UniverSeg, factorised", "Dense global attention")
 
 Row = dict[str, Any]
-Place = tuple[int, int, str]  # size in pixels, support pairs, machine and threads
+Place = tuple[int, int, str, str]  # size in pixels, support pairs, machine and threads, how models were trained
 Quantity = Callable[[Row, str], float | None]
 NO_OPS = SIZES, SUPPORT, ACCURACY, TRAINED_ALIKE
 PARTS = "whole-image work"  # of what, beside the whole of it, its row says: no rivals
@@ -45,6 +45,7 @@ TIMED: Kinds = ORIGIN | {
 }
 SCORED: Kinds = ORIGIN | {
     "model": str,
+    "trained": str,
     "budget": str,
     "dataset": str,
     "class": str,
@@ -311,12 +312,12 @@ class Scored:
 
 
 def scored(rows: Iterable[Row]) -> dict[Place, list[Scored]]:
-    """By size, number of support pairs and machine, over the classes that all models there are scored on."""
+    """By what makes them comparable, over the classes that all models there are scored on."""
     latest: dict[Place, dict[tuple[str, str], dict[tuple[str, str], Row]]] = {}
     for row in rows:
         if row["subject"] == ACCURACY:
             machine = row["machine"] + (f", threads {row['threads']}" if "threads" in row else "")
-            models = latest.setdefault((row["size"], row["support"], machine), {})
+            models = latest.setdefault((row["size"], row["support"], machine, row["trained"]), {})
             models.setdefault((row["model"], row["budget"]), {})[row["dataset"], row["class"]] = row
     found = {}
     for place, models in sorted(latest.items()):

@@ -18,6 +18,7 @@ from torch import Tensor
 from toy_pack import write_varied_pack
 
 import icseg
+from icseg.baselines.dense import DenseConfig
 from icseg.sparse.cost import target_flops
 from icseg.sparse.network import SparseNetwork
 from icseg.sparse.patches import CONTEXT, CROP, HALO, PATCH, context_corner, cut, patch_inputs
@@ -25,6 +26,7 @@ from icseg.sparse.propagation import CELLS, cells, pixels
 from icseg.sparse.pyramid import Pyramid
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CHECKS = 2  # calls of each rival before any is timed: of outputs, and of memory
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
@@ -107,7 +109,7 @@ def test_the_roof_is_the_longer_of_moving_and_computing(harness: ModuleType, flo
 
 
 def test_the_matrix_rate_is_positive(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_once", lambda run, repeats=1: 0.5)
+    monkeypatch.setattr(harness, "seconds_of", lambda run, repeats=1: 0.5)
     assert harness.matrix_rate.__wrapped__(1) == 2 * 2048**3 / 0.5
 
 
@@ -120,9 +122,6 @@ def test_a_row_says_what_a_call_holds(harness: ModuleType) -> None:
     found = harness.compare("s", "c", rivals, tolerance=0.0, rounds=1).megabytes
     assert 31 < found["large"] < 34
     assert found["small"] < 1
-    assert harness.compare("s", "c", rivals, tolerance=0.0, rounds=1, megabytes={"large": 5.0}).megabytes == {
-        "large": 5.0
-    }
 
 
 # Comparisons
@@ -132,7 +131,7 @@ def test_outputs_that_disagree_are_not_timed(harness: ModuleType) -> None:
     rivals = {"a": Rival(1.0), "b": Rival(1.1), "c": Rival(1.0)}
     with pytest.raises(AssertionError, match=r"subject case: outputs must agree within 0.05, got {'b': 0.1"):
         harness.compare("subject", "case", rivals, tolerance=0.05)
-    assert [rival.calls for rival in rivals.values()] == [1, 1, 1]
+    assert [rival.calls for rival in rivals.values()] == [CHECKS] * 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -151,15 +150,15 @@ def test_pairs_with_a_rival_that_is_left_out_are_passed_over(harness: ModuleType
 
 def test_a_limit_leaves_three_rounds(harness: ModuleType) -> None:
     rival = Rival(1.0)
-    assert harness.compare("s", "c", {"a": rival}, tolerance=0.0, rounds=9, megabytes={}, limit=0.0).rounds == 3
-    assert rival.calls == 1 + 1 + 3
+    assert harness.compare("s", "c", {"a": rival}, tolerance=0.0, rounds=9, limit=0.0).rounds == 3
+    assert rival.calls == CHECKS + 1 + 3
 
 
 def test_a_very_slow_rival_is_timed_once(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = Rival(1.0), Rival(1.0)
-    monkeypatch.setattr(harness, "_once", lambda run, repeats=1: run.calls or {slow: 60.0, fast: 0.1}[run])
-    slow.calls = fast.calls = -1  # 0 after the check
-    row = harness.compare("s", "c", {"slow": slow, "fast": fast}, tolerance=0.0, rounds=3, megabytes={}, limit=1.0)
+    monkeypatch.setattr(harness, "seconds_of", lambda run, repeats=1: run.calls or {slow: 60.0, fast: 0.1}[run])
+    slow.calls = fast.calls = -CHECKS
+    row = harness.compare("s", "c", {"slow": slow, "fast": fast}, tolerance=0.0, rounds=3, limit=1.0)
     assert row.seconds == {"slow": 60.0, "fast": 0.1}
     assert (slow.calls, row.rounds) == (0, 3)
 
@@ -171,11 +170,11 @@ def test_a_slow_rivals_first_timing_is_its_first_round(harness: ModuleType, monk
         run()
         return {slow: 2.0, fast: 0.1}[run]
 
-    monkeypatch.setattr(harness, "_once", once)
+    monkeypatch.setattr(harness, "seconds_of", once)
     rivals = {"slow": slow, "fast": fast}
-    row = harness.compare("s", "c", rivals, tolerance=0.0, rounds=3, megabytes={}, warm=True)
+    row = harness.compare("s", "c", rivals, tolerance=0.0, rounds=3, warm=True)
     assert row.seconds == {"slow": 2.0, "fast": 0.1}
-    assert (slow.calls, fast.calls) == (1 + 3, 1 + 1 + 2 * 3)
+    assert (slow.calls, fast.calls) == (CHECKS + 3, CHECKS + 1 + 2 * 3)
 
 
 # The suite
@@ -372,7 +371,7 @@ def test_a_model_that_is_left_out_is_counted_and_not_called(
     bench, case = load(monkeypatch, "bench_model"), models.synthetic_case(SIDE, SUPPORT)
     monkeypatch.setattr(models, "speed", lambda name: 1.0)
     names = models.DENSE, models.SPARSE, models.KEPT
-    row = bench.compared("model", "32 px S2", case, names, rounds=1, alone=False)
+    row = bench.compared("model", "32 px S2", case, names, rounds=1)
     assert list(row.seconds) == [models.SPARSE, models.KEPT]
     assert row.left_out.keys() == {models.DENSE}
     assert row.flops.keys() == set(names)
@@ -408,7 +407,7 @@ def test_every_budget_is_scored_once(
         assert row["seconds"] > 0
     by_budget = {row["budget"]: row["gflops"] for row in rows if row["class"] == "box"}
     assert 0 < by_budget["48 patches"] < by_budget["all"]
-    assert "| all | 2 |" in capsys.readouterr().out
+    assert "| icseg-sparse-small | all | 2 |" in capsys.readouterr().out
 
     last = out.read_text().splitlines()[-1]
     out.write_text("\n".join(out.read_text().splitlines()[:-1]) + "\n")
@@ -422,6 +421,20 @@ def test_every_budget_is_scored_once(
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert again[:-1] == rows[:-1]
     assert again[-1]["dice"] == json.loads(last)["dice"]
+
+
+def test_other_models_are_scored_beside(accuracy: ModuleType, tmp_path: Path) -> None:
+    config = DenseConfig(channels=(4, 4), image_size=64)
+    icseg.PatchICL(config).save_pretrained(tmp_path / "universeg.safetensors")
+    pack, out = write_varied_pack(tmp_path / "toy.npz"), tmp_path / "rows.jsonl"
+    arguments = [str(pack), "--out", str(out), "--size", "64", "--support", "2", "--limit", "1"]
+    arguments += ["--trained", "no time", "--checkpoint", f"UniverSeg={tmp_path / 'universeg.safetensors'}"]
+    assert accuracy.main(arguments) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["model"], row["trained"], row["budget"]) for row in rows] == [("UniverSeg", "no time", "")] * 2
+    assert all(row["gflops"] > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        accuracy.main([str(pack), "--out", str(out), "--checkpoint", "universeg.safetensors"])
 
 
 def test_accuracy_is_that_of_the_evaluation(accuracy: ModuleType, tmp_path: Path) -> None:

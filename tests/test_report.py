@@ -39,6 +39,7 @@ def model(size: int, dense: float, cold: float, memory: float, **fields: Any) ->
 
 def accuracy(name: str, dice: float, class_: str = "a", budget: str = "", **fields: Any) -> dict[str, Any]:
     row = {"subject": "accuracy", "model": name, "budget": budget, "dataset": "d", "class": class_, "size": 256}
+    row |= {"trained": ""}
     return row | {"support": 3, "targets": 4, "dice": dice, "gflops": 2.0, "seconds": 0.5} | ORIGIN | fields
 
 
@@ -180,6 +181,14 @@ def test_models_trained_alike_are_compared(report: Any, tmp_path: Path) -> None:
     assert "| e | +0.250 [+0.250, +0.250] |" in text
     assert "## Dice after equal training" in text
     assert "## Dice after equal training" not in report.page(rows[len(found) :])[0]
+
+
+def test_models_are_compared_with_those_trained_as_long(page: Callable) -> None:
+    rows = [accuracy("sparse", 0.9, budget=budget) for budget in ("8 patches", "all")]
+    alike = [accuracy(UNIVERSEG, 0.4), accuracy("sparse", 0.5, budget="8 patches", gflops=1.0)]
+    text = page([*rows, *({**row, "trained": "20 minutes"} for row in alike)])
+    assert f"after 20 minutes of training each the Dice is 0.400 for {UNIVERSEG} and 0.500 for sparse (8" in text
+    assert "256 px, 3 support pairs, after 20 minutes of training each, mean over 1 class" in text
 
 
 def test_the_latest_row_of_a_case_counts(page: Callable) -> None:
