@@ -77,7 +77,7 @@ def compared(
     )
 
 
-@pytest.mark.quick(side=128)
+@pytest.mark.quick(side=64)
 @pytest.mark.quick(side=256)
 @pytest.mark.parametrize("side", [64, 128, 256, 512, 1024])
 @torch.inference_mode()
@@ -88,7 +88,6 @@ def bench_model(record, pack, quick, side):
 
 
 @pytest.mark.quick(support=1)
-@pytest.mark.quick(support=8)
 @pytest.mark.parametrize("support", [1, 3, 8, 16, 64])
 @torch.inference_mode()
 def bench_support_size(record, quick, support):

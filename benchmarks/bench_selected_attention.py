@@ -78,7 +78,6 @@ def work_of(gradients: bool) -> str:
     return "forward + backward" if gradients else "forward"
 
 
-@pytest.mark.quick(nq=320, gradients=False)
 @pytest.mark.parametrize("threads", thread_counts())
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(("b", "h", "nq", "nk", "d"), DENSE)

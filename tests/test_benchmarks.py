@@ -370,6 +370,7 @@ def test_a_model_that_is_left_out_is_counted_and_not_called(
     request.config.addinivalue_line("markers", "quick: as the benchmarks' own conftest registers it")
     bench, case = load(monkeypatch, "bench_model"), models.synthetic_case(SIDE, SUPPORT)
     monkeypatch.setattr(models, "speed", lambda name: 1.0)
+    monkeypatch.setattr(models, "SLOWEST", 1.0)
     names = models.DENSE, models.SPARSE, models.KEPT
     row = bench.compared("model", "32 px S2", case, names, rounds=1)
     assert list(row.seconds) == [models.SPARSE, models.KEPT]
