@@ -81,20 +81,19 @@ def compared(
 @pytest.mark.quick(side=256)
 @pytest.mark.parametrize("side", [64, 128, 256, 512, 1024])
 @torch.inference_mode()
-def bench_model(record, pack, quick, side):
+def bench_model(record, pack, side):
     name, case = case_of(pack, side)
-    row = compared("model", name, case, NAMES, rounds=3 if quick else 5)
+    row = compared("model", name, case, NAMES, rounds=3)
     record(row, built(KEPT, case))
 
 
 @pytest.mark.quick(support=1)
-@pytest.mark.parametrize("support", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize("support", [1, 8, 64])  # 3: among the sizes
 @torch.inference_mode()
-def bench_support_size(record, quick, support):
+def bench_support_size(record, support):
     """The number of support pairs at 256 px; the published UniverSeg as long as a call takes at most 20 s."""
     case, names = synthetic_case(256, support), (UNIVERSEG, FACTORISED, SPARSE, KEPT)
-    rounds = 3 if quick else 5
-    row = compared("support size", f"256 px S{support}", case, names, rounds=rounds, most_seconds=20)
+    row = compared("support size", f"256 px S{support}", case, names, rounds=3, most_seconds=20)
     record(row, built(KEPT, case))
 
 

@@ -64,9 +64,3 @@ def record(benchmark, request) -> Callable[[Row, Callable[[], object]], None]:
             append(path, row)
 
     return keep
-
-
-@pytest.fixture
-def quick(request) -> bool:
-    """Whether `--quick` is given."""
-    return request.config.getoption("--quick")

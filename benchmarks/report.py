@@ -73,12 +73,12 @@ def answers(rows: Sequence[Row]) -> list[str]:
 def _cheaper(one: Series | None) -> str:
     if one is None:
         return f'Not answered: there is no row of whole models (subject "{SIZES}").'
-    parts = []
-    for ours, condition in CONDITIONS.items():
-        times, work = one.ratios(seconds, ours), one.ratios(gflops, ours)
-        at = [f"{_times(times[x])} the time{_flops_too(work, x)} at {x} px" for x in times]
-        if at:
-            parts.append(condition + ", ".join(at))
+    ratios = {condition: one.ratios(seconds, ours) for ours, condition in CONDITIONS.items()}
+    parts = [
+        condition + ", ".join(f"{_factor(times[x])} at {x} px" for x in times)
+        for condition, times in ratios.items()
+        if times
+    ]
     if not parts:
         return f"Not answered: no row times {COLD} and a dense rival ({' or '.join(DENSE)}) at one size."
     timed = [name for name in DENSE if one.values(seconds, name)]
@@ -87,12 +87,8 @@ def _cheaper(one: Series | None) -> str:
     notes += [f"left out: {reasons}"] if reasons else []
     notes += [f"{name} was not timed" for name in DENSE if name not in timed and name not in reasons]
     which = timed[0] if len(timed) == 1 else f"at each size the least of {_and(timed)}"
-    takes = f"The best dense rival ({which}) takes, as a multiple of {COLD}, {'; '.join(parts)}"
+    takes = f"{COLD} is faster than the best dense rival ({which}) by a factor of {'; '.join(parts)}"
     return f"{'; '.join([takes, *notes])}."
-
-
-def _flops_too(work: dict[int, float], x: int) -> str:
-    return f" ({_times(work[x])} the FLOPs)" if x in work else ""
 
 
 def _left_out(one: Series, names: Iterable[str]) -> str:
@@ -199,10 +195,13 @@ def _loss(reference: Scored, ours: Sequence[Scored]) -> str:
     )
 
 
-def _times(ratio: float) -> str:
+def _factor(ratio: float) -> str:
     """To two digits, or all before the point."""
-    text = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
-    return f"{text} times"
+    return f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{_factor(ratio)} times"
 
 
 def _and(words: Sequence[str]) -> str:
