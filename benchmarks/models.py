@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -202,8 +203,9 @@ def megabytes_needed(name: str, side: int, support: int) -> float:
 
 
 def free_megabytes() -> float:
-    """Of memory, without swapping (on Linux)."""
-    return kilobytes("MemAvailable", Path("/proc/meminfo")) / 1024
+    """Of memory, without swapping; infinite where the system does not say (on Linux it does)."""
+    info = Path("/proc/meminfo")
+    return kilobytes("MemAvailable", info) / 1024 if info.exists() else math.inf
 
 
 @functools.cache
