@@ -72,5 +72,5 @@ def bench_accelerate(record, name, support):
             run()
         flops[rival] = float(counter.get_total_flops())
     case, rounds = f"{name} {SIDE} px S{support}", 1 if support == 64 else 3
-    row = compare("accelerate", case, runs, tolerance=1e-4, rounds=rounds, flops=flops, warm=True)
+    row = compare("accelerate", case, runs, tolerance=1e-4, rounds=rounds, flops=flops, warm=True, single=10)
     record(row, runs[AGAIN])

@@ -74,6 +74,7 @@ def compared(
         flops=flops,
         left_out=out,
         limit=120,
+        single=10,
     )
 
 

@@ -14,13 +14,11 @@ CASES = [  # B, image side, p, stride, blur sigma, k
     (1, 128, 8, 1, 0.0, 16),
     (1, 256, 16, 1, 1.0, 64),
     (4, 256, 16, 8, 1.0, 64),
-    (1, 512, 16, 1, 0.0, 64),
     (1, 512, 16, 1, 1.0, 64),
     (1, 512, 16, 8, 1.0, 64),
-    (4, 512, 16, 8, 1.0, 64),
     (1, 1024, 16, 8, 4.0, 256),
 ]
-FEW_CASES = [CASES[i] for i in (0, 2, 4, 5)]
+FEW_CASES = [CASES[i] for i in (0, 2, 3, 4)]
 
 
 def random_maps(batch: int, side: int) -> Tensor:

@@ -12,9 +12,7 @@ DIM, HEADS, HIDDEN = 128, 4, 256
 # Samples, tokens of each, tokens of every piece of memory: a target's patches, then a support set's.
 CASES = [
     (1, 6, [52]),
-    (1, 10, [120, 30]),
     (1, 20, [120, 10, 20]),
-    (1, 36, [52, 10, 20, 68]),
     (1, 60, [180, 10, 20, 40]),
     (1, 150, []),
     (4, 100, []),

@@ -96,6 +96,7 @@ def compare(
     repeats: int = 1,
     warm: bool = False,
     limit: float = math.inf,
+    single: float = math.inf,
 ) -> Row:
     """Time the rivals round by round, after checking their outputs (which also warms them up, and compiles).
 
@@ -110,6 +111,8 @@ def compare(
                it; not where it takes more than a second, to which that makes no difference.
     limit:     seconds that all rounds may take; there are fewer then, but at least 3 (or `rounds`).
 
+    single:    a rival whose first call takes more seconds than this is not called again: only for what is not compiled.
+
     A rival that takes more than `SLOW` seconds a call is timed once, after the check: what disturbs such a call is
     small beside it.
     """
@@ -117,28 +120,31 @@ def compare(
     if both := sorted(left_out.keys() & rivals.keys()):
         raise ValueError(f"left_out must name none of the rivals, got {', '.join(both)}")
     with using_threads(threads or torch.get_num_threads()):
-        outputs, held = {}, {}
+        outputs, held, first = {}, {}, {}
         for name, run in rivals.items():
-            outputs[name], held[name] = _checked(run)
+            outputs[name], held[name], first[name] = _checked(run)
         if same is None:
-            first, *others = rivals
-            same = dict.fromkeys(others, first)
+            reference, *others = rivals
+            same = dict.fromkeys(others, reference)
         same = {name: other for name, other in same.items() if name in rivals and other in rivals}
         difference = {name: _difference(outputs[name], outputs[other]) for name, other in same.items()}
         wrong = {name: d for name, d in difference.items() if not d <= tolerance}
         if wrong:
             raise AssertionError(f"{subject} {case}: outputs must agree within {tolerance}, got {wrong}")
         del outputs
-        once = {name: seconds_of(run, repeats) for name, run in rivals.items()}
-        total = sum(seconds for seconds in once.values() if seconds <= SLOW) * repeats
+        once = {name: first[name] if first[name] > single else seconds_of(run, repeats) for name, run in rivals.items()}
+        done = {name for name in rivals if first[name] > single or once[name] > SLOW}
+        total = sum(seconds for name, seconds in once.items() if name not in done) * repeats
         rounds = rounds or _rounds(total)
         if rounds * total > limit:
             rounds = min(rounds, max(3, int(limit / total)))
         # What takes more than a second was warmed up by the check: that timing is its first round.
-        times: dict[str, list[float]] = {name: [seconds] if seconds >= 1 else [] for name, seconds in once.items()}
+        times: dict[str, list[float]] = {
+            name: [seconds] if name in done or seconds >= 1 else [] for name, seconds in once.items()
+        }
         for number in range(rounds):
             for name, run in rivals.items():
-                if len(times[name]) > number or once[name] > SLOW:
+                if name in done or len(times[name]) > number:
                     continue
                 if warm and once[name] < 1:
                     run()
@@ -183,14 +189,24 @@ def seconds_of(run: Callable[[], Any], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _checked(run: Run) -> tuple[list[Tensor], float]:
-    """Its outputs, and the most megabytes that a call holds: of a second one, as the first may compile, unless slow."""
+def _checked(run: Run) -> tuple[list[Tensor], float, float]:
+    """Its outputs, the most megabytes that a call holds, and the seconds of the first call.
+
+    The megabytes are those of a second call, as the first may compile, unless it is slow.
+    """
     outputs: list[Tensor] = []
-    start = time.perf_counter()
-    held = held_megabytes(lambda: outputs.extend(_tensors(run())))
-    if time.perf_counter() - start < SLOW:
+    seconds = 0.0
+
+    def call() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        outputs.extend(_tensors(run()))
+        seconds = time.perf_counter() - start
+
+    held = held_megabytes(call)
+    if seconds < SLOW:
         held = held_megabytes(run)
-    return outputs, held
+    return outputs, held, seconds
 
 
 def held_megabytes(run: Callable[[], object]) -> float:

@@ -163,6 +163,13 @@ def test_a_very_slow_rival_is_timed_once(harness: ModuleType, monkeypatch: pytes
     assert (slow.calls, row.rounds) == (0, 3)
 
 
+def test_the_one_call_of_a_rival_is_its_time(harness: ModuleType) -> None:
+    rivals = {"a": Rival(1.0), "b": Rival(1.0)}
+    row = harness.compare("s", "c", rivals, tolerance=0.0, rounds=3, single=0.0)
+    assert [rival.calls for rival in rivals.values()] == [CHECKS] * 2
+    assert 0 < row.seconds["a"] < 1
+
+
 def test_a_slow_rivals_first_timing_is_its_first_round(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = Rival(1.0), Rival(1.0)
 
