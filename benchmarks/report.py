@@ -61,25 +61,30 @@ DIRTY_NOTE = f"{DIRTY} measured with changes that were not committed"
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """One sentence each: how much cheaper, from which size on, at what cost in accuracy."""
-    one = next(iter(series(rows, SIZES)), None)
+    """One each: how much cheaper, from which size on, at what cost in accuracy."""
+    found = series(rows, SIZES)
+    alike = [one for one in found if one.fixed == found[0].fixed]  # one a machine and number of threads
     return [
-        f"**How much cheaper?** {_cheaper(one)}",
-        f"**From which size on?** {_from_which_size(one)}",
+        f"**How much cheaper?** {_cheaper(alike)}",
+        f"**From which size on?** {_from_which_size(alike)}",
         f"**Does it cost accuracy?** {_accuracy(rows)}{_trained_alike(rows)}",
     ]
 
 
-def _cheaper(one: Series | None) -> str:
-    if one is None:
+def _cheaper(alike: Sequence[Series]) -> str:
+    if not alike:
         return f'Not answered: there is no row of whole models (subject "{SIZES}").'
-    if not one.ratios(seconds, COLD):
+    timed = [one for one in alike if one.ratios(seconds, COLD)]
+    if not timed:
         return f"Not answered: no row times {COLD} and a dense rival ({' or '.join(DENSE)}) at one size."
-    reasons = _left_out(one, DENSE)
-    return (
+    parts = [
         f"{COLD} is so many times faster than each of the others; in brackets: with its support set encoded before "
-        f"({one.fixed}, threads {one.threads}{f'; left out: {reasons}' if reasons else ''}).\n\n{_faster(one)}"
-    )
+        f"({timed[0].fixed})."
+    ]
+    for one in timed:
+        reasons = _left_out(one, DENSE)
+        parts += [f"{one.place}{f'; left out: {reasons}' if reasons else ''}:", _faster(one)]
+    return "\n\n".join(parts)
 
 
 def _faster(one: Series) -> str:
@@ -103,14 +108,17 @@ def _left_out(one: Series, names: Iterable[str]) -> str:
     return ", ".join(f"{name} at {x} px ({reason})" for name, x, reason in found)
 
 
-def _from_which_size(one: Series | None) -> str:
-    found = {} if one is None else {ours: crossover(one, ours) for ours in OURS}
-    texts = [condition + _crossing(cross) for ours, condition in CONDITIONS.items() if (cross := found.get(ours))]
-    if not texts:
-        return "Not answered: that takes rows of whole models with a dense rival."
-    if found[COLD] == found[WITH_MEMORY]:
-        texts = [f"{texts[0]}, the support set encoded before or not"]
-    return f"By measured time {COLD} is faster than the best dense rival {'; '.join(texts)}."
+def _from_which_size(alike: Sequence[Series]) -> str:
+    sentences = []
+    for one in alike:
+        found = {ours: crossover(one, ours) for ours in OURS}
+        texts = [condition + _crossing(cross) for ours, condition in CONDITIONS.items() if (cross := found[ours])]
+        if texts and found[COLD] == found[WITH_MEMORY]:
+            texts = [f"{texts[0]}, the support set encoded before or not"]
+        if texts:
+            on = f"; on {one.place}" if len(alike) > 1 else ""
+            sentences.append(f"By measured time {COLD} is faster than the best dense rival {'; '.join(texts)}{on}.")
+    return " ".join(sentences) or "Not answered: that takes rows of whole models with a dense rival."
 
 
 def _crossing(found: Crossover) -> str:
@@ -470,7 +478,7 @@ def _source(one: Series) -> str:
     """What a series is of."""
     rows = one.rows.values()
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return f"{one.fixed}; {one.machine}, threads {one.threads}; {_versions(rows)}; commits {commits}."
+    return f"{one.fixed}; {one.place}; {_versions(rows)}; commits {commits}."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

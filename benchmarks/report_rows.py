@@ -162,6 +162,11 @@ class Series:
     fixed: str
     rows: dict[int, Row]
 
+    @property
+    def place(self) -> str:
+        """Where it was measured, in words."""
+        return f"{self.machine}, threads {self.threads}"
+
     def values(self, of: Quantity, name: str) -> dict[int, float]:
         """Of a rival, where measured."""
         found = {x: of(row, name) for x, row in self.rows.items()}

@@ -75,8 +75,9 @@ def everything() -> list[dict[str, Any]]:
 
 def test_three_sentences_answer_the_questions(page: Callable) -> None:
     text = page(everything())
-    cheaper, faster, from_size, cost = text.split("\n\n")[1:5]
-    assert "in brackets: with its support set encoded before (synthetic lesion, 3 support pairs, threads 2)" in cheaper
+    cheaper, where, faster, from_size, cost = text.split("\n\n")[1:6]
+    assert "in brackets: with its support set encoded before (synthetic lesion, 3 support pairs)" in cheaper
+    assert where == "a processor, threads 2:"
     assert f"| {UNIVERSEG} | 0.25 (0.5) | 0.5 (2) | 4 (8) |" in faster
     # Of 1/2 at 256 px and 4 at 512 px the ratio is 1 a third of the way, in logarithms.
     assert "from 512 px on (slower at 128, 256 px and" not in from_size
@@ -147,7 +148,7 @@ def test_what_no_row_answers_is_said(page: Callable) -> None:
     assert "Not answered: that takes rows of whole models with a dense rival" in alone
     one = page([timed("model", "128 px S3", {UNIVERSEG: 2.0, COLD: 1.0})])
     assert f"| {UNIVERSEG} | 2 |" in one
-    assert "encoded before (synthetic lesion, 3 support pairs, threads 2)." in one
+    assert "encoded before (synthetic lesion, 3 support pairs).\n\na processor, threads 2:" in one
     assert "there is no row of a dense rival" in page([accuracy(COLD, 0.5)])
     assert "there is no row of a sparse model with a budget" in page([accuracy(DENSE, 0.5)])
     assert "no class is scored for every model" in page([accuracy(COLD, 0.5), accuracy(DENSE, 0.5, "b")])
@@ -200,11 +201,16 @@ def test_the_latest_row_of_a_case_counts(page: Callable) -> None:
 
 
 def test_machines_are_not_mixed(page: Callable) -> None:
-    """The first screen is about the one with most sizes; the other has a table of its own."""
+    """Each has its table on the first screen, the one with most sizes first, and its own in the details."""
     other = model(1024, 90.0, 1.0, 1.0, machine="another processor")
-    text = page([*CROSSING, other])
-    assert "90 times" not in text.split("\n\n")[1]
-    assert "another processor, threads 2" in text
+    text = page([other, *CROSSING])
+    _, _, first, table, second, table_of_another, from_size, *_ = text.split("\n\n")
+    assert [first, second] == ["a processor, threads 2:", "another processor, threads 2:"]
+    assert "1024 px" not in table
+    assert f"| {UNIVERSEG} | 90 (90) |" in table_of_another
+    assert "323 px" in from_size
+    assert "on a processor, threads 2. By measured" in from_size
+    assert "the smallest size measured, the only one" in from_size
     assert "| 1024 px S3 | 2 | 90.00 s" in text
 
 
