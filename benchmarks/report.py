@@ -142,12 +142,22 @@ def _accuracy(rows: Iterable[Row]) -> str:
     if not places:
         return f'Not answered: there is no row of accuracy (subject "{ACCURACY}").'
     machines_too = len({machine for _, _, machine, _ in places}) > 1
-    parts = [
-        f"at {size} px with {support} support pairs{f' on {machine}' if machines_too else ''}"
-        f"{f' after {trained} of training each' if trained else ''} {_accuracy_at(models)}"
-        for (size, support, machine, trained), models in places.items()
-    ]
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in parts)
+    lines, reasons = [], []
+    for (size, support, machine, trained), models in places.items():
+        where = f"{size} px, {support} pairs"
+        where += f", {machine}" if machines_too else ""
+        where += f", {trained} of training each" if trained else ""
+        found = _losses(models)
+        if isinstance(found, str):
+            reasons.append(f"{where}: {found}.")
+        lines += [] if isinstance(found, str) else [[where, *cells] for cells in found]
+    lead = (
+        "Mean Dice over classes of the model that takes every patch, or of a dense one, and of the cheapest budget of "
+        f"the sparse model that is at most {NEXT_TO_NOTHING:g} below it (or else of the best); with how many times the "
+        "FLOPs and the time the first takes.\n\n"
+    )
+    columns = ["", "against", "Dice", "sparse", "Dice", "lower in", "FLOPs", "time"]
+    return "\n\n".join([*([lead + _markdown(columns, lines)] if lines else []), *reasons])
 
 
 def _trained_alike(rows: Iterable[Row]) -> str:
@@ -157,9 +167,9 @@ def _trained_alike(rows: Iterable[Row]) -> str:
         return ""
     *sets, d = found if len(found) > 1 else [*found, *found]
     return (
-        f" On all targets of {len(sets)} data sets after equal training, the sparse model's Dice is {abs(d.mean):.3f} "
-        f"{'less' if d.mean < 0 else 'more'} than that of a dense UniverSeg in their mean (95 % interval over targets "
-        f"{d.low:+.3f} to {d.high:+.3f}), less in {sum(s.mean < 0 for s in sets)} of them, "
+        f"\n\nOn all targets of {len(sets)} data sets after equal training, the sparse model's Dice is "
+        f"{abs(d.mean):.3f} {'less' if d.mean < 0 else 'more'} than that of a dense UniverSeg in their mean "
+        f"(95 % interval over targets {d.low:+.3f} to {d.high:+.3f}), less in {sum(s.mean < 0 for s in sets)} of them, "
         f"{min(s.mean for s in sets):+.3f} to {max(s.mean for s in sets):+.3f}."
     )
 
@@ -175,7 +185,8 @@ def trained_alike(rows: Iterable[Row]) -> dict[str, list[equal_training.Differen
     return {rival: equal_training.paired_bootstrap(found, equal_training.OURS, rival) for rival in rivals}
 
 
-def _accuracy_at(models: Sequence[Scored]) -> str:
+def _losses(models: Sequence[Scored]) -> list[list[str]] | str:
+    """Cells of a line for every reference, or why there is none."""
     if not models:
         return "no class is scored for every model"
     ours = [m for m in models if m.ours and not m.everything]
@@ -186,23 +197,23 @@ def _accuracy_at(models: Sequence[Scored]) -> str:
         return "there is no row of a sparse model with a budget"
     if not references:
         return f'there is no row of a dense rival, nor of a sparse model that takes every patch (budget "{EVERYTHING}")'
-    return "; ".join(_loss(reference, ours) for reference in references)
+    return [_loss(reference, ours) for reference in references]
 
 
-def _loss(reference: Scored, ours: Sequence[Scored]) -> str:
+def _loss(reference: Scored, ours: Sequence[Scored]) -> list[str]:
     """Of the cheapest budget that loses next to nothing, or else of the best one."""
     close = [m for m in ours if m.dice >= reference.dice - NEXT_TO_NOTHING]
     chosen = min(close, key=lambda m: m.gflops) if close else max(ours, key=lambda m: m.dice)
-    of = f"the cheapest of {len(ours)} that is" if close else f"the best of {len(ours)}, none of them"
-    which = f", {of} at most {NEXT_TO_NOTHING:g} below that," if len(ours) > 1 else ""
     lower = sum(chosen.of_class[c] < reference.of_class[c] for c in chosen.of_class)
-    gap = chosen.dice - reference.dice
-    return (
-        f"the Dice is {reference.dice:.3f} for {reference.name} and {chosen.dice:.3f} for {chosen.name}{which} "
-        f"{abs(gap):.3f} {'less' if gap < 0 else 'more'} in the mean over {chosen.classes}, lower in {lower} of them, "
-        f"where the former takes {_times(reference.gflops / chosen.gflops)} the FLOPs and "
-        f"{_times(reference.seconds / chosen.seconds)} the time"
-    )
+    return [
+        reference.name,
+        f"{reference.dice:.3f}",
+        chosen.name,
+        f"{chosen.dice:.3f}",
+        f"{lower} of {chosen.classes}",
+        _times(reference.gflops / chosen.gflops),
+        _times(reference.seconds / chosen.seconds),
+    ]
 
 
 def _factor(ratio: float) -> str:

@@ -73,9 +73,9 @@ def everything() -> list[dict[str, Any]]:
     ]
 
 
-def test_three_sentences_answer_the_questions(page: Callable) -> None:
+def test_the_first_screen_answers_the_questions(page: Callable) -> None:
     text = page(everything())
-    cheaper, where, faster, from_size, cost = text.split("\n\n")[1:6]
+    cheaper, where, faster, from_size, cost, losses = text.split("\n\n")[1:7]
     assert "in brackets: with its support set encoded before (synthetic lesion, 3 support pairs)" in cheaper
     assert where == "a processor, threads 2:"
     assert f"| {UNIVERSEG} | 0.25 (0.5) | 0.5 (2) | 4 (8) |" in faster
@@ -83,12 +83,10 @@ def test_three_sentences_answer_the_questions(page: Callable) -> None:
     assert "from 512 px on (slower at 128, 256 px and" not in from_size
     assert "from 512 px on (slower at 128 and 256 px, interpolated, not measured: 323 px)" in from_size
     assert "from 256 px on (slower at 128 px, interpolated, not measured: 181 px)" in from_size
+    assert "at most 0.01 below it (or else of the best)" in cost
     assert (
-        f"0.700 for {DENSE} and 0.650 for {COLD} (4), the best of 2, none of them at most 0.01 below that, 0.050"
-        in cost
+        f"| 256 px, 3 pairs | {DENSE} | 0.700 | {COLD} (4) | 0.650 | 1 of 2 classes | 40 times | 10 times |" in losses
     )
-    assert "0.050 less in the mean over 2 classes, lower in 1 of them" in cost
-    assert "40 times the FLOPs and 10 times the time" in cost
 
 
 def test_the_pictures_that_a_page_names_exist(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -163,10 +161,8 @@ def test_budgets_are_compared_with_every_patch(page: Callable) -> None:
         accuracy("sparse", 0.7, budget="all", gflops=9.0),
     ]
     rows = [row | {"threads": 1} for row in rows]
-    sentence = page(rows).split("\n\n")[3]
-    assert "0.700 for sparse (all) and 0.698 for sparse (tolerance 0.02), the cheapest of 3 that is at most" in sentence
-    assert "0.002 less in the mean over 1 class, lower in 1 of them" in sentence
-    assert "the former takes 4.5 times the FLOPs" in sentence
+    line = "| sparse (all) | 0.700 | sparse (tolerance 0.02) | 0.698 | 1 of 1 class | 4.5 times | 1 times |"
+    assert line in page(rows)
 
 
 def trained(model: str, target: int, dice: float, dataset: str = "d") -> dict[str, Any]:
@@ -192,7 +188,9 @@ def test_models_are_compared_with_those_trained_as_long(page: Callable) -> None:
     rows = [accuracy("sparse", 0.9, budget=budget) for budget in ("8 patches", "all")]
     alike = [accuracy(UNIVERSEG, 0.4), accuracy("sparse", 0.5, budget="8 patches", gflops=1.0)]
     text = page([*rows, *({**row, "trained": "20 minutes"} for row in alike)])
-    assert f"after 20 minutes of training each the Dice is 0.400 for {UNIVERSEG} and 0.500 for sparse (8" in text
+    assert (
+        f"pairs, 20 minutes of training each | {UNIVERSEG} | 0.400 | sparse (8 patches) | 0.500 | 0 of 1 class" in text
+    )
     assert "256 px, 3 support pairs, after 20 minutes of training each, mean over 1 class" in text
 
 
