@@ -91,6 +91,7 @@ class TestCrossConv:
     def test_is_the_convolution_of_the_pairs(self, axes: int, settings: dict[str, Any]) -> None:
         cross_conv, conv = ((CrossConv2d, nn.Conv2d), (CrossConv3d, nn.Conv3d))[axes - 2]
         ours = cross_conv((3, 5), 4, 3, **settings, dtype=F64)
+            {"padding": "valid", "padding_mode": "replicate"},
         plain = conv(8, 4, 3, **settings, dtype=F64)
         assert [(n, p.shape) for n, p in ours.state_dict().items()] == [
             (n, p.shape) for n, p in plain.state_dict().items()
@@ -133,7 +134,26 @@ class TestCrossConv:
         with pytest.raises(ValueError, match=r"x must have shape \[B, Sx, Cx, H, W\]"):
             CrossConv2d(2, 4, 3)(torch.rand(2, 2, 8, 8), torch.rand(1, 2, 2, 8, 8))
         volume = torch.rand(1, 2, 2, 4, 4, 4)
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("axes", [2, 3])
+    def test_empty_sets(self, axes: int, groups: int) -> None:
+        conv = (CrossConv2d, CrossConv3d)[axes - 2](2, 4, 3, padding=1, groups=groups)
+        image = (5, 4, 6)[:axes]
+        for b, sx, sy in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+            x, y = torch.rand(b, sx, 2, *image, requires_grad=True), torch.rand(b, sy, 2, *image)
+            out = conv(x, y)
+            assert out.shape == (b, sx, sy, 4, *image)
+            out.sum().backward()
+            assert not x.grad.any()
+        assert conv.mean(torch.rand(1, 0, 2, *image), torch.rand(1, 3, 2, *image)).shape == (1, 0, 4, *image)
+        with pytest.raises(
+            ValueError, match=r"y must hold at least one (image|volume) to take the mean of, got Sy = 0"
+        ):
+            conv.mean(torch.rand(1, 2, 2, *image), torch.rand(1, 0, 2, *image))
+
         conv = CrossConv3d(2, 4, 3)
+        with pytest.raises(ValueError, match="x and y must have 4 channels between them, got 2 and 1"):
+            CrossConv2d(2, 4, 3)(torch.rand(1, 2, 2, 8, 8), torch.rand(1, 2, 1, 8, 8))
         with pytest.raises(ValueError, match=r"x must have shape \[B, Sx, Cx, D, H, W\], got \[2, 2, 4, 4, 4\]"):
             conv(volume[0], volume)
         with pytest.raises(ValueError, match=r"y must have shape .* with B, D, H, W = 1, 4, 4, 4"):
