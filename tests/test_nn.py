@@ -665,7 +665,11 @@ class Windowed(nn.Module):
 
 
 def sliding(network: nn.Module, image: Tensor, p: int, stride: int, weight: Tensor) -> Tensor:
-    """Sliding-window inference, a window at a time; only for images of at least p x p."""
+    """Sliding-window inference as MONAI has it, a window at a time: smaller images are padded on both sides."""
+    missing = [max(p - n, 0) for n in image.shape[2:]]
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
+    height, width = image.shape[2:]
+    image = F.pad(image, (left, right, top, bottom))
     total = norm = torch.zeros(())
     starts = [sorted({*range(0, n - p, stride), n - p}) for n in image.shape[2:]]
     for y in starts[0]:
@@ -673,12 +677,14 @@ def sliding(network: nn.Module, image: Tensor, p: int, stride: int, weight: Tens
             logits = network(image[:, :, y : y + p, x : x + p])
             pad = (x, image.shape[3] - p - x, y, image.shape[2] - p - y)
             total, norm = total + F.pad(logits * weight, pad), norm + F.pad(weight, pad)
-    return total / norm
+    return (total / norm)[:, :, top : top + height, left : left + width]
 
 
 class TestPatchRouter:
     @pytest.mark.parametrize("weight", ["gaussian", None])
-    @pytest.mark.parametrize(("size", "stride"), [((16, 24), 8), ((19, 13), 5), ((8, 8), None)])
+    @pytest.mark.parametrize(
+        ("size", "stride"), [((16, 24), 8), ((19, 13), 5), ((8, 8), None), ((5, 6), 4), ((3, 21), 8)]
+    )
     def test_all_windows_are_sliding_window_inference(
         self, size: tuple[int, int], stride: int | None, weight: str | None
     ) -> None:
@@ -745,8 +751,8 @@ class TestPatchRouter:
         network = Windowed().double()
         image = rand(1, 2, 5, 6)
         out = PatchRouter(network, k=4, patch_size=8).eval()(image)
-        assert out.coords.tolist() == [[[0, 0]]]
-        close(out.logits, network(F.pad(image, (0, 2, 0, 3)))[:, :, :5, :6])
+        assert out.coords.tolist() == [[[-1, -1]]]
+        close(out.logits, network(F.pad(image, (1, 1, 1, 2)))[:, :, 1:6, 1:7])
 
     def test_nan_of_the_coarse_pass_is_not_looked_at(self) -> None:
         coarse = torch.full((1, 1, 4, 8), 3.0, dtype=F64)
@@ -812,3 +818,38 @@ def lambda_module(function: Callable[[Tensor], Tensor]) -> nn.Module:
     module = nn.Identity()
     module.forward = function  # type: ignore[method-assign]
     return module
+        uncovered = ~found.coverage.expand_as(found.logits)
+        assert torch.equal(found.logits[uncovered], found.coarse[uncovered])
+        assert (found.coarse.dtype, found.entropy.dtype) == (torch.float32, torch.float32)
+        network, image = network.to(dtype), image.to(dtype)
+        own = PatchRouter(network, k=3, patch_size=6).eval()(image)
+        assert (own.logits.dtype, own.coarse.dtype, own.entropy.dtype) == (dtype, dtype, torch.float32)
+
+    def test_no_images_and_more_windows_than_there_are(self) -> None:
+        router = PatchRouter(Windowed(), k=99, patch_size=6, stride=6)
+        out = router(rand(0, 2, 12, 12).requires_grad_())
+        assert (out.logits.shape, out.coords.shape, out.coverage.shape) == ((0, 3, 12, 12), (0, 4, 2), (0, 1, 12, 12))
+        out = router(rand(1, 2, 12, 12))
+        assert sorted(out.coords[0].tolist()) == [[0, 0], [0, 6], [6, 0], [6, 6]]
+        assert out.coverage.all()
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_entropy_of_certain_predictions(self, dtype: torch.dtype) -> None:
+        inf, most = torch.inf, torch.finfo(dtype).max
+        rows = torch.tensor(
+            [[0, 0, -inf], [inf, 0, -inf], [inf, inf, 0], [most, -most, -inf], [most, most, 0]], dtype=dtype
+        )
+        logits = rows[:, :, None, None].requires_grad_()
+        entropy = prediction_entropy(logits)
+        assert entropy.dtype == (F64 if dtype == F64 else torch.float32)
+        expected = torch.tensor([2, 1, 2, 1, 2], dtype=entropy.dtype).log()
+        torch.testing.assert_close(entropy.flatten(), expected)
+        entropy.sum().backward()
+        assert logits.grad.isfinite().all()
+        sigmoid = torch.tensor([-inf, inf, most, 0], dtype=dtype).view(4, 1, 1, 1)
+        torch.testing.assert_close(prediction_entropy(sigmoid).flatten(), expected[[1, 1, 1, 0]])
+
+        several = lambda_module(lambda x: [x, x])  # deep supervision
+        with pytest.raises(TypeError, match=r"the output of the coarse pass must be a torch\.Tensor, got list"):
+            PatchRouter(several, k=1, patch_size=8)(rand(1, 2, 8, 8))
+        with pytest.raises(TypeError, match=r"the output of network must be a torch\.Tensor, got list"):
+            PatchRouter(several, k=1, patch_size=8, coarse=nn.Identity())(rand(1, 2, 8, 8))
