@@ -292,6 +292,93 @@ class TestFunctional:
         q, k, v = torch.zeros(1, 1, 500, 4), torch.zeros(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
         index = torch.tensor([[0, 3, 5, -1]])
         out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, index=index)
+    @pytest.mark.parametrize("masked", ["nothing", "causal", "bool", "float", "keys"])
+    @pytest.mark.parametrize(
+        ("query", "key", "value"),
+        [
+            ((), (), ()),
+            ((3,), (3,), (3,)),
+            ((2, 3), (1, 3), (1, 3)),
+            ((2, 3), (2, 1), (2, 3)),
+            ((1, 3), (2, 3), (2, 3)),
+            ((2, 3, 2), (2, 3, 2), (2, 3, 2)),
+            ((2, 3, 2), (2, 1, 2), (2, 1, 2)),
+        ],
+    )
+    def test_axes_in_front_are_torchs(
+        self, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], masked: str
+    ) -> None:
+        tokens = [rand(*query, 4, 6), rand(*key, 7, 6, seed=1), rand(*value, 7, 2, seed=2)]
+        causal = masked == "causal"
+        masks = {"bool": rand(4, 7, seed=4) > -1, "float": rand(*query, 4, 7, seed=4), "keys": rand(1, 7, seed=4)}
+        equal_with_gradients(
+            lambda *t: scaled_dot_product_attention(*t, masks.get(masked), is_causal=causal),
+            lambda *t: F.scaled_dot_product_attention(*t, masks.get(masked), is_causal=causal),
+            tokens,
+        )
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_axes_in_front_with_a_list(self, masked: bool) -> None:
+        q, k, v = rand(2, 3, 2, 4, 6), rand(2, 3, 2, 7, 6, seed=1), rand(2, 1, 2, 7, 2, seed=2)
+        mask = rand(3, 1, 4, 7, seed=3) if masked else None
+        bias = rand(2, 7, seed=4)
+        expected = scaled_dot_product_attention(
+            *(t.expand(2, 3, 2, -1, -1).flatten(1, 2) for t in (q, k, v)),
+            None if mask is None else mask.expand(3, 2, -1, -1).flatten(0, 1),
+            index=self.INDEX,
+            key_bias=bias,
+        )
+        found = scaled_dot_product_attention(q, k, v, mask, index=self.INDEX, key_bias=bias)
+        close(found, expected.unflatten(1, (3, 2)))
+        mask = None if mask is None else mask[0, 0]
+        close(
+            scaled_dot_product_attention(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0], mask, index=self.INDEX[:1]),
+            scaled_dot_product_attention(q[:1, 0, :1], k[:1, 0, :1], v[:1, 0, :1], mask, index=self.INDEX[:1])[0, 0],
+        )
+
+    def test_grouped_heads_in_the_last_but_two_axis(self) -> None:
+        q, k, v = rand(6, 4, 8), rand(2, 7, 8, seed=1), rand(2, 7, 5, seed=2)
+        equal_with_gradients(
+            lambda *t: scaled_dot_product_attention(*t, enable_gqa=True),
+            lambda *t: F.scaled_dot_product_attention(*t, enable_gqa=True),
+            [q, k, v],
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_lowest_numbers_mask_as_in_torch(self, dtype: torch.dtype) -> None:
+        """Also a row of nothing else."""
+        q, k, v = (t.to(dtype) for t in self.tokens())
+        lowest = torch.finfo(dtype).min
+        mask = torch.zeros(4, 7, dtype=dtype)
+        mask[:, 4:], mask[2] = lowest, lowest
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), expected)
+        index = torch.arange(7).expand(2, -1)
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask, index=index), expected)
+        bias = mask[:2].clone()
+        bias[1, 5] = 0.5
+        for scale in (1e-2, 1.0, 1e4):
+            leaves = [t.detach().requires_grad_() for t in (q * 1e-2, k * 1e-2, v, bias)]
+            for given in (None, index):
+                out = scaled_dot_product_attention(*leaves[:3], key_bias=leaves[3], index=given, scale=scale)
+                assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), leaves))
+                few = scaled_dot_product_attention(*leaves[:3], index=index[:, :4], scale=scale)
+                torch.testing.assert_close(out[0], few[0])
+        out = scaled_dot_product_attention(q, k, v, key_bias=torch.full((2, 7), lowest, dtype=dtype))
+        assert out.isfinite().all()
+
+    def test_autocast_takes_every_dtype_that_torchs_does(self) -> None:
+        q, k, v = (t.float() for t in self.tokens())
+        mask, bias = rand(4, 7, seed=4).float(), rand(2, 7, seed=5).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = F.scaled_dot_product_attention(q.bfloat16(), k, v, mask)
+            found = scaled_dot_product_attention(q.bfloat16(), k, v, mask)
+            assert found.dtype == expected.dtype == torch.bfloat16
+            torch.testing.assert_close(found, expected)
+            biased = scaled_dot_product_attention(q, k, v, key_bias=bias)
+            expected = F.scaled_dot_product_attention(q, k, v, bias[:, None, None].expand(-1, 1, 4, -1))
+            torch.testing.assert_close(biased, expected, rtol=0.02, atol=0.02)
+
         assert len(out.unique()) == 4  # 0 to 3 of the three keys
         assert out.mean() == pytest.approx(1, abs=0.1)
 
@@ -306,7 +393,7 @@ class TestFunctional:
     def test_bad_input(self) -> None:
         q, k, v = self.tokens()
         attend = scaled_dot_product_attention
-        with pytest.raises(ValueError, match=r"key must have shape .* as query has"):
+        with pytest.raises(ValueError, match=r"key and value must have shape \[..., Nk, 6\] .* got \[2, 7, 6\]"):
             attend(q, k[:, 0], v)
         with pytest.raises(ValueError, match="attn_mask must be None where is_causal is True"):
             attend(q, k, v, torch.ones(4, 7) > 0, is_causal=True)
@@ -314,6 +401,20 @@ class TestFunctional:
             attend(q, k, v, torch.ones(4, 6) > 0)
         with pytest.raises(TypeError, match=r"attn_mask must be bool or torch\.float64, as query is"):
             attend(q, k, v, torch.ones(4, 7))
+        with pytest.raises(ValueError, match=r"key and value must have shape \[..., Nk, 6\] .* got \[2, 3, 7, 5\]"):
+            attend(q, k[..., 1:], v, is_causal=True)
+        with pytest.raises(ValueError, match=r"query must have shape \[..., N, D\], got \[6\]"):
+            attend(q[0, 0, 0], k, v)
+        with pytest.raises(TypeError, match="query, key and value must have one floating dtype"):
+            attend(q, k.float(), v, is_causal=True)
+        with pytest.raises(ValueError, match=r"dropout_p must be at most 1, got 1\.5"):
+            attend(q, k, v, dropout_p=1.5)
+        with pytest.raises(TypeError, match="scale must be a finite number, got '1'"):
+            attend(q, k, v, is_causal=True, scale="1")
+        with pytest.raises(TypeError, match=r"attn_mask must be a torch\.Tensor, got list"):
+            attend(q, k, v, [[True]])
+        with pytest.raises(ValueError, match=r"index must name G groups that divide Nq = 4, got shape \[2, 0, 3\]"):
+            attend(q, k, v, is_causal=True, index=torch.zeros(2, 0, 3, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"key_bias must have shape \[B, Nk\] = \[2, 7\] and dtype torch.float64"):
             attend(q, k, v, key_bias=torch.ones(2, 6, dtype=F64))
         with pytest.raises(ValueError, match=r"scale must not be 0 with key_bias, got 0"):
