@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 
 import icseg_kernels
 from icseg_kernels.nn import (
@@ -24,7 +28,9 @@ from icseg_kernels.nn import (
     SelectByIndex,
     SelectByMask,
     SelectByScore,
+    Selected,
     SelectedAttention,
+    Selection,
     prediction_entropy,
 )
 from icseg_kernels.nn.functional import scaled_dot_product_attention
@@ -85,13 +91,13 @@ class TestCrossConv:
             {"padding": "same", "padding_mode": "reflect"},
             {"padding": 2, "stride": 2, "dilation": 2, "padding_mode": "circular"},
             {"padding": 1, "groups": 2},
+            {"padding": "valid", "padding_mode": "replicate"},
         ],
     )
     @pytest.mark.parametrize("axes", [2, 3])
     def test_is_the_convolution_of_the_pairs(self, axes: int, settings: dict[str, Any]) -> None:
         cross_conv, conv = ((CrossConv2d, nn.Conv2d), (CrossConv3d, nn.Conv3d))[axes - 2]
         ours = cross_conv((3, 5), 4, 3, **settings, dtype=F64)
-            {"padding": "valid", "padding_mode": "replicate"},
         plain = conv(8, 4, 3, **settings, dtype=F64)
         assert [(n, p.shape) for n, p in ours.state_dict().items()] == [
             (n, p.shape) for n, p in plain.state_dict().items()
@@ -128,12 +134,6 @@ class TestCrossConv:
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         equal_with_gradients(compiled, module, [rand(1, 1, 2, *(4,) * axes), rand(1, 2, 3, *(4,) * axes)])
 
-    def test_bad_input(self) -> None:
-        with pytest.raises(TypeError, match=r"in_channels must be an integer of at least 0 or a pair of them, got"):
-            CrossConv2d(2.5, 4, 3)
-        with pytest.raises(ValueError, match=r"x must have shape \[B, Sx, Cx, H, W\]"):
-            CrossConv2d(2, 4, 3)(torch.rand(2, 2, 8, 8), torch.rand(1, 2, 2, 8, 8))
-        volume = torch.rand(1, 2, 2, 4, 4, 4)
     @pytest.mark.parametrize("groups", [1, 2])
     @pytest.mark.parametrize("axes", [2, 3])
     def test_empty_sets(self, axes: int, groups: int) -> None:
@@ -151,9 +151,15 @@ class TestCrossConv:
         ):
             conv.mean(torch.rand(1, 2, 2, *image), torch.rand(1, 0, 2, *image))
 
-        conv = CrossConv3d(2, 4, 3)
+    def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match="x and y must have 4 channels between them, got 2 and 1"):
             CrossConv2d(2, 4, 3)(torch.rand(1, 2, 2, 8, 8), torch.rand(1, 2, 1, 8, 8))
+        with pytest.raises(TypeError, match=r"in_channels must be an integer of at least 0 or a pair of them, got"):
+            CrossConv2d(2.5, 4, 3)
+        with pytest.raises(ValueError, match=r"x must have shape \[B, Sx, Cx, H, W\]"):
+            CrossConv2d(2, 4, 3)(torch.rand(2, 2, 8, 8), torch.rand(1, 2, 2, 8, 8))
+        volume = torch.rand(1, 2, 2, 4, 4, 4)
+        conv = CrossConv3d(2, 4, 3)
         with pytest.raises(ValueError, match=r"x must have shape \[B, Sx, Cx, D, H, W\], got \[2, 2, 4, 4, 4\]"):
             conv(volume[0], volume)
         with pytest.raises(ValueError, match=r"y must have shape .* with B, D, H, W = 1, 4, 4, 4"):
@@ -286,12 +292,6 @@ class TestFunctional:
             F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
         )
 
-    def test_dropout(self) -> None:
-        """Kept weights are doubled, so the mean over many values is that without dropout."""
-        torch.manual_seed(0)
-        q, k, v = torch.zeros(1, 1, 500, 4), torch.zeros(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
-        index = torch.tensor([[0, 3, 5, -1]])
-        out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, index=index)
     @pytest.mark.parametrize("masked", ["nothing", "causal", "bool", "float", "keys"])
     @pytest.mark.parametrize(
         ("query", "key", "value"),
@@ -379,6 +379,12 @@ class TestFunctional:
             expected = F.scaled_dot_product_attention(q, k, v, bias[:, None, None].expand(-1, 1, 4, -1))
             torch.testing.assert_close(biased, expected, rtol=0.02, atol=0.02)
 
+    def test_dropout(self) -> None:
+        """Kept weights are doubled, so the mean over many values is that without dropout."""
+        torch.manual_seed(0)
+        q, k, v = torch.zeros(1, 1, 500, 4), torch.zeros(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
+        index = torch.tensor([[0, 3, 5, -1]])
+        out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, index=index)
         assert len(out.unique()) == 4  # 0 to 3 of the three keys
         assert out.mean() == pytest.approx(1, abs=0.1)
 
@@ -395,12 +401,6 @@ class TestFunctional:
         attend = scaled_dot_product_attention
         with pytest.raises(ValueError, match=r"key and value must have shape \[..., Nk, 6\] .* got \[2, 7, 6\]"):
             attend(q, k[:, 0], v)
-        with pytest.raises(ValueError, match="attn_mask must be None where is_causal is True"):
-            attend(q, k, v, torch.ones(4, 7) > 0, is_causal=True)
-        with pytest.raises(ValueError, match=r"attn_mask must broadcast to \[2, 3, 4, 7\], got \[4, 6\]"):
-            attend(q, k, v, torch.ones(4, 6) > 0)
-        with pytest.raises(TypeError, match=r"attn_mask must be bool or torch\.float64, as query is"):
-            attend(q, k, v, torch.ones(4, 7))
         with pytest.raises(ValueError, match=r"key and value must have shape \[..., Nk, 6\] .* got \[2, 3, 7, 5\]"):
             attend(q, k[..., 1:], v, is_causal=True)
         with pytest.raises(ValueError, match=r"query must have shape \[..., N, D\], got \[6\]"):
@@ -415,6 +415,12 @@ class TestFunctional:
             attend(q, k, v, [[True]])
         with pytest.raises(ValueError, match=r"index must name G groups that divide Nq = 4, got shape \[2, 0, 3\]"):
             attend(q, k, v, is_causal=True, index=torch.zeros(2, 0, 3, dtype=torch.int64))
+        with pytest.raises(ValueError, match="attn_mask must be None where is_causal is True"):
+            attend(q, k, v, torch.ones(4, 7) > 0, is_causal=True)
+        with pytest.raises(ValueError, match=r"attn_mask must broadcast to \[2, 3, 4, 7\], got \[4, 6\]"):
+            attend(q, k, v, torch.ones(4, 6) > 0)
+        with pytest.raises(TypeError, match=r"attn_mask must be bool or torch\.float64, as query is"):
+            attend(q, k, v, torch.ones(4, 7))
         with pytest.raises(ValueError, match=r"key_bias must have shape \[B, Nk\] = \[2, 7\] and dtype torch.float64"):
             attend(q, k, v, key_bias=torch.ones(2, 6, dtype=F64))
         with pytest.raises(ValueError, match=r"scale must not be 0 with key_bias, got 0"):
@@ -488,6 +494,127 @@ class TestSelectedAttention:
         )
         padding = torch.tensor([False, True, False, False])
         close(ours(x, x, x, padding)[0], theirs(x, x, x, padding)[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("where", ["padding", "mask", "both"])
+    def test_lowest_numbers_mask_as_in_torch(self, where: str, dtype: torch.dtype) -> None:
+        """As Hugging Face's models have them; the second image, or a query, is masked as a whole."""
+        ours, theirs = attentions(dtype=dtype)
+        q, k = rand(2, NQ, E).to(dtype), rand(2, NK, E, seed=1).to(dtype)
+        lowest = torch.finfo(dtype).min
+        padding = torch.zeros(2, NK, dtype=dtype)
+        padding[0, 4:], padding[1] = lowest, lowest
+        mask = torch.zeros(NQ, NK, dtype=dtype)
+        mask[:, :2], mask[1] = lowest, lowest
+        given: dict[str, Any] = {
+            "padding": (padding, None),
+            "mask": (None, mask),
+            "both": (padding[:1].expand(2, -1), mask),
+        }
+        call = dict(zip(("key_padding_mask", "attn_mask"), given[where], strict=True))
+        found = ours(q, k, k, **call)[0]
+        assert found.isfinite().all()
+        expected = theirs(q, k, k, **call, need_weights=False)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=max(5 * torch.finfo(dtype).eps, 1e-5))
+        if where != "both":
+            with torch.autocast("cpu", torch.bfloat16):  # a lowest float32 is -inf there
+                assert ours(q, k, k, **call)[0].isfinite().all()
+
+    def test_lowest_numbers_are_padding_to_a_selection(self) -> None:
+        ours, theirs = attentions()
+        ours.selection = SelectByMask(3)
+        q, k = rand(2, NQ, E), rand(2, NK, E, seed=1)
+        padding = torch.zeros(2, NK, dtype=F64)
+        padding[:, :3], padding[:, 3] = torch.finfo(F64).min, 0.5
+        allowed = (torch.arange(NK) >= 3) & (torch.arange(NK) < 6)
+        mask = padding.masked_fill(~allowed, -torch.inf)
+        close(ours(q, k, k, padding)[0], theirs(q, k, k, mask, need_weights=False)[0])
+
+    @pytest.mark.parametrize("add", [False, True])
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_selected_keys_under_masks(self, biased: bool, add: bool) -> None:
+        """Fewer keys are projected than there are; what is added to their scores goes with them."""
+        ours, theirs = attentions(add_bias_kv=add, add_zero_attn=add, kdim=5)
+        score, padding = rand(2, NK, seed=8), rand(2, NK, seed=9)
+        padding[0, 2] = -torch.inf
+        allowed = score.masked_fill(padding == -torch.inf, -torch.inf)
+        allowed = allowed >= allowed.topk(3).values[:, -1:]
+        ours.selection = SelectByScore(3, biased=biased, gumbel=False)
+        inputs = [
+            rand(2, NQ, E),
+            rand(2, NK, 5, seed=1),
+            rand(2, NK, E, seed=2),
+            rand(2 * HEADS, NQ, NK, seed=3),
+            score,
+        ]
+
+        def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, score: Tensor) -> Tensor:
+            bias = (padding + score * biased).masked_fill(~allowed, -torch.inf)
+            return theirs(q, k, v, bias, need_weights=False, attn_mask=mask)[0]
+
+        equal_with_gradients(
+            lambda q, k, v, mask, score: ours(q, k, v, padding, attn_mask=mask, select=score)[0] + 0 * score.sum(),
+            reference,
+            inputs,
+        )
+        parameters_equal(ours, theirs)
+
+    def test_a_key_listed_twice_counts_twice(self) -> None:
+        ours, theirs = attentions()
+        ours.selection = SelectByIndex()
+        twice = torch.tensor([[1, 1, 4], [2, 0, 0]])
+        equal_with_gradients(
+            lambda q, k: ours(q, k, k, select=twice)[0],
+            lambda q, k: theirs(q, *(k[torch.arange(2)[:, None], twice],) * 2, need_weights=False)[0],
+            [rand(2, NQ, E), rand(2, NK, E, seed=1)],
+        )
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    def test_projects_once_and_only_what_is_read(self, batch_first: bool) -> None:
+        ours, _ = attentions(batch_first=batch_first)
+        q, k = (x if batch_first else x.transpose(0, 1) for x in (rand(2, NQ, E), rand(2, NK, E, seed=1)))
+
+        def products(*tokens: Tensor, **call: Any) -> list[int]:
+            """Elements of the results of all matrix products."""
+            found = []
+
+            class Watch(TorchFunctionMode):
+                def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                    out = function(*args, **(kwargs or {}))
+                    if function is F.linear:
+                        found.append(out.numel() // 2 // E)
+                    return out
+
+            with Watch():
+                ours(*tokens, **call)
+            return found
+
+        assert products(k, k, k) == [3 * NK, NK]
+        assert sorted(products(q, k, k)) == sorted([NQ, 2 * NK, NQ])
+        assert sorted(products(q, k, k.clone())) == sorted([NQ, NK, NK, NQ])
+        ours.selection = SelectByMask(2)
+        assert sorted(products(q, k, k)) == sorted([NQ, 2 * 2, NQ])
+        assert sorted(products(k, k, k)) == sorted([NK, 2 * 2, NK])
+
+    def test_parameters_are_drawn_anew_copied_and_pickled(self) -> None:
+        ours = SelectedAttention(E, HEADS, add_bias_kv=True, batch_first=True, selection=SelectByScore(2, features=E))
+        ours.eval()
+        x = torch.rand(2, NK, E)
+        before = ours(x, x, x)[0]
+        file = io.BytesIO()
+        torch.save(ours, file)
+        file.seek(0)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x, x, x)[0], before)
+        for settings in ({}, {"kdim": 5}):
+            torch.manual_seed(0)
+            ours, theirs = SelectedAttention(E, HEADS, **settings), nn.MultiheadAttention(E, HEADS, **settings)
+            for module in (ours, theirs):
+                torch.manual_seed(1)
+                module._reset_parameters()
+            assert all(
+                torch.equal(p, theirs.state_dict()[name]) for name, p in ours.state_dict().items() if "out" not in name
+            )
 
     def test_state_dict_round_trip(self) -> None:
         ours, theirs = attentions(add_bias_kv=True, kdim=5)
@@ -626,6 +753,38 @@ class TestSelectedAttention:
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out.float(), ours(q, k, k)[0], rtol=0.05, atol=0.05)
 
+    @pytest.mark.parametrize("masked", ["padding", "float padding", "mask", "both"])
+    def test_autocast_is_torchs(self, masked: str) -> None:
+        ours, theirs = attentions(dtype=torch.float32, add_bias_kv=True)
+        q, k = rand(2, NQ, E).float(), rand(2, NK, E, seed=1).float()
+        padding = torch.arange(NK) >= torch.tensor([[5], [3]])
+        float_padding = torch.zeros(2, NK).masked_fill(padding, -torch.inf)
+        mask = rand(NQ, NK, seed=3).float()
+        call: dict[str, Any] = {
+            "padding": {"key_padding_mask": padding},
+            "float padding": {"key_padding_mask": float_padding},
+            "mask": {"attn_mask": mask},
+            "both": {"key_padding_mask": float_padding, "attn_mask": mask},
+        }[masked]
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = ours(q, k, k, **call)[0], theirs(q, k, k, need_weights=False, **call)[0]
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_compiles_with_masks(self, masked: bool) -> None:
+        ours, _ = attentions(add_bias_kv=True)
+        ours.selection = SelectByScore(3, features=E).double()
+        ours.eval()
+        padding = rand(2, NK, seed=4).masked_fill(rand(2, NK, seed=5) > 1, -torch.inf)
+        mask = rand(NQ, NK, seed=6) if masked else None
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        equal_with_gradients(
+            lambda *t: compiled(*t, padding, attn_mask=mask)[0],
+            lambda *t: ours(*t, padding, attn_mask=mask)[0],
+            [rand(2, NQ, E), rand(2, NK, E, seed=1), rand(2, NK, E, seed=2)],
+        )
+
     @pytest.mark.parametrize(
         ("selection", "select"),
         [
@@ -667,11 +826,37 @@ class TestSelectedAttention:
             attention(q, k, k[:, 1:])
         with pytest.raises(ValueError, match=r"key_padding_mask must have shape \[B, Nk\] = \[2, 7\], got \[2, 4\]"):
             attention(q, k, k, torch.ones(2, 4) > 0)
+        with pytest.raises(TypeError, match="key_padding_mask must be bool, True for padding, or floating-point"):
+            attention(q, k, k, torch.ones(2, 7, dtype=torch.int64))
+        with pytest.raises(TypeError, match=r"key_padding_mask must be a torch\.Tensor, got list"):
+            attention(q[0], k[0], k[0], [False] * 7)
+        with pytest.raises(TypeError, match="attn_mask must be bool, True for a key not to attend to, or floating"):
+            attention(q, k, k, attn_mask=torch.ones(4, 7, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"attn_mask must have shape \[Nq, Nk\] or \[B \* h, Nq, Nk\]"):
             attention(q, k, k, attn_mask=torch.ones(2, 4, 7) > 0)
         for selection, select, error, message in (
             (SelectByMask(), torch.ones(2, 3) > 0, ValueError, r"mask must have shape \[B, N\] or \[B, G, N\]"),
-            (SelectByMask(), torch.ones(2, NK), TypeError, "mask must be bool, got torch.float32"),
+            (SelectByMask(), torch.ones(2, NK), TypeError, "mask must be bool, .*, got torch.float32"),
+            (SelectByScore(2, features=5), None, ValueError, "keys must have the 5 features of the learned .* got 12"),
+            (
+                SelectByIndex(),
+                torch.zeros(3, 2).long(),
+                ValueError,
+                r"index must have shape .* with B = 2, got \[3, 2\]",
+            ),
+            (returning(torch.zeros(2, 2)), None, TypeError, "selection must return a Selected, got Tensor"),
+            (
+                returning(Selected(torch.zeros(2, 2))),
+                None,
+                TypeError,
+                "rows of the selection must be int32 or int64, got torch.float32",
+            ),
+            (
+                returning(Selected(torch.zeros(2, 2).long(), torch.ones(2, 2))),
+                None,
+                ValueError,
+                r"bias of the selection must have shape \[B, N\] = \[2, 7\], got \[2, 2\]",
+            ),
             (SelectByScore(2), None, ValueError, "score must be given with the call, got None"),
             (
                 SelectByScore(2, features=E),
@@ -689,6 +874,12 @@ class TestSelectedAttention:
                 attention(q, k, k, select=select)
         with pytest.raises(ValueError, match="k must be an integer of at least 0, got -1"):
             SelectByScore(-1)
+
+
+def returning(found: Any) -> Selection:
+    selection = Selection()
+    selection.forward = lambda *_: found  # type: ignore[method-assign]
+    return selection
 
 
 class TestPatchModules:
@@ -876,6 +1067,20 @@ class TestPatchRouter:
             found = router(image)
         assert torch.equal(found.coords, expected.coords)
         torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.05, atol=0.05)
+        uncovered = ~found.coverage.expand_as(found.logits)
+        assert torch.equal(found.logits[uncovered], found.coarse[uncovered])
+        assert (found.coarse.dtype, found.entropy.dtype) == (torch.float32, torch.float32)
+        network, image = network.to(dtype), image.to(dtype)
+        own = PatchRouter(network, k=3, patch_size=6).eval()(image)
+        assert (own.logits.dtype, own.coarse.dtype, own.entropy.dtype) == (dtype, dtype, torch.float32)
+
+    def test_no_images_and_more_windows_than_there_are(self) -> None:
+        router = PatchRouter(Windowed(), k=99, patch_size=6, stride=6)
+        out = router(rand(0, 2, 12, 12).requires_grad_())
+        assert (out.logits.shape, out.coords.shape, out.coverage.shape) == ((0, 3, 12, 12), (0, 4, 2), (0, 1, 12, 12))
+        out = router(rand(1, 2, 12, 12))
+        assert sorted(out.coords[0].tolist()) == [[0, 0], [0, 6], [6, 0], [6, 6]]
+        assert out.coverage.all()
 
     def test_entropy(self) -> None:
         logits = rand(2, 4, 3, 3)
@@ -884,6 +1089,22 @@ class TestPatchRouter:
         p = logits[:, :1].sigmoid()
         close(prediction_entropy(logits[:, :1]), -(p * p.log() + (1 - p) * (1 - p).log()))
         assert prediction_entropy(torch.full((1, 1, 1, 1), 1e4)).item() == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_entropy_of_certain_predictions(self, dtype: torch.dtype) -> None:
+        inf, most = torch.inf, torch.finfo(dtype).max
+        rows = torch.tensor(
+            [[0, 0, -inf], [inf, 0, -inf], [inf, inf, 0], [most, -most, -inf], [most, most, 0]], dtype=dtype
+        )
+        logits = rows[:, :, None, None].requires_grad_()
+        entropy = prediction_entropy(logits)
+        assert entropy.dtype == (F64 if dtype == F64 else torch.float32)
+        expected = torch.tensor([2, 1, 2, 1, 2], dtype=entropy.dtype).log()
+        torch.testing.assert_close(entropy.flatten(), expected)
+        entropy.sum().backward()
+        assert logits.grad.isfinite().all()
+        sigmoid = torch.tensor([-inf, inf, most, 0], dtype=dtype).view(4, 1, 1, 1)
+        torch.testing.assert_close(prediction_entropy(sigmoid).flatten(), expected[[1, 1, 1, 0]])
 
     def test_compiles(self) -> None:
         torch.manual_seed(0)
@@ -913,44 +1134,14 @@ class TestPatchRouter:
             PatchRouter(network, k=1, patch_size=8, coarse=lambda_module(lambda x: x[:, 0, 0]))(rand(2, 2, 8, 8))
         with pytest.raises(ValueError, match=r"network must map windows to logits \[1, 2, 8, 8\]"):
             PatchRouter(network, k=1, patch_size=8, coarse=nn.Identity())(rand(1, 2, 8, 8))
+        several = lambda_module(lambda x: [x, x])  # deep supervision
+        with pytest.raises(TypeError, match=r"the output of the coarse pass must be a torch\.Tensor, got list"):
+            PatchRouter(several, k=1, patch_size=8)(rand(1, 2, 8, 8))
+        with pytest.raises(TypeError, match=r"the output of network must be a torch\.Tensor, got list"):
+            PatchRouter(several, k=1, patch_size=8, coarse=nn.Identity())(rand(1, 2, 8, 8))
 
 
 def lambda_module(function: Callable[[Tensor], Tensor]) -> nn.Module:
     module = nn.Identity()
     module.forward = function  # type: ignore[method-assign]
     return module
-        uncovered = ~found.coverage.expand_as(found.logits)
-        assert torch.equal(found.logits[uncovered], found.coarse[uncovered])
-        assert (found.coarse.dtype, found.entropy.dtype) == (torch.float32, torch.float32)
-        network, image = network.to(dtype), image.to(dtype)
-        own = PatchRouter(network, k=3, patch_size=6).eval()(image)
-        assert (own.logits.dtype, own.coarse.dtype, own.entropy.dtype) == (dtype, dtype, torch.float32)
-
-    def test_no_images_and_more_windows_than_there_are(self) -> None:
-        router = PatchRouter(Windowed(), k=99, patch_size=6, stride=6)
-        out = router(rand(0, 2, 12, 12).requires_grad_())
-        assert (out.logits.shape, out.coords.shape, out.coverage.shape) == ((0, 3, 12, 12), (0, 4, 2), (0, 1, 12, 12))
-        out = router(rand(1, 2, 12, 12))
-        assert sorted(out.coords[0].tolist()) == [[0, 0], [0, 6], [6, 0], [6, 6]]
-        assert out.coverage.all()
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_entropy_of_certain_predictions(self, dtype: torch.dtype) -> None:
-        inf, most = torch.inf, torch.finfo(dtype).max
-        rows = torch.tensor(
-            [[0, 0, -inf], [inf, 0, -inf], [inf, inf, 0], [most, -most, -inf], [most, most, 0]], dtype=dtype
-        )
-        logits = rows[:, :, None, None].requires_grad_()
-        entropy = prediction_entropy(logits)
-        assert entropy.dtype == (F64 if dtype == F64 else torch.float32)
-        expected = torch.tensor([2, 1, 2, 1, 2], dtype=entropy.dtype).log()
-        torch.testing.assert_close(entropy.flatten(), expected)
-        entropy.sum().backward()
-        assert logits.grad.isfinite().all()
-        sigmoid = torch.tensor([-inf, inf, most, 0], dtype=dtype).view(4, 1, 1, 1)
-        torch.testing.assert_close(prediction_entropy(sigmoid).flatten(), expected[[1, 1, 1, 0]])
-
-        several = lambda_module(lambda x: [x, x])  # deep supervision
-        with pytest.raises(TypeError, match=r"the output of the coarse pass must be a torch\.Tensor, got list"):
-            PatchRouter(several, k=1, patch_size=8)(rand(1, 2, 8, 8))
-        with pytest.raises(TypeError, match=r"the output of network must be a torch\.Tensor, got list"):
-            PatchRouter(several, k=1, patch_size=8, coarse=nn.Identity())(rand(1, 2, 8, 8))
