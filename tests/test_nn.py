@@ -737,6 +737,19 @@ class TestSelectedAttention:
             setattr(decoder, name, attention)
         close(decoder(x[:, :NQ], x, **call), expected_decoded)
 
+    def test_in_torchs_encoder_without_nested_tensors(self) -> None:
+        layer = nn.TransformerEncoderLayer(E, 2, 16, 0.0, batch_first=True, dtype=F64)
+        encoder, x = nn.TransformerEncoder(layer, 2).eval(), rand(2, NK, E)
+        padding = torch.arange(NK) >= torch.tensor([[NK], [3]])
+        expected = encoder(x, src_key_padding_mask=padding)
+        for inside in encoder.layers:
+            attention = SelectedAttention(E, 2, batch_first=True, dtype=F64)
+            attention.load_state_dict(inside.self_attn.state_dict())
+            inside.self_attn = attention.eval()
+        encoder.use_nested_tensor = False
+        with torch.no_grad():
+            close(encoder(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+
     def test_dropout_only_in_training(self) -> None:
         ours, theirs = attentions(dropout=0.5)
         q, k = rand(2, NQ, E), rand(2, NK, E, seed=1)

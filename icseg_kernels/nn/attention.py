@@ -159,7 +159,8 @@ class SelectedAttention(nn.MultiheadAttention):
             if tokens.is_nested:
                 raise TypeError(
                     f"{name} must be a dense tensor, got a nested one "
-                    "(torch.nn.TransformerEncoder makes none with enable_nested_tensor=False)"
+                    "(torch.nn.TransformerEncoder makes none with enable_nested_tensor=False, or once built with "
+                    "use_nested_tensor = False)"
                 )
             if tokens.ndim not in (2, 3) or tokens.ndim != query.ndim or tokens.shape[-1] != size:
                 axes = "[Nq, E]" if query.ndim == 2 else "[B, N, E]" if self.batch_first else "[N, B, E]"

@@ -84,7 +84,8 @@ def _checked_tokens(
         if checks.floating(name, tokens).ndim < 2:
             raise ValueError(f"{name} must have shape [..., N, D], got {list(tokens.shape)}")
         checks.device(name, tokens, query.device)
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = autocast(query), autocast(key), autocast(value)
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(
             f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
