@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 
 import icseg_kernels
 from icseg_kernels.nn import (
@@ -24,7 +28,9 @@ from icseg_kernels.nn import (
     SelectByIndex,
     SelectByMask,
     SelectByScore,
+    Selected,
     SelectedAttention,
+    Selection,
     prediction_entropy,
 )
 from icseg_kernels.nn.functional import scaled_dot_product_attention
@@ -85,6 +91,7 @@ class TestCrossConv:
             {"padding": "same", "padding_mode": "reflect"},
             {"padding": 2, "stride": 2, "dilation": 2, "padding_mode": "circular"},
             {"padding": 1, "groups": 2},
+            {"padding": "valid", "padding_mode": "replicate"},
         ],
     )
     @pytest.mark.parametrize("axes", [2, 3])
@@ -127,7 +134,26 @@ class TestCrossConv:
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         equal_with_gradients(compiled, module, [rand(1, 1, 2, *(4,) * axes), rand(1, 2, 3, *(4,) * axes)])
 
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("axes", [2, 3])
+    def test_empty_sets(self, axes: int, groups: int) -> None:
+        conv = (CrossConv2d, CrossConv3d)[axes - 2](2, 4, 3, padding=1, groups=groups)
+        image = (5, 4, 6)[:axes]
+        for b, sx, sy in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+            x, y = torch.rand(b, sx, 2, *image, requires_grad=True), torch.rand(b, sy, 2, *image)
+            out = conv(x, y)
+            assert out.shape == (b, sx, sy, 4, *image)
+            out.sum().backward()
+            assert not x.grad.any()
+        assert conv.mean(torch.rand(1, 0, 2, *image), torch.rand(1, 3, 2, *image)).shape == (1, 0, 4, *image)
+        with pytest.raises(
+            ValueError, match=r"y must hold at least one (image|volume) to take the mean of, got Sy = 0"
+        ):
+            conv.mean(torch.rand(1, 2, 2, *image), torch.rand(1, 0, 2, *image))
+
     def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="x and y must have 4 channels between them, got 2 and 1"):
+            CrossConv2d(2, 4, 3)(torch.rand(1, 2, 2, 8, 8), torch.rand(1, 2, 1, 8, 8))
         with pytest.raises(TypeError, match=r"in_channels must be an integer of at least 0 or a pair of them, got"):
             CrossConv2d(2.5, 4, 3)
         with pytest.raises(ValueError, match=r"x must have shape \[B, Sx, Cx, H, W\]"):
@@ -266,6 +292,93 @@ class TestFunctional:
             F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
         )
 
+    @pytest.mark.parametrize("masked", ["nothing", "causal", "bool", "float", "keys"])
+    @pytest.mark.parametrize(
+        ("query", "key", "value"),
+        [
+            ((), (), ()),
+            ((3,), (3,), (3,)),
+            ((2, 3), (1, 3), (1, 3)),
+            ((2, 3), (2, 1), (2, 3)),
+            ((1, 3), (2, 3), (2, 3)),
+            ((2, 3, 2), (2, 3, 2), (2, 3, 2)),
+            ((2, 3, 2), (2, 1, 2), (2, 1, 2)),
+        ],
+    )
+    def test_axes_in_front_are_torchs(
+        self, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], masked: str
+    ) -> None:
+        tokens = [rand(*query, 4, 6), rand(*key, 7, 6, seed=1), rand(*value, 7, 2, seed=2)]
+        causal = masked == "causal"
+        masks = {"bool": rand(4, 7, seed=4) > -1, "float": rand(*query, 4, 7, seed=4), "keys": rand(1, 7, seed=4)}
+        equal_with_gradients(
+            lambda *t: scaled_dot_product_attention(*t, masks.get(masked), is_causal=causal),
+            lambda *t: F.scaled_dot_product_attention(*t, masks.get(masked), is_causal=causal),
+            tokens,
+        )
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_axes_in_front_with_a_list(self, masked: bool) -> None:
+        q, k, v = rand(2, 3, 2, 4, 6), rand(2, 3, 2, 7, 6, seed=1), rand(2, 1, 2, 7, 2, seed=2)
+        mask = rand(3, 1, 4, 7, seed=3) if masked else None
+        bias = rand(2, 7, seed=4)
+        expected = scaled_dot_product_attention(
+            *(t.expand(2, 3, 2, -1, -1).flatten(1, 2) for t in (q, k, v)),
+            None if mask is None else mask.expand(3, 2, -1, -1).flatten(0, 1),
+            index=self.INDEX,
+            key_bias=bias,
+        )
+        found = scaled_dot_product_attention(q, k, v, mask, index=self.INDEX, key_bias=bias)
+        close(found, expected.unflatten(1, (3, 2)))
+        mask = None if mask is None else mask[0, 0]
+        close(
+            scaled_dot_product_attention(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0], mask, index=self.INDEX[:1]),
+            scaled_dot_product_attention(q[:1, 0, :1], k[:1, 0, :1], v[:1, 0, :1], mask, index=self.INDEX[:1])[0, 0],
+        )
+
+    def test_grouped_heads_in_the_last_but_two_axis(self) -> None:
+        q, k, v = rand(6, 4, 8), rand(2, 7, 8, seed=1), rand(2, 7, 5, seed=2)
+        equal_with_gradients(
+            lambda *t: scaled_dot_product_attention(*t, enable_gqa=True),
+            lambda *t: F.scaled_dot_product_attention(*t, enable_gqa=True),
+            [q, k, v],
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_lowest_numbers_mask_as_in_torch(self, dtype: torch.dtype) -> None:
+        """Also a row of nothing else."""
+        q, k, v = (t.to(dtype) for t in self.tokens())
+        lowest = torch.finfo(dtype).min
+        mask = torch.zeros(4, 7, dtype=dtype)
+        mask[:, 4:], mask[2] = lowest, lowest
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), expected)
+        index = torch.arange(7).expand(2, -1)
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask, index=index), expected)
+        bias = mask[:2].clone()
+        bias[1, 5] = 0.5
+        for scale in (1e-2, 1.0, 1e4):
+            leaves = [t.detach().requires_grad_() for t in (q * 1e-2, k * 1e-2, v, bias)]
+            for given in (None, index):
+                out = scaled_dot_product_attention(*leaves[:3], key_bias=leaves[3], index=given, scale=scale)
+                assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), leaves))
+                few = scaled_dot_product_attention(*leaves[:3], index=index[:, :4], scale=scale)
+                torch.testing.assert_close(out[0], few[0])
+        out = scaled_dot_product_attention(q, k, v, key_bias=torch.full((2, 7), lowest, dtype=dtype))
+        assert out.isfinite().all()
+
+    def test_autocast_takes_every_dtype_that_torchs_does(self) -> None:
+        q, k, v = (t.float() for t in self.tokens())
+        mask, bias = rand(4, 7, seed=4).float(), rand(2, 7, seed=5).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = F.scaled_dot_product_attention(q.bfloat16(), k, v, mask)
+            found = scaled_dot_product_attention(q.bfloat16(), k, v, mask)
+            assert found.dtype == expected.dtype == torch.bfloat16
+            torch.testing.assert_close(found, expected)
+            biased = scaled_dot_product_attention(q, k, v, key_bias=bias)
+            expected = F.scaled_dot_product_attention(q, k, v, bias[:, None, None].expand(-1, 1, 4, -1))
+            torch.testing.assert_close(biased, expected, rtol=0.02, atol=0.02)
+
     def test_dropout(self) -> None:
         """Kept weights are doubled, so the mean over many values is that without dropout."""
         torch.manual_seed(0)
@@ -286,8 +399,22 @@ class TestFunctional:
     def test_bad_input(self) -> None:
         q, k, v = self.tokens()
         attend = scaled_dot_product_attention
-        with pytest.raises(ValueError, match=r"key must have shape .* as query has"):
+        with pytest.raises(ValueError, match=r"key and value must have shape \[..., Nk, 6\] .* got \[2, 7, 6\]"):
             attend(q, k[:, 0], v)
+        with pytest.raises(ValueError, match=r"key and value must have shape \[..., Nk, 6\] .* got \[2, 3, 7, 5\]"):
+            attend(q, k[..., 1:], v, is_causal=True)
+        with pytest.raises(ValueError, match=r"query must have shape \[..., N, D\], got \[6\]"):
+            attend(q[0, 0, 0], k, v)
+        with pytest.raises(TypeError, match="query, key and value must have one floating dtype"):
+            attend(q, k.float(), v, is_causal=True)
+        with pytest.raises(ValueError, match=r"dropout_p must be at most 1, got 1\.5"):
+            attend(q, k, v, dropout_p=1.5)
+        with pytest.raises(TypeError, match="scale must be a finite number, got '1'"):
+            attend(q, k, v, is_causal=True, scale="1")
+        with pytest.raises(TypeError, match=r"attn_mask must be a torch\.Tensor, got list"):
+            attend(q, k, v, [[True]])
+        with pytest.raises(ValueError, match=r"index must name G groups that divide Nq = 4, got shape \[2, 0, 3\]"):
+            attend(q, k, v, is_causal=True, index=torch.zeros(2, 0, 3, dtype=torch.int64))
         with pytest.raises(ValueError, match="attn_mask must be None where is_causal is True"):
             attend(q, k, v, torch.ones(4, 7) > 0, is_causal=True)
         with pytest.raises(ValueError, match=r"attn_mask must broadcast to \[2, 3, 4, 7\], got \[4, 6\]"):
@@ -367,6 +494,127 @@ class TestSelectedAttention:
         )
         padding = torch.tensor([False, True, False, False])
         close(ours(x, x, x, padding)[0], theirs(x, x, x, padding)[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("where", ["padding", "mask", "both"])
+    def test_lowest_numbers_mask_as_in_torch(self, where: str, dtype: torch.dtype) -> None:
+        """As Hugging Face's models have them; the second image, or a query, is masked as a whole."""
+        ours, theirs = attentions(dtype=dtype)
+        q, k = rand(2, NQ, E).to(dtype), rand(2, NK, E, seed=1).to(dtype)
+        lowest = torch.finfo(dtype).min
+        padding = torch.zeros(2, NK, dtype=dtype)
+        padding[0, 4:], padding[1] = lowest, lowest
+        mask = torch.zeros(NQ, NK, dtype=dtype)
+        mask[:, :2], mask[1] = lowest, lowest
+        given: dict[str, Any] = {
+            "padding": (padding, None),
+            "mask": (None, mask),
+            "both": (padding[:1].expand(2, -1), mask),
+        }
+        call = dict(zip(("key_padding_mask", "attn_mask"), given[where], strict=True))
+        found = ours(q, k, k, **call)[0]
+        assert found.isfinite().all()
+        expected = theirs(q, k, k, **call, need_weights=False)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=max(5 * torch.finfo(dtype).eps, 1e-5))
+        if where != "both":
+            with torch.autocast("cpu", torch.bfloat16):  # a lowest float32 is -inf there
+                assert ours(q, k, k, **call)[0].isfinite().all()
+
+    def test_lowest_numbers_are_padding_to_a_selection(self) -> None:
+        ours, theirs = attentions()
+        ours.selection = SelectByMask(3)
+        q, k = rand(2, NQ, E), rand(2, NK, E, seed=1)
+        padding = torch.zeros(2, NK, dtype=F64)
+        padding[:, :3], padding[:, 3] = torch.finfo(F64).min, 0.5
+        allowed = (torch.arange(NK) >= 3) & (torch.arange(NK) < 6)
+        mask = padding.masked_fill(~allowed, -torch.inf)
+        close(ours(q, k, k, padding)[0], theirs(q, k, k, mask, need_weights=False)[0])
+
+    @pytest.mark.parametrize("add", [False, True])
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_selected_keys_under_masks(self, biased: bool, add: bool) -> None:
+        """Fewer keys are projected than there are; what is added to their scores goes with them."""
+        ours, theirs = attentions(add_bias_kv=add, add_zero_attn=add, kdim=5)
+        score, padding = rand(2, NK, seed=8), rand(2, NK, seed=9)
+        padding[0, 2] = -torch.inf
+        allowed = score.masked_fill(padding == -torch.inf, -torch.inf)
+        allowed = allowed >= allowed.topk(3).values[:, -1:]
+        ours.selection = SelectByScore(3, biased=biased, gumbel=False)
+        inputs = [
+            rand(2, NQ, E),
+            rand(2, NK, 5, seed=1),
+            rand(2, NK, E, seed=2),
+            rand(2 * HEADS, NQ, NK, seed=3),
+            score,
+        ]
+
+        def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, score: Tensor) -> Tensor:
+            bias = (padding + score * biased).masked_fill(~allowed, -torch.inf)
+            return theirs(q, k, v, bias, need_weights=False, attn_mask=mask)[0]
+
+        equal_with_gradients(
+            lambda q, k, v, mask, score: ours(q, k, v, padding, attn_mask=mask, select=score)[0] + 0 * score.sum(),
+            reference,
+            inputs,
+        )
+        parameters_equal(ours, theirs)
+
+    def test_a_key_listed_twice_counts_twice(self) -> None:
+        ours, theirs = attentions()
+        ours.selection = SelectByIndex()
+        twice = torch.tensor([[1, 1, 4], [2, 0, 0]])
+        equal_with_gradients(
+            lambda q, k: ours(q, k, k, select=twice)[0],
+            lambda q, k: theirs(q, *(k[torch.arange(2)[:, None], twice],) * 2, need_weights=False)[0],
+            [rand(2, NQ, E), rand(2, NK, E, seed=1)],
+        )
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    def test_projects_once_and_only_what_is_read(self, batch_first: bool) -> None:
+        ours, _ = attentions(batch_first=batch_first)
+        q, k = (x if batch_first else x.transpose(0, 1) for x in (rand(2, NQ, E), rand(2, NK, E, seed=1)))
+
+        def products(*tokens: Tensor, **call: Any) -> list[int]:
+            """Elements of the results of all matrix products."""
+            found = []
+
+            class Watch(TorchFunctionMode):
+                def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                    out = function(*args, **(kwargs or {}))
+                    if function is F.linear:
+                        found.append(out.numel() // 2 // E)
+                    return out
+
+            with Watch():
+                ours(*tokens, **call)
+            return found
+
+        assert products(k, k, k) == [3 * NK, NK]
+        assert sorted(products(q, k, k)) == sorted([NQ, 2 * NK, NQ])
+        assert sorted(products(q, k, k.clone())) == sorted([NQ, NK, NK, NQ])
+        ours.selection = SelectByMask(2)
+        assert sorted(products(q, k, k)) == sorted([NQ, 2 * 2, NQ])
+        assert sorted(products(k, k, k)) == sorted([NK, 2 * 2, NK])
+
+    def test_parameters_are_drawn_anew_copied_and_pickled(self) -> None:
+        ours = SelectedAttention(E, HEADS, add_bias_kv=True, batch_first=True, selection=SelectByScore(2, features=E))
+        ours.eval()
+        x = torch.rand(2, NK, E)
+        before = ours(x, x, x)[0]
+        file = io.BytesIO()
+        torch.save(ours, file)
+        file.seek(0)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x, x, x)[0], before)
+        for settings in ({}, {"kdim": 5}):
+            torch.manual_seed(0)
+            ours, theirs = SelectedAttention(E, HEADS, **settings), nn.MultiheadAttention(E, HEADS, **settings)
+            for module in (ours, theirs):
+                torch.manual_seed(1)
+                module._reset_parameters()
+            assert all(
+                torch.equal(p, theirs.state_dict()[name]) for name, p in ours.state_dict().items() if "out" not in name
+            )
 
     def test_state_dict_round_trip(self) -> None:
         ours, theirs = attentions(add_bias_kv=True, kdim=5)
@@ -489,6 +737,19 @@ class TestSelectedAttention:
             setattr(decoder, name, attention)
         close(decoder(x[:, :NQ], x, **call), expected_decoded)
 
+    def test_in_torchs_encoder_without_nested_tensors(self) -> None:
+        layer = nn.TransformerEncoderLayer(E, 2, 16, 0.0, batch_first=True, dtype=F64)
+        encoder, x = nn.TransformerEncoder(layer, 2).eval(), rand(2, NK, E)
+        padding = torch.arange(NK) >= torch.tensor([[NK], [3]])
+        expected = encoder(x, src_key_padding_mask=padding)
+        for inside in encoder.layers:
+            attention = SelectedAttention(E, 2, batch_first=True, dtype=F64)
+            attention.load_state_dict(inside.self_attn.state_dict())
+            inside.self_attn = attention.eval()
+        encoder.use_nested_tensor = False
+        with torch.no_grad():
+            close(encoder(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+
     def test_dropout_only_in_training(self) -> None:
         ours, theirs = attentions(dropout=0.5)
         q, k = rand(2, NQ, E), rand(2, NK, E, seed=1)
@@ -504,6 +765,38 @@ class TestSelectedAttention:
             out = ours(q, k, k)[0]
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out.float(), ours(q, k, k)[0], rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("masked", ["padding", "float padding", "mask", "both"])
+    def test_autocast_is_torchs(self, masked: str) -> None:
+        ours, theirs = attentions(dtype=torch.float32, add_bias_kv=True)
+        q, k = rand(2, NQ, E).float(), rand(2, NK, E, seed=1).float()
+        padding = torch.arange(NK) >= torch.tensor([[5], [3]])
+        float_padding = torch.zeros(2, NK).masked_fill(padding, -torch.inf)
+        mask = rand(NQ, NK, seed=3).float()
+        call: dict[str, Any] = {
+            "padding": {"key_padding_mask": padding},
+            "float padding": {"key_padding_mask": float_padding},
+            "mask": {"attn_mask": mask},
+            "both": {"key_padding_mask": float_padding, "attn_mask": mask},
+        }[masked]
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = ours(q, k, k, **call)[0], theirs(q, k, k, need_weights=False, **call)[0]
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_compiles_with_masks(self, masked: bool) -> None:
+        ours, _ = attentions(add_bias_kv=True)
+        ours.selection = SelectByScore(3, features=E).double()
+        ours.eval()
+        padding = rand(2, NK, seed=4).masked_fill(rand(2, NK, seed=5) > 1, -torch.inf)
+        mask = rand(NQ, NK, seed=6) if masked else None
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        equal_with_gradients(
+            lambda *t: compiled(*t, padding, attn_mask=mask)[0],
+            lambda *t: ours(*t, padding, attn_mask=mask)[0],
+            [rand(2, NQ, E), rand(2, NK, E, seed=1), rand(2, NK, E, seed=2)],
+        )
 
     @pytest.mark.parametrize(
         ("selection", "select"),
@@ -546,11 +839,37 @@ class TestSelectedAttention:
             attention(q, k, k[:, 1:])
         with pytest.raises(ValueError, match=r"key_padding_mask must have shape \[B, Nk\] = \[2, 7\], got \[2, 4\]"):
             attention(q, k, k, torch.ones(2, 4) > 0)
+        with pytest.raises(TypeError, match="key_padding_mask must be bool, True for padding, or floating-point"):
+            attention(q, k, k, torch.ones(2, 7, dtype=torch.int64))
+        with pytest.raises(TypeError, match=r"key_padding_mask must be a torch\.Tensor, got list"):
+            attention(q[0], k[0], k[0], [False] * 7)
+        with pytest.raises(TypeError, match="attn_mask must be bool, True for a key not to attend to, or floating"):
+            attention(q, k, k, attn_mask=torch.ones(4, 7, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"attn_mask must have shape \[Nq, Nk\] or \[B \* h, Nq, Nk\]"):
             attention(q, k, k, attn_mask=torch.ones(2, 4, 7) > 0)
         for selection, select, error, message in (
             (SelectByMask(), torch.ones(2, 3) > 0, ValueError, r"mask must have shape \[B, N\] or \[B, G, N\]"),
-            (SelectByMask(), torch.ones(2, NK), TypeError, "mask must be bool, got torch.float32"),
+            (SelectByMask(), torch.ones(2, NK), TypeError, "mask must be bool, .*, got torch.float32"),
+            (SelectByScore(2, features=5), None, ValueError, "keys must have the 5 features of the learned .* got 12"),
+            (
+                SelectByIndex(),
+                torch.zeros(3, 2).long(),
+                ValueError,
+                r"index must have shape .* with B = 2, got \[3, 2\]",
+            ),
+            (returning(torch.zeros(2, 2)), None, TypeError, "selection must return a Selected, got Tensor"),
+            (
+                returning(Selected(torch.zeros(2, 2))),
+                None,
+                TypeError,
+                "rows of the selection must be int32 or int64, got torch.float32",
+            ),
+            (
+                returning(Selected(torch.zeros(2, 2).long(), torch.ones(2, 2))),
+                None,
+                ValueError,
+                r"bias of the selection must have shape \[B, N\] = \[2, 7\], got \[2, 2\]",
+            ),
             (SelectByScore(2), None, ValueError, "score must be given with the call, got None"),
             (
                 SelectByScore(2, features=E),
@@ -568,6 +887,12 @@ class TestSelectedAttention:
                 attention(q, k, k, select=select)
         with pytest.raises(ValueError, match="k must be an integer of at least 0, got -1"):
             SelectByScore(-1)
+
+
+def returning(found: Any) -> Selection:
+    selection = Selection()
+    selection.forward = lambda *_: found  # type: ignore[method-assign]
+    return selection
 
 
 class TestPatchModules:
@@ -645,7 +970,11 @@ class Windowed(nn.Module):
 
 
 def sliding(network: nn.Module, image: Tensor, p: int, stride: int, weight: Tensor) -> Tensor:
-    """Sliding-window inference, a window at a time; only for images of at least p x p."""
+    """Sliding-window inference as MONAI has it, a window at a time: smaller images are padded on both sides."""
+    missing = [max(p - n, 0) for n in image.shape[2:]]
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
+    height, width = image.shape[2:]
+    image = F.pad(image, (left, right, top, bottom))
     total = norm = torch.zeros(())
     starts = [sorted({*range(0, n - p, stride), n - p}) for n in image.shape[2:]]
     for y in starts[0]:
@@ -653,12 +982,14 @@ def sliding(network: nn.Module, image: Tensor, p: int, stride: int, weight: Tens
             logits = network(image[:, :, y : y + p, x : x + p])
             pad = (x, image.shape[3] - p - x, y, image.shape[2] - p - y)
             total, norm = total + F.pad(logits * weight, pad), norm + F.pad(weight, pad)
-    return total / norm
+    return (total / norm)[:, :, top : top + height, left : left + width]
 
 
 class TestPatchRouter:
     @pytest.mark.parametrize("weight", ["gaussian", None])
-    @pytest.mark.parametrize(("size", "stride"), [((16, 24), 8), ((19, 13), 5), ((8, 8), None)])
+    @pytest.mark.parametrize(
+        ("size", "stride"), [((16, 24), 8), ((19, 13), 5), ((8, 8), None), ((5, 6), 4), ((3, 21), 8)]
+    )
     def test_all_windows_are_sliding_window_inference(
         self, size: tuple[int, int], stride: int | None, weight: str | None
     ) -> None:
@@ -725,8 +1056,8 @@ class TestPatchRouter:
         network = Windowed().double()
         image = rand(1, 2, 5, 6)
         out = PatchRouter(network, k=4, patch_size=8).eval()(image)
-        assert out.coords.tolist() == [[[0, 0]]]
-        close(out.logits, network(F.pad(image, (0, 2, 0, 3)))[:, :, :5, :6])
+        assert out.coords.tolist() == [[[-1, -1]]]
+        close(out.logits, network(F.pad(image, (1, 1, 1, 2)))[:, :, 1:6, 1:7])
 
     def test_nan_of_the_coarse_pass_is_not_looked_at(self) -> None:
         coarse = torch.full((1, 1, 4, 8), 3.0, dtype=F64)
@@ -749,6 +1080,20 @@ class TestPatchRouter:
             found = router(image)
         assert torch.equal(found.coords, expected.coords)
         torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.05, atol=0.05)
+        uncovered = ~found.coverage.expand_as(found.logits)
+        assert torch.equal(found.logits[uncovered], found.coarse[uncovered])
+        assert (found.coarse.dtype, found.entropy.dtype) == (torch.float32, torch.float32)
+        network, image = network.to(dtype), image.to(dtype)
+        own = PatchRouter(network, k=3, patch_size=6).eval()(image)
+        assert (own.logits.dtype, own.coarse.dtype, own.entropy.dtype) == (dtype, dtype, torch.float32)
+
+    def test_no_images_and_more_windows_than_there_are(self) -> None:
+        router = PatchRouter(Windowed(), k=99, patch_size=6, stride=6)
+        out = router(rand(0, 2, 12, 12).requires_grad_())
+        assert (out.logits.shape, out.coords.shape, out.coverage.shape) == ((0, 3, 12, 12), (0, 4, 2), (0, 1, 12, 12))
+        out = router(rand(1, 2, 12, 12))
+        assert sorted(out.coords[0].tolist()) == [[0, 0], [0, 6], [6, 0], [6, 6]]
+        assert out.coverage.all()
 
     def test_entropy(self) -> None:
         logits = rand(2, 4, 3, 3)
@@ -757,6 +1102,22 @@ class TestPatchRouter:
         p = logits[:, :1].sigmoid()
         close(prediction_entropy(logits[:, :1]), -(p * p.log() + (1 - p) * (1 - p).log()))
         assert prediction_entropy(torch.full((1, 1, 1, 1), 1e4)).item() == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_entropy_of_certain_predictions(self, dtype: torch.dtype) -> None:
+        inf, most = torch.inf, torch.finfo(dtype).max
+        rows = torch.tensor(
+            [[0, 0, -inf], [inf, 0, -inf], [inf, inf, 0], [most, -most, -inf], [most, most, 0]], dtype=dtype
+        )
+        logits = rows[:, :, None, None].requires_grad_()
+        entropy = prediction_entropy(logits)
+        assert entropy.dtype == (F64 if dtype == F64 else torch.float32)
+        expected = torch.tensor([2, 1, 2, 1, 2], dtype=entropy.dtype).log()
+        torch.testing.assert_close(entropy.flatten(), expected)
+        entropy.sum().backward()
+        assert logits.grad.isfinite().all()
+        sigmoid = torch.tensor([-inf, inf, most, 0], dtype=dtype).view(4, 1, 1, 1)
+        torch.testing.assert_close(prediction_entropy(sigmoid).flatten(), expected[[1, 1, 1, 0]])
 
     def test_compiles(self) -> None:
         torch.manual_seed(0)
@@ -786,6 +1147,11 @@ class TestPatchRouter:
             PatchRouter(network, k=1, patch_size=8, coarse=lambda_module(lambda x: x[:, 0, 0]))(rand(2, 2, 8, 8))
         with pytest.raises(ValueError, match=r"network must map windows to logits \[1, 2, 8, 8\]"):
             PatchRouter(network, k=1, patch_size=8, coarse=nn.Identity())(rand(1, 2, 8, 8))
+        several = lambda_module(lambda x: [x, x])  # deep supervision
+        with pytest.raises(TypeError, match=r"the output of the coarse pass must be a torch\.Tensor, got list"):
+            PatchRouter(several, k=1, patch_size=8)(rand(1, 2, 8, 8))
+        with pytest.raises(TypeError, match=r"the output of network must be a torch\.Tensor, got list"):
+            PatchRouter(several, k=1, patch_size=8, coarse=nn.Identity())(rand(1, 2, 8, 8))
 
 
 def lambda_module(function: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -1,5 +1,6 @@
 """The ops as modules, to stand in for modules of other models: with their constructors, state dicts and calls."""
 
+from icseg_kernels.nn import functional
 from icseg_kernels.nn.attention import SelectedAttention
 from icseg_kernels.nn.cross_conv import CrossConv2d, CrossConv3d
 from icseg_kernels.nn.patches import PatchGather, PatchSampler, PatchScatter
@@ -20,5 +21,6 @@ __all__ = [
     "Selected",
     "SelectedAttention",
     "Selection",
+    "functional",
     "prediction_entropy",
 ]

@@ -44,12 +44,17 @@ class CrossConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         """x [B, Sx, Cx, H, W], y [B, Sy, Cy, H, W] -> [B, Sx, Sy, Co, Ho, Wo]. Raises TypeError or ValueError."""
+        _check_sets(x, y, self.in_channels, 2)
         if self.groups > 1:
             return self._concatenated(x, y)
         return cross_conv2d(x, y, self.weight, self.bias, **self._geometry())
 
     def mean(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of `forward` over y, [B, Sx, Co, Ho, Wo], by convolving the mean of y: exact, being linear."""
+        """The mean of `forward` over y, [B, Sx, Co, Ho, Wo], by convolving the mean of y: exact, being linear.
+
+        Sy must be at least 1.
+        """
+        _check_sets(x, y, self.in_channels, 2, least=1)
         if self.groups > 1:
             return self._concatenated(x, y).mean(dim=2)
         return cross_conv2d_mean(x, y, self.weight, self.bias, **self._geometry())
@@ -58,7 +63,6 @@ class CrossConv2d(nn.Conv2d):
         return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
 
     def _concatenated(self, x: Tensor, y: Tensor) -> Tensor:
-        _check_sets(x, y, self.in_channels, 2)
         pairs = _pairs(x, y)
         return super().forward(pairs.flatten(0, 2)).unflatten(0, pairs.shape[:3])
 
@@ -102,9 +106,7 @@ class CrossConv3d(nn.Conv3d):
 
     def mean(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of `forward` over y, [B, Sx, Co, Do, Ho, Wo], by convolving the mean of y. Sy at least 1."""
-        _check_sets(x, y, self.in_channels, 3)
-        if y.shape[1] == 0:
-            raise ValueError("y must hold at least one volume to take the mean of, got Sy = 0")
+        _check_sets(x, y, self.in_channels, 3, least=1)
         if self.groups > 1:
             return self(x, y).mean(dim=2)
         zx, zy = self._both(x, y.mean(dim=1, keepdim=True))
@@ -116,7 +118,7 @@ class CrossConv3d(nn.Conv3d):
         return zx, self._conv_forward(y.flatten(0, 1), wy, None).unflatten(0, y.shape[:2])
 
 
-def _check_sets(x: Tensor, y: Tensor, channels: int, axes: int) -> None:
+def _check_sets(x: Tensor, y: Tensor, channels: int, axes: int, least: int = 0) -> None:
     layout = "D, H, W" if axes == 3 else "H, W"
     checks.floating("x", x), checks.floating("y", y)
     if x.ndim != axes + 3:
@@ -126,6 +128,9 @@ def _check_sets(x: Tensor, y: Tensor, channels: int, axes: int) -> None:
         raise ValueError(f"y must have shape [B, Sy, Cy, {layout}] with B, {layout} = {sizes}, got {list(y.shape)}")
     if x.shape[2] + y.shape[2] != channels:
         raise ValueError(f"x and y must have {channels} channels between them, got {x.shape[2]} and {y.shape[2]}")
+    if y.shape[1] < least:
+        kind = "volume" if axes == 3 else "image"
+        raise ValueError(f"y must hold at least one {kind} to take the mean of, got Sy = 0")
 
 
 def _pairs(x: Tensor, y: Tensor) -> Tensor:

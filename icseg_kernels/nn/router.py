@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from icseg_kernels import checks
 from icseg_kernels.gumbel_topk import gumbel_topk
 from icseg_kernels.nn.patches import PatchScatter
+from icseg_kernels.numerics import accumulation_dtype
 from icseg_kernels.patches import gather_patches
 
 
 class Routed(NamedTuple):
     """What a `PatchRouter` returns.
 
-    logits:   [B, K, H, W], of the network where a window lies, of the coarse pass elsewhere.
+    logits:   [B, K, H, W], of the network where a window lies, of the coarse pass elsewhere; where their dtypes differ,
+              of the wider one.
     coarse:   [B, K, H, W], the coarse pass at full size, for a loss of its own.
-    entropy:  [B, 1, H, W], of the coarse pass, in nats, without gradients.
+    entropy:  [B, 1, H, W], of the coarse pass, in nats, without gradients, as `prediction_entropy` has it.
     coverage: [B, 1, H, W] bool, where a window lies.
-    coords:   [B, k, 2] int64 (y, x) of the windows' top-left corners, the least certain first.
+    coords:   [B, k, 2] int64 (y, x) of the windows' top-left corners, the least certain first; as many as there are,
+              if that is less than k. Negative where the image is smaller than a window.
     """
 
     logits: Tensor
@@ -35,10 +38,10 @@ class PatchRouter(nn.Module):
     """Sliding-window inference at the k windows of an image of which a coarse pass is least certain.
 
     The candidates are those of sliding-window inference: every `stride` pixels on both axes, the last window flush
-    with the border. Windows are ranked by their mean entropy under the coarse pass (NaN counts as 0), and in training
-    drawn without replacement in proportion to it. Their logits are averaged where they overlap; pixels without a window
-    keep the coarse logits. Gradients reach the network, and the coarse pass by its uncovered pixels and by
-    `Routed.coarse`; the choice of windows gets none.
+    with the border; an image smaller than a window lies in the middle of it. Windows are ranked by their mean entropy
+    under the coarse pass (NaN counts as 0), and in training drawn without replacement in proportion to it. Their logits
+    are averaged where they overlap; pixels without a window keep the coarse logits. Gradients reach the network, and
+    the coarse pass by its uncovered pixels and by `Routed.coarse`; the choice of windows gets none.
 
     network:     maps windows [N, C, p, p] to logits [N, K, p, p]; one channel (K = 1) is a sigmoid's.
     k:           windows an image, at most; None: all, which is sliding-window inference.
@@ -94,16 +97,18 @@ class PatchRouter(nn.Module):
             return Routed(coarse, coarse, entropy, torch.zeros_like(entropy, dtype=torch.bool), coords)
         logits = self._window_logits(gather_patches(image, coords, self.patch_size), coarse.shape[1])
         mean, coverage = self.scatter(logits, coords, size)
-        return Routed(torch.where(coverage, mean, coarse.to(mean.dtype)), coarse, entropy, coverage, coords)
+        return Routed(torch.where(coverage, mean, coarse), coarse, entropy, coverage, coords)
 
     def _coarse_logits(self, image: Tensor) -> Tensor:
         if self.coarse is not None:
             logits = self.coarse(image)
         else:
             logits = self.network(F.interpolate(image, self.coarse_size, mode="area"))
-        if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[0] != image.shape[0]:
-            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the coarse pass must return [B, K, h, w] with B = {image.shape[0]}, got {shape}")
+        checks.floating("the output of the coarse pass", logits)
+        if logits.ndim != 4 or logits.shape[0] != image.shape[0] or 0 in logits.shape[1:]:
+            raise ValueError(
+                f"the coarse pass must return [B, K, h, w] with B = {image.shape[0]}, got {list(logits.shape)}"
+            )
         if logits.shape[2:] == image.shape[2:]:
             return logits
         return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
@@ -126,7 +131,8 @@ class PatchRouter(nn.Module):
         """[B, k, C, p, p] -> [B, k, K, p, p]"""
         batch, k, _, p, _ = windows.shape
         flat = windows.flatten(0, 1)
-        found = [self.network(part) for part in flat.split(self.chunk or len(flat))]
+        parts = flat.split(self.chunk or len(flat))
+        found = [checks.floating("the output of network", self.network(part)) for part in parts]
         logits = found[0] if len(found) == 1 else torch.cat(found)
         if logits.shape != (batch * k, channels, p, p):
             raise ValueError(
@@ -140,9 +146,15 @@ class PatchRouter(nn.Module):
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
-    """[B, K, H, W] -> [B, 1, H, W] in nats: of the softmax over K channels, or of the sigmoid if K = 1."""
+    """[B, K, H, W] -> [B, 1, H, W] in nats: of the softmax over K channels, or of the sigmoid if K = 1.
+
+    Float32, or float64 for float64 logits, which may be infinite. Raises TypeError or ValueError.
+    """
     if checks.floating("logits", logits).ndim != 4 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape [B, K, H, W] with K > 0, got {list(logits.shape)}")
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    most = torch.finfo(logits.dtype).max / 2  # differences of finite logits are finite, and so 0 * log(0) is 0
+    logits = logits.clamp(-most, most)
     if logits.shape[1] == 1:
         logits = torch.cat([logits, torch.zeros_like(logits)], dim=1)
     log_p = logits.log_softmax(dim=1)
@@ -150,9 +162,9 @@ def prediction_entropy(logits: Tensor) -> Tensor:
 
 
 def _starts(length: int, patch: int, stride: int, device: torch.device) -> Tensor:
-    """Where windows begin: every `stride` pixels, and flush with the end."""
-    last = max(length - patch, 0)
-    return (torch.arange(-(-last // stride) + 1, device=device) * stride).clamp(max=last)
+    """Where windows begin: every `stride` pixels, and flush with the end; around the middle of a shorter image."""
+    last, missing = max(length - patch, 0), max(patch - length, 0)
+    return (torch.arange(-(-last // stride) + 1, device=device) * stride).clamp(max=last) - missing // 2
 
 
 def _members(starts: Tensor, patch: int, length: int) -> Tensor:

@@ -14,7 +14,7 @@ from icseg_kernels.gumbel_topk import gumbel_topk
 class Selected(NamedTuple):
     """rows: [B, M] or [B, G, M], the list of `icseg_kernels.selected_attention`; -1 is no key.
 
-    bias: [B, N] to add to the attention scores of the keys, or None.
+    bias: floating [B, N] to add to the attention scores of the keys, or None.
     """
 
     rows: Tensor
@@ -22,7 +22,7 @@ class Selected(NamedTuple):
 
 
 class Selection(nn.Module):
-    """A policy of selection. One's own is a subclass with `forward` alone."""
+    """A policy of selection. One's own is a subclass with `forward` alone, which returns a `Selected`."""
 
     def forward(self, keys: Tensor, select: Tensor | None, valid: Tensor | None) -> Selected:
         """keys:   [B, N, E], the tokens to choose from, before any projection.
@@ -48,7 +48,7 @@ class SelectByMask(Selection):
         mask = keys.new_ones(keys.shape[:2], dtype=torch.bool) if select is None else select
         _check("mask", mask, keys)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
+            raise TypeError(f"mask must be bool, True for a key to attend to, got {mask.dtype}")
         return Selected(listed(mask if valid is None else mask & _beside(valid, mask), self.k))
 
     def extra_repr(self) -> str:
@@ -92,6 +92,9 @@ class SelectByScore(Selection):
         if self.score is not None:
             if select is not None:
                 raise ValueError(f"score must not be given where it is learned, got {checks.shown(select)}")
+            if keys.shape[-1] != self.score.in_features:
+                wanted = self.score.in_features
+                raise ValueError(f"keys must have the {wanted} features of the learned score, got {keys.shape[-1]}")
             scores: Tensor = self.score(keys)
             return scores.squeeze(-1)
         if select is None:
@@ -103,24 +106,30 @@ class SelectByScore(Selection):
 
 
 class SelectByIndex(Selection):
-    """The keys of a list given with the call: [B, M] or [B, G, M] int32 or int64; below 0 or not below N is no key."""
+    """The keys of a list given with the call: [B, M] or [B, G, M] int32 or int64; one listed twice counts twice.
+
+    An entry below 0 or not below N is no key.
+    """
 
     def forward(self, keys: Tensor, select: Tensor | None, valid: Tensor | None) -> Selected:
         if select is None:
             raise ValueError("index must be given with the call, got None")
         n = keys.shape[1]
-        checks.tensor("index", select)
+        check_rows("index", select, keys.shape[0], keys.device)
         if valid is None or n == 0:
             return Selected(select)
-        if select.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"index must be int32 or int64, got {select.dtype}")
-        if select.ndim not in (2, 3) or select.shape[0] != keys.shape[0]:
-            raise ValueError(
-                f"index must have shape [B, M] or [B, G, M] with B = {keys.shape[0]}, got {list(select.shape)}"
-            )
         rows = select.long().clamp(0, n - 1)
         kept = valid.gather(1, rows.flatten(1)).unflatten(1, rows.shape[1:])
         return Selected(select.masked_fill(~kept, -1))
+
+
+def check_rows(name: str, rows: Tensor, batch: int, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `rows` are lists of keys, [B, M] or [B, G, M]."""
+    checks.device(name, checks.tensor(name, rows), device)
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {rows.dtype}")
+    if rows.ndim not in (2, 3) or rows.shape[0] != batch:
+        raise ValueError(f"{name} must have shape [B, M] or [B, G, M] with B = {batch}, got {list(rows.shape)}")
 
 
 def listed(mask: Tensor, k: int | None = None) -> Tensor:
