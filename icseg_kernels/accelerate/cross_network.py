@@ -164,7 +164,7 @@ class CrossNetwork(Rewritten):
     def _blocks(self) -> list[Any]:
         return [*self.module.enc_blocks, *self.module.dec_blocks]
 
-    def _bypassed(self) -> list[nn.Module]:
+    def bypassed(self) -> list[nn.Module]:
         """Modules that the network would call, and this does not, or on fewer images."""
         parts = [part for b in self._blocks for part in (b, b.cross, b.cross.cross_conv)]
         first = self._blocks[0].support
@@ -182,10 +182,10 @@ class CrossNetwork(Rewritten):
             return False
         if target.shape[0] != support.shape[0] or target.shape[3:] != support.shape[3:]:
             return False
-        if target.shape[1] == 0 or support.shape[1] == 0 or self.mismatch(self.module):
+        if target.shape[1] == 0 or support.shape[1] == 0 or not self.fits():
             return False
         conv = self._blocks[0].cross.cross_conv
-        return getattr(conv, "in_channels_x", target.shape[2]) == target.shape[2] and not hooked(self._bypassed())
+        return getattr(conv, "in_channels_x", target.shape[2]) == target.shape[2]
 
     def _features(self, target: Tensor, support: Tensor) -> Tensor:
         """What the last block makes of the target: [B, T, C, H, W].
@@ -422,9 +422,9 @@ class TycheNetwork(CrossNetwork):
             return "meanconv of a block does not begin with a convolution of one group"
         return found
 
-    def _bypassed(self) -> list[nn.Module]:
+    def bypassed(self) -> list[nn.Module]:
         convs = [part for b in self._blocks for part in (b.meanconv, b.meanconv.vmapped, b.meanconv.vmapped.conv)]
-        return [*super()._bypassed(), *convs]
+        return [*super().bypassed(), *convs]
 
     def _query(self, target: Tensor) -> Tensor:
         return target.mean(dim=1, keepdim=True)

@@ -95,9 +95,13 @@ class ContextBlock(Rewritten):
             return "context_conv is no Vmap"
         return foreign(module, (*cls.mixers, *cls.parts))
 
+    def bypassed(self) -> list[nn.Module]:
+        """The mixers."""
+        return mixers_of(self.module, self.mixers)
+
     def forward(self, context: Tensor, target: Tensor, verbose: bool = False) -> Tensor:
         """context: [B, L, C, ...], and back; target: [B, C, ...]."""
-        if verbose or self.mismatch(self.module) or hooked(mixers_of(self.module, self.mixers)):
+        if verbose or not self.fits():
             found: Tensor = self.original(context, target, verbose)
             return found
         context = self.module.context_conv(context)
@@ -114,7 +118,7 @@ class PairwiseBlock(ContextBlock):
 
     def forward(self, context: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """context: [B, L, C, ...], target: [B, C, ...], and back."""
-        if self.mismatch(self.module) or hooked(mixers_of(self.module, self.mixers)):
+        if not self.fits():
             found: tuple[Tensor, Tensor] = self.original(context, target)
             return found
         context, target = self.module.context_conv(context), self.module.target_conv(target)
@@ -147,11 +151,6 @@ class ContextNetwork(Rewritten):
         if argument_names(model) != cls.arguments:
             return f"forward takes other arguments than {', '.join(cls.arguments)}"
         return cls.mismatch(model)
-
-    @classmethod
-    def mismatch(cls, model: Any) -> str:
-        """Why the module has not the structure that is known, or ""."""
-        raise NotImplementedError
 
     def forget(self) -> None:
         """Free what is kept of contexts."""
@@ -211,7 +210,7 @@ class PairwiseNetwork(ContextNetwork):
 
     def forward(self, context_in: Tensor, context_out: Tensor, target_in: Tensor) -> Tensor:
         """[B, L, Ci, ...], [B, L, Co, ...] and [B, Ci, ...] -> [B, Co, ...]"""
-        if context_in.shape[1] == 0 or self.mismatch(self.module) or hooked(self._bypassed()):
+        if context_in.shape[1] == 0 or not self.fits():
             found: Tensor = self.original(context_in, context_out, target_in)
             return found
         contexts = torch.cat([context_in, context_out], dim=2)
@@ -246,7 +245,7 @@ class PairwiseNetwork(ContextNetwork):
     def _blocks(self) -> list[Any]:
         return [*self.module.enc_blocks, *self.module.dec_blocks]
 
-    def _bypassed(self) -> list[nn.Module]:
+    def bypassed(self) -> list[nn.Module]:
         blocks = self._blocks
         first = [*self.module.context_embedding.modules(), *blocks[0].context_conv.modules()]
         return [*blocks, *first, *(m for b in blocks for m in mixers_of(b, PairwiseBlock.mixers))]
@@ -353,7 +352,7 @@ class NeuroverseNetwork(ContextNetwork):
     def forward(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, l: int = 3) -> Tensor:  # noqa: E741
         """[B, Ci, ...], [B, L, Ci, ...] and [B, L, Co, ...] -> [B, Co, ...]; l: contexts of a mini-context."""
         alone = isinstance(l, int) and 0 < context_in.shape[1] <= l and context_in.shape[1] == context_out.shape[1]
-        if alone and self.switches.cache_support and not self.mismatch(self.module) and not hooked(self._bypassed()):
+        if alone and self.switches.cache_support and self.fits():
             place, unet = next(self.module.parameters()).device, self.module.context_unet
             contexts = torch.cat([context_in.to(place), context_out.to(place)], dim=2)
             if self._keeps(contexts, unet.context_embedding, unet.enc_blocks[0].context_conv):
@@ -381,7 +380,7 @@ class NeuroverseNetwork(ContextNetwork):
         out: Tensor = model.target_decoder(target, means, shortcuts)
         return out
 
-    def _bypassed(self) -> list[nn.Module]:
+    def bypassed(self) -> list[nn.Module]:
         unet = self.module.context_unet
         return [unet, *unet.context_embedding.modules(), *unet.enc_blocks[0].modules()]
 

@@ -56,6 +56,33 @@ class Rewritten:
 
     def __init__(self, module: Any, switches: Switches) -> None:
         self.module, self.switches = module, switches
+        self._seen: tuple[list[Any], bool, list[nn.Module]] | None = None  # modules, whether they fit, those left out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": None}
+
+    @classmethod
+    def mismatch(cls, module: Any) -> str:
+        """Why the module has not the structure that is known, or ""."""
+        raise NotImplementedError
+
+    def bypassed(self) -> list[nn.Module]:
+        """Modules that the class's forward would call, and this does not, or with something else."""
+        raise NotImplementedError
+
+    def fits(self) -> bool:
+        """Whether the structure is still the known one, and no hooks wait for what is not called."""
+        if torch.compiler.is_compiling():
+            return not self.mismatch(self.module) and not hooked(self.bypassed())
+        modules = [self.module]
+        for module in modules:
+            modules.extend(part for part in module._modules.values() if part is not None)
+        now = [*modules, *map(type, modules), *(module.__dict__.get("forward") for module in modules)]
+        seen = self._seen
+        if seen is None or seen[0] != now:  # checked again only after a change
+            known_one = not self.mismatch(self.module)
+            seen = self._seen = now, known_one, self.bypassed() if known_one else []
+        return seen[1] and not hooked(seen[2])
 
     def install(self) -> None:
         """Replace the forward of the module."""
