@@ -798,6 +798,13 @@ class Inner(nn.Conv2d):
         return super()._conv_forward(x, weight.tanh(), bias)
 
 
+class InnerCross(CrossConv2d):
+    """And one of pairs."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight.tanh(), bias)
+
+
 class Added(nn.Module):
     """A cross convolution and another of few channels, as low-rank adapters are."""
 
@@ -841,6 +848,12 @@ def add_activation(model: Any) -> None:
         block.cross.nonlinearity, block.cross.nonlin = "Tanh", nn.Tanh()
 
 
+def add_overridden_activation(model: Any) -> None:
+    for block in (model.enc_blocks[0], model.dec_blocks[-1]):
+        block.cross.nonlinearity, block.cross.nonlin = "ReLU", nn.ReLU()
+        block.cross.nonlin.forward = lambda x: x.abs()
+
+
 def wrap_cross_convolution(model: Any) -> None:
     for block in (model.enc_blocks[0], model.dec_blocks[-1]):
         block.cross.cross_conv = Added(block.cross.cross_conv).double()
@@ -858,6 +871,8 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "block": replace_block,
     "activation": replace_activation,
     "activations of pairs": add_activation,
+    "activations of pairs with their own forward": add_overridden_activation,
+    "inside of the cross convolution": lambda model: set_class(model.enc_blocks[1].cross.cross_conv, InnerCross),
     "adapters": wrap_cross_convolution,
     "upsampling": lambda model: setattr(model, "upsample", Cubic(scale_factor=2)),
     "downsampling": lambda model: setattr(model, "downsample", nn.AvgPool2d(2)),
@@ -1273,7 +1288,7 @@ def test_comparisons_draw_the_same() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("at", [1, 6, 11, "compare"])
+@pytest.mark.parametrize("at", [1, 6, 11, "compare", "install"])
 def test_an_error_leaves_the_model_as_it_was(
     error: type[BaseException], at: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1287,13 +1302,17 @@ def test_an_error_leaves_the_model_as_it_was(
     def fail(*_: Any) -> None:
         nonlocal calls
         calls += 1
-        if at in (calls, "compare"):
+        if at in (calls, "compare", "install"):
             raise error("on purpose")
 
     if at == "compare":
         monkeypatch.setattr(sys.modules["icseg_kernels.accelerate.measure"], "compare", fail)
         with pytest.raises(error, match="on purpose"):
             accelerate(model, given)
+    elif at == "install":  # of the second module
+        monkeypatch.setattr(sys.modules["icseg_kernels.accelerate.convolutions"].CrossConvolution, "install", fail)
+        with pytest.raises(error, match="on purpose"):
+            accelerate(model)
     else:
         handle = model.register_forward_pre_hook(fail)
         with pytest.raises(error, match="on purpose"):
@@ -1321,7 +1340,7 @@ BOUNDED: dict[str, Callable[[], nn.Module]] = {
     "universeg, wide below": lambda: universeg.UniverSeg((2, 8, 48)),
     "universeg, narrow below": lambda: universeg.UniverSeg((16, 8, 4)),
     "universeg, as many numbers below": lambda: universeg.UniverSeg((1, 4, 16, 64)),
-    "universeg of one scale": lambda: unscaled((2, 16)),
+    "universeg of one scale": lambda: unscaled((2, 2, 64)),
     "universeg with Tanh": lambda: universeg.UniverSeg((8, 8, 8), "Tanh"),
     "tyche": lambda: tyche.TysegXC((8, 16, 8)),
     "multiverseg": lambda: multiverseg.MultiverSegNet((8, 16, 8)),

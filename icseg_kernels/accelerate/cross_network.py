@@ -35,7 +35,7 @@ from icseg_kernels.accelerate.rewrite import (
 )
 from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean
 
-_ALIVE = 8  # feature maps of a block that one support image has at once, at most
+_ALIVE = 8  # feature maps of a block that one support image has at once, with its skips, at most
 _PARTS = ("enc_blocks", "dec_blocks", "downsample", "upsample", "out_conv")
 _LINEAR_RESIZING = (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
 
@@ -318,15 +318,12 @@ class CrossNetwork(Rewritten):
             return support.shape[1]
         pool, stages = self.module.downsample, len(self.module.enc_blocks)
         halves = type(pool) is nn.MaxPool2d and pool.stride in (2, (2, 2))
-        most, skips = 0.0, list[float]()
+        most = 0.0
         for level, block in enumerate(self._blocks):
             depth = level if level < stages else max(0, 2 * (stages - 1) - level)
-            maps = _maps(block) * (4.0**-depth if halves else 1.0)
-            most = max(most, _ALIVE * maps + sum(skips[:depth]))
-            skips.append(maps)
+            most = max(most, _ALIVE * _maps(block) * (4.0**-depth if halves else 1.0))
         pixels = support.shape[0] * math.prod(support.shape[3:])
-        size = max(4, support.element_size())  # of 16 bits, sums are taken in 32
-        return int(self.switches.max_memory // ((most + kept) * pixels * size))
+        return int(self.switches.max_memory // ((most + kept) * pixels * support.element_size()))
 
     def _streamed(self, target: Tensor, support: Tensor, chunk: int) -> Tensor:
         """As `_features`, with features of `chunk` images of the support set at once, computed anew for every block."""

@@ -35,7 +35,6 @@ def cost(
 
     def call() -> Any:
         torch.manual_seed(0)
-        random.seed(0)
         return model(*args, **kwargs)
 
     def prepare() -> None:

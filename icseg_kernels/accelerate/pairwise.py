@@ -291,7 +291,7 @@ class PairwiseNetwork(ContextNetwork):
         """Contexts whose features fit, with this many maps more; without a limit, all."""
         if self.switches.max_memory is None:
             return contexts.shape[1]
-        maps = _ALIVE * max(self._channels, contexts.shape[2]) + kept
+        maps = _ALIVE * self._channels + kept
         pixels = contexts.shape[0] * math.prod(contexts.shape[3:])
         return self.switches.max_memory // (maps * pixels * contexts.element_size())
 
