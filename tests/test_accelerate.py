@@ -1145,13 +1145,11 @@ def test_channels_of_a_multiverseg_must_fit() -> None:
 # Graphs.
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if "neuroverse" not in name])  # whose own forward shuffles
 def test_every_model_compiles(name: str) -> None:
     torch.compiler.reset()
     model = made(name)
     given = inputs(model)
-    if "neuroverse" in name:
-        pytest.skip("its own forward shuffles, which does not compile into one graph")
     expected = model(**given)
     accelerate(model, max_memory=1)
     with torch.no_grad():
