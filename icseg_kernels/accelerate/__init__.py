@@ -10,7 +10,7 @@ from torch import nn
 from icseg_kernels import checks
 from icseg_kernels.accelerate import convolutions, cross_network, measure, pairwise
 from icseg_kernels.accelerate.report import Change, Comparison, Cost, Report
-from icseg_kernels.accelerate.rewrite import Switches
+from icseg_kernels.accelerate.rewrite import Rewritten, Switches
 
 __all__ = ["Change", "Comparison", "Cost", "Report", "accelerate"]
 
@@ -29,8 +29,13 @@ def accelerate(
     """Rewrite the in-context models found in `model`, in place: the same outputs and gradients for less work.
 
     Recognised by class name and structure: UniverSeg, TysegXC (Tyche), MultiverSegNet, PairwiseConvAvgModel
-    (Neuralizer) and the context blocks of Neuroverse3D; in any other model every CrossConv2d. Only `forward` of module
-    instances is replaced: parameters, buffers and state_dict stay as they are, and `Report.undo` takes all of it back.
+    (Neuralizer) and Neuroverse3D; in any other model every CrossConv2d. Only `forward` of module instances is
+    replaced: parameters, buffers and state_dict stay as they are, and `Report.undo` takes all of it back.
+
+    Modules are looked up at every call. A call that the rewrites would compute otherwise than the model runs as the
+    model's own: with hooks on modules that they leave out, with parts replaced by others than the known ones. In
+    training, BatchNorm or dropout on the support path keeps it whole. Copies that nn.DataParallel makes keep nothing
+    of a support set.
 
     model:             any module that is, or holds, such a model.
     example_inputs:    what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -74,31 +79,31 @@ def accelerate(
             raise ValueError(f"tolerance must be at least 0 or None, got {tolerance}")
     arguments = None if example_inputs is None else _arguments(example_inputs)
     switches = Switches(split, commute_mean, drop_dead_support, cache_support, max_memory)
-    if arguments is None:
-        return _rewrite(model, switches)
-    before, expected = measure.cost(model, *arguments)
-    report = _rewrite(model, switches)
+    before, expected = (None, []) if arguments is None else measure.cost(model, *arguments)
+    report = _planned(model, switches)
     try:
-        after, found = measure.cost(model, *arguments, fresh=report.forget)
-        again, _ = measure.cost(model, *arguments)
+        for rewritten in report._replaced:
+            rewritten.install()
+        if arguments is not None and before is not None:
+            after, found = measure.cost(model, *arguments, fresh=report.forget)
+            again, _ = measure.cost(model, *arguments)
+            report.comparison = measure.compare(expected, found, tolerance, before, after, again)
     except BaseException:
         report.undo()
         raise
-    report.comparison = measure.compare(expected, found, tolerance, before, after, again)
-    if not report.comparison.equal:
+    if report.comparison is not None and not report.comparison.equal:
         report.undo()
     return report
 
 
-def _rewrite(model: nn.Module, switches: Switches) -> Report:
+def _planned(model: nn.Module, switches: Switches) -> Report:
+    """What is to be replaced; nothing is yet."""
     changes: list[Change] = []
-    replaced: list[tuple[nn.Module, Any]] = []
+    replaced: list[Rewritten] = []
     modules = dict(model.named_modules())
     for kind in (cross_network, convolutions, pairwise):
         for name, module in modules.items():
             kind.rewrite(name, module, switches, changes, replaced)
-    for module, function in replaced:
-        module.__dict__["forward"] = function
     models = [change.model for change in changes if change.model]
     return Report(tuple(dict.fromkeys(models)), tuple(changes), replaced)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 import weakref
@@ -43,6 +44,7 @@ def cost(
             torch.cuda.synchronize()
 
     devices = list(range(torch.cuda.device_count())) if cuda else []
+    drawn = random.getstate()
     with torch.no_grad(), torch.random.fork_rng(devices):
         try:
             model.eval()
@@ -63,6 +65,7 @@ def cost(
         finally:
             for module, training in modes.items():
                 module.training = training
+            random.setstate(drawn)
     found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return Cost(counter.get_total_flops(), live.peak, statistics.median(seconds)), found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from icseg_kernels.accelerate.rewrite import Rewritten
 
 REWRITES = {
     "split": "split cross-convolution",
@@ -63,7 +64,7 @@ class Report:
 
     models: tuple[str, ...]
     changes: tuple[Change, ...]
-    _replaced: list[tuple[nn.Module, Any]] = field(repr=False)
+    _replaced: list[Rewritten] = field(repr=False)
     comparison: Comparison | None = None
     undone: bool = False
 
@@ -74,19 +75,21 @@ class Report:
         """
         if self.undone:
             return
-        for module, function in self._replaced:
-            if module.__dict__.get("forward") != function:
-                raise RuntimeError(f"forward of {type(module).__name__} must be that of accelerate, got another one")
+        for rewritten in self._replaced:
+            own = rewritten.module.__dict__.get("forward")
+            if own is not None and getattr(own, "__self__", None) is not rewritten:
+                kind = type(rewritten.module).__name__
+                raise RuntimeError(f"forward of {kind} must be that of accelerate, got another one")
         self.forget()
-        for module, _ in self._replaced:
-            del module.__dict__["forward"]
+        for rewritten in self._replaced:
+            rewritten.remove()
         self._replaced.clear()
         self.undone = True
 
     def forget(self) -> None:
         """Free what is kept of support sets."""
-        for _, function in self._replaced:
-            function.__self__.forget()
+        for rewritten in self._replaced:
+            rewritten.forget()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

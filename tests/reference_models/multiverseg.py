@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import universeg
-from .universeg import Vmap, build, every, walk
+from .universeg import Features, Vmap, both, build, every, walk
+
+Norm = Callable[[int], nn.Module]
+
+
+def layer(features: int) -> nn.Module:
+    """The norm of the published checkpoints."""
+    return nn.GroupNorm(1, features)
+
+
+def shortcut(inputs: int, outputs: int) -> nn.Module:
+    """Past a convolution."""
+    return Vmap(nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False))
 
 
 class FastCrossConv2d(nn.Conv2d):
@@ -28,10 +40,10 @@ class FastCrossConv2d(nn.Conv2d):
 class ConvOp(universeg.ConvOp):
     """conv, nonlin, norml."""
 
-    def __init__(self, inputs: int, outputs: int, norm: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: Norm | None) -> None:
         super().__init__(inputs, outputs)
-        if norm:
-            self.norml = nn.GroupNorm(1, outputs)
+        if norm is not None:
+            self.norml = norm(outputs)
 
 
 class CrossOp(universeg.CrossOp):
@@ -42,7 +54,7 @@ class CrossOp(universeg.CrossOp):
         self.cross_conv = FastCrossConv2d(in_channels, out_channels)
         self.norm = "layer" if norm else None
         if norm:
-            self.norml = nn.GroupNorm(1, out_channels)
+            self.norml = layer(out_channels)
 
     def forward(self, target: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
         mean, pairs = super().forward(target, support)
@@ -58,21 +70,24 @@ class CrossBlock(nn.Module):
     def __init__(
         self,
         in_channels: tuple[int, int],
-        features: int,
+        features: Features,
         nonlinearity: str | None,
         cross_norm: bool,
         cross_residual: bool,
         conv_residual: bool,
+        norm: Norm | None,
     ) -> None:
         super().__init__()
-        self.cross = CrossOp(in_channels, features, nonlinearity, cross_norm)
-        self.target, self.support = (Vmap(ConvOp(features, features, True)) for _ in range(2))
+        crossed, convolved = both(features)
+        self.cross = CrossOp(in_channels, crossed, nonlinearity, cross_norm)
+        self.target, self.support = (Vmap(ConvOp(crossed, convolved, norm)) for _ in range(2))
         self.cross_residual, self.conv_residual = cross_residual, conv_residual
         if cross_residual:
-            self.target_cross_shortcut = Vmap(nn.Conv2d(in_channels[0], features, 1, bias=False))
-            self.support_cross_shortcut = Vmap(nn.Conv2d(in_channels[1], features, 1, bias=False))
+            self.target_cross_shortcut = shortcut(in_channels[0], crossed)
+            self.support_cross_shortcut = shortcut(in_channels[1], crossed)
         if conv_residual:
-            self.target_conv_shortcut, self.support_conv_shortcut = Vmap(nn.Identity()), Vmap(nn.Identity())
+            self.target_conv_shortcut = shortcut(crossed, convolved)
+            self.support_conv_shortcut = shortcut(crossed, convolved)
 
     def forward(self, target: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
         mean, pairs = self.cross(target, support)
@@ -89,16 +104,17 @@ class MultiverSegNet(nn.Module):
 
     def __init__(
         self,
-        encoder_blocks: Sequence[int],
+        encoder_blocks: Sequence[Features],
         *,
         cross_relu: bool = True,
         cross_norm: bool = False,
         cross_residual: bool = False,
         conv_residual: bool = False,
+        norm: Norm | None = layer,
         in_channels: tuple[int, int] = (5, 2),
     ) -> None:
         super().__init__()
-        options = "LeakyReLU" if cross_relu else None, cross_norm, cross_residual, conv_residual
+        options = "LeakyReLU" if cross_relu else None, cross_norm, cross_residual, conv_residual, norm
         build(self, encoder_blocks, in_channels, lambda inputs, features: CrossBlock(inputs, features, *options))
 
     def forward(

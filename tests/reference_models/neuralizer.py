@@ -98,7 +98,7 @@ class PairwiseConvAvgModel(nn.Module):
     def __init__(self, stages: int, in_channels: int, out_channels: int, channels: int, dim: int) -> None:
         super().__init__()
         conv = getattr(nn, f"Conv{dim}d")
-        self.context_filled = True
+        self.stages, self.context_filled = stages, True
         self.target_embedding = conv(in_channels, channels, 1, padding="same")
         self.context_embedding = Vmap(conv(in_channels + out_channels, channels, 1, padding="same"))
         self.enc_blocks = nn.ModuleList(PairwiseConvAvgModelBlock(channels, dim) for _ in range(stages))

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .universeg import ConvOp, CrossOp, Vmap, build, every, walk
+from .universeg import ConvOp, CrossOp, Features, Vmap, both, build, every, walk
 
 
 class CrossBlockTarget(nn.Module):
     """The mean of the targets is paired with every support; each target then sees the mean of the pairs."""
 
-    def __init__(self, in_channels: tuple[int, int], features: int, nonlinearity: str | None) -> None:
+    def __init__(self, in_channels: tuple[int, int], features: Features, nonlinearity: str | None) -> None:
         super().__init__()
-        self.cross = CrossOp(in_channels, features, nonlinearity)
-        self.meanconv = Vmap(ConvOp(in_channels[0] + features, features))
-        self.target = Vmap(ConvOp(features, features))
-        self.support = Vmap(ConvOp(features, features))
+        crossed, convolved = both(features)
+        self.cross = CrossOp(in_channels, crossed, nonlinearity)
+        self.meanconv = Vmap(ConvOp(in_channels[0] + crossed, convolved))
+        self.target = Vmap(ConvOp(crossed, convolved))
+        self.support = Vmap(ConvOp(crossed, convolved))
 
     def forward(self, target: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
         mean, support = self.cross(target.mean(dim=1, keepdim=True), support)
@@ -29,7 +30,7 @@ class CrossBlockTarget(nn.Module):
 class TysegXC(nn.Module):
     """A U-Net of such blocks: K candidate masks of K noisy targets."""
 
-    def __init__(self, encoder_blocks: Sequence[int], cross_relu: bool = True) -> None:
+    def __init__(self, encoder_blocks: Sequence[Features], cross_relu: bool = True) -> None:
         super().__init__()
         nonlinearity = "LeakyReLU" if cross_relu else None
         build(self, encoder_blocks, (2, 2), lambda inputs, features: CrossBlockTarget(inputs, features, nonlinearity))

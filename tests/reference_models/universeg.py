@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Features = int | tuple[int, int]
+
+
+def both(features: Features) -> tuple[int, int]:
+    """A pair, of one number twice."""
+    return features if isinstance(features, tuple) else (features, features)
+
 
 class Vmap(nn.Module):
     """A module on every image of [B, S, ...]."""
@@ -64,13 +71,14 @@ class CrossOp(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """cross, then a convolution of the target and another of the supports."""
+    """cross, then a convolution of the target and another of the supports; features: of cross and of those."""
 
-    def __init__(self, in_channels: tuple[int, int], features: int, nonlinearity: str | None = None) -> None:
+    def __init__(self, in_channels: tuple[int, int], features: Features, nonlinearity: str | None = None) -> None:
         super().__init__()
-        self.cross = CrossOp(in_channels, features, nonlinearity)
-        self.target = Vmap(ConvOp(features, features))
-        self.support = Vmap(ConvOp(features, features))
+        crossed, convolved = both(features)
+        self.cross = CrossOp(in_channels, crossed, nonlinearity)
+        self.target = Vmap(ConvOp(crossed, convolved))
+        self.support = Vmap(ConvOp(crossed, convolved))
 
     def forward(self, target: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
         target, support = self.cross(target, support)
@@ -80,7 +88,7 @@ class CrossBlock(nn.Module):
 class UniverSeg(nn.Module):
     """A U-Net of cross blocks."""
 
-    def __init__(self, encoder_blocks: Sequence[int], nonlinearity: str | None = None) -> None:
+    def __init__(self, encoder_blocks: Sequence[Features], nonlinearity: str | None = None) -> None:
         super().__init__()
         build(self, encoder_blocks, (1, 2), lambda inputs, features: CrossBlock(inputs, features, nonlinearity))
 
@@ -94,17 +102,18 @@ def every(module: Any, x: Tensor) -> Tensor:
     return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def build(model: Any, features: Sequence[int], in_channels: tuple[int, int], block: Any) -> None:
+def build(model: Any, features: Sequence[Features], in_channels: tuple[int, int], block: Any) -> None:
     """The parts that the U-Nets of cross blocks share."""
+    model.encoder_blocks = [both(now) for now in features]
     model.downsample, model.upsample = nn.MaxPool2d(2, 2), nn.UpsamplingBilinear2d(scale_factor=2)
     model.enc_blocks, model.dec_blocks = nn.ModuleList(), nn.ModuleList()
-    for now in features:
+    for now in model.encoder_blocks:
         model.enc_blocks.append(block(in_channels, now))
-        in_channels = now, now
-    for now in features[-2::-1]:
-        joined = in_channels[0] + now
+        in_channels = now[1], now[1]
+    for now in model.encoder_blocks[-2::-1]:
+        joined = in_channels[0] + now[1]
         model.dec_blocks.append(block((joined, joined), now))
-        in_channels = now, now
+        in_channels = now[1], now[1]
     model.out_conv = ConvOp(in_channels[0], 1, 1, None)
 
 
