@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import importlib
 import io
@@ -26,6 +27,7 @@ from torch.nn.modules.module import (
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+import icseg_kernels.nn
 from icseg_kernels import accelerate
 from icseg_kernels.accelerate.measure import LiveTensors
 
@@ -592,20 +594,6 @@ def test_twice() -> None:
         first.undo()
 
 
-def test_hooks_still_fire() -> None:
-    model = made("universeg")
-    given = inputs(model)
-    expected = model(**given)
-    accelerate(model)
-    calls = []
-    for module in (model.enc_blocks[0], model.enc_blocks[1].cross.cross_conv, model.dec_blocks[-1].support.vmapped):
-        handle = module.register_forward_hook(lambda module, *_: calls.append(module))
-        assert_close(model(**given), expected)
-        assert calls == [module]
-        calls.clear()
-        handle.remove()
-
-
 def test_copies_and_pickles() -> None:
     model = made("universeg").eval()
     given = inputs(model)
@@ -622,17 +610,6 @@ def test_copies_and_pickles() -> None:
         for other in (copied, loaded):
             assert other.forward.__self__.module is other
             assert_close(other(**given), expected)
-
-
-def test_compiles() -> None:
-    model = universeg.UniverSeg((2, 3)).double()
-    given = inputs(model)
-    expected = model(**given)
-    accelerate(model, max_memory=1)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_close(compiled(**given), expected)
-    with torch.no_grad():
-        assert_close(compiled(**given), expected)
 
 
 @pytest.mark.parametrize("name", ["universeg", "neuralizer"])
@@ -689,22 +666,6 @@ def test_neuralizer(dim: int, commute_mean: bool) -> None:
     pixel = 2 * 2 * 4 * 4 * torch.Size(size).numel()  # FLOPs of a 1 x 1 convolution of a batch
     saved = 4 * images - (2 + images + (1 if commute_mean else images))
     assert before - flops(lambda: model(**given)) == saved * pixel
-
-
-def test_flops_of_neuralizer() -> None:
-    """Two scales, three blocks; per context and pixel, in 1 x 1 convolutions of a width of 4."""
-    model = neuralizer.PairwiseConvAvgModel(2, 1, 1, 4, 2).eval()
-    given = {name: t.float() for name, t in inputs(model, 5, batch=1, size=(8, 8)).items()}
-    unit, images, mixers = 2 * 4**2 * 64, 5, 2 + 0.25
-    before = flops(lambda: model(**given)) / unit
-    report = accelerate(model, cache_support=False)
-    after = flops(lambda: model(**given)) / unit
-    # Two mixers of 2 a context, now one of 1, 2 for the target and 1 for the mean; in the last block only the latter.
-    assert before - after == pytest.approx(mixers * (4 * images - (images + 3)) + images + 1)
-    report.undo()
-    accelerate(model)
-    assert flops(lambda: model(**given)) / unit == pytest.approx(after)
-    assert after - flops(lambda: model(**given)) / unit == pytest.approx(images * (2 / 4 + 2 * 9))
 
 
 def test_neuroverse3d() -> None:
@@ -920,6 +881,7 @@ PAIRWISE_EDITS: dict[str, Callable[[Any], object]] = {
     "downsampling": lambda model: setattr(model.downsample_blocks[0], "context_pooling_layer", nn.AvgPool3d((1, 2, 2))),
     "head": lambda model: setattr(model, "output_block", nn.Tanh()),
     "embedding": lambda model: setattr(model.context_embedding, "module", nn.Conv2d(2, 4, 3, padding=1).double()),
+    "geometry": lambda model: setattr(model.enc_blocks[0].context_conv.module.layers[0], "padding_mode", "circular"),
     "forward of a part": lambda model: setattr(
         model.enc_blocks[0], "forward", lambda context, target: (context, target + 1)
     ),
@@ -1066,11 +1028,16 @@ def test_all_hooks_still_fire(name: str, max_memory: int | None) -> None:
     names = [key for key, _ in model.named_modules() if key]
     for key in names:
         calls: list[list[Any]] = [[], []]
+        outputs: list[Any] = []
         for seen, each in zip(calls, (model, other), strict=True):
-            hook = lambda _, args, out, seen=seen: seen.append((args[0].shape, out if isinstance(out, Tensor) else 0))  # noqa: E731
-            handle = each.get_submodule(key).register_forward_hook(hook)
-            run(each, given)
+
+            def note(_: nn.Module, args: tuple[Any, ...], out: Any, seen: list[Any] = seen) -> None:
+                seen.append((getattr(args[0], "shape", None), out if isinstance(out, Tensor) else 0))
+
+            handle = each.get_submodule(key).register_forward_hook(note)
+            outputs.append(run(each, given))
             handle.remove()
+        assert_close(*outputs)
         assert len(calls[0]) == len(calls[1]), key
         for (shape, out), (wanted, expected) in zip(*calls, strict=True):
             assert shape == wanted, key
@@ -1129,6 +1096,29 @@ def test_images_of_a_batch_are_not_repeated() -> None:
     for key, size in (("target_image", 1), ("support_images", 1), ("support_labels", 1)):
         with pytest.raises((ValueError, RuntimeError)), torch.no_grad():
             model(**given | {key: given[key][:size]})
+
+
+def test_contexts_of_a_batch_are_not_repeated() -> None:
+    model = made("neuralizer")
+    given = inputs(model)
+    few = given | {key: given[key][:1] for key in ("context_in", "context_out")}
+    other = copy.deepcopy(model)
+    accelerate(model)
+    assert run(model, few) is run(other, few) is RuntimeError
+
+
+@pytest.mark.parametrize("name", ["universeg", "neuralizer"])
+def test_empty_batches(name: str) -> None:
+    model = made(name).eval()
+    given = inputs(model, batch=0)
+    accelerate(model, max_memory=1)
+    with torch.no_grad():
+        assert model(**given).shape == (0, 1, 8, 12)
+
+
+def test_what_is_split_already_is_left_alone() -> None:
+    report = accelerate(nn.Sequential(icseg_kernels.nn.CrossConv2d(1, 1, 1)))
+    assert [(change.done, change.reason) for change in report.changes] == [(False, "the model splits it already")]
 
 
 def test_channels_of_a_multiverseg_must_fit() -> None:
@@ -1395,21 +1385,17 @@ def test_what_is_kept_counts(name: str) -> None:
             assert bool(network._memory) is kept, images
 
 
-def exact_limit(network: Any, given: dict[str, Tensor]) -> int:
-    """The least limit that a single image keeps to."""
-    support = next(tensor for key, tensor in given.items() if key in ("support_images", "context_in"))
-    pair, low, high = torch.cat([support, support], dim=2), 0, 2**30
-    while high - low > 1:
-        middle = (low + high) // 2
-        network.switches = network.switches._replace(max_memory=middle)
-        low, high = (middle, high) if network._room(pair, 0) < 1 else (low, middle)
-    return high
-
-
 def least_limit(model: nn.Module, given: dict[str, Tensor]) -> int:
     """The least limit that a single image of the model keeps to."""
     report = accelerate(model, max_memory=1)
     (network,) = (rewritten for rewritten in report._replaced if rewritten.module is model)
-    limit = exact_limit(network, given)
+    support = next(tensor for key, tensor in given.items() if key in ("support_images", "context_in"))
+    pair = torch.cat([support, support], dim=2)
+
+    def room(limit: int) -> int:
+        network.switches = network.switches._replace(max_memory=limit)
+        return network._room(pair, 0)
+
+    limit = bisect.bisect_left(range(2**30), 1, key=room)
     report.undo()
     return limit

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from icseg_kernels.accelerate.report import Change
-from icseg_kernels.accelerate.rewrite import Rewritten, Switches, argument_names, foreign, geometry, known, overridden
+from icseg_kernels.accelerate.rewrite import Rewritten, Switches, foreign, geometry, known, overridden
 from icseg_kernels.cross_conv import cross_conv2d
+from icseg_kernels.nn.cross_conv import CrossConv2d
 
 NAMES = ("CrossConv2d", "FastCrossConv2d")
 
@@ -18,17 +19,12 @@ def rewrite(name: str, module: nn.Module, switches: Switches, changes: list[Chan
     """Split the module if it is a cross convolution that concatenates."""
     if not known(module, NAMES) or not isinstance(module, nn.Conv2d):
         return
-    reason = ""
     if not switches.split:
         reason = "switched off"
-    elif known(module, ("FastCrossConv2d",)):
+    elif known(module, ("FastCrossConv2d",)) or (isinstance(module, CrossConv2d) and module.groups == 1):
         reason = "the model splits it already"
-    elif "forward" in module.__dict__:
-        reason = "its forward has been replaced already"
-    elif argument_names(module) != ("x", "y"):
-        reason = "forward takes other arguments than x, y"
     else:
-        reason = mismatch(module)
+        reason = CrossConvolution.refusal(module)
     changes.append(Change(name, "", "split", not reason, reason))
     if not reason:
         replaced.append(CrossConvolution(module, switches))
@@ -47,6 +43,12 @@ def mismatch(conv: Any) -> str:
 
 class CrossConvolution(Rewritten):
     """The forward of one cross convolution."""
+
+    arguments = ("x", "y")
+
+    @classmethod
+    def mismatch(cls, module: Any) -> str:
+        return mismatch(module)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """[B, Sx, Cx, H, W], [B, Sy, Cy, H, W] -> [B, Sx, Sy, Co, Ho, Wo]"""

@@ -7,7 +7,6 @@ support features of the last block. In the first block z_i is a sum of one term 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from icseg_kernels.accelerate import convolutions
 from icseg_kernels.accelerate.report import REWRITES, Change
 from icseg_kernels.accelerate.rewrite import (
-    Memory,
+    Network,
     Rewritten,
     Switches,
     argument_names,
@@ -60,26 +59,17 @@ def rewrite(name: str, module: nn.Module, switches: Switches, changes: list[Chan
     replaced.append(plan)
 
 
-class CrossNetwork(Rewritten):
+class CrossNetwork(Network):
     """The forward pass of one network."""
 
     kind = ""
     block_name = "CrossBlock"
     block_parts: tuple[str, ...] = ("cross", "target", "support")
-    arguments: tuple[str, ...] = ()
-
-    def __init__(self, module: Any, switches: Switches) -> None:
-        super().__init__(module, switches)
-        self._memory = Memory()
 
     @classmethod
     def refusal(cls, model: Any) -> str:
         """Why the module is not rewritten, or ""."""
-        if "forward" in model.__dict__:
-            return "its forward has been replaced already"
-        if argument_names(model) != cls.arguments:
-            return f"forward takes other arguments than {', '.join(cls.arguments)}"
-        found = cls.mismatch(model)
+        found = super().refusal(model)
         if found:
             return found
         for block in (*model.enc_blocks, *model.dec_blocks):
@@ -155,10 +145,6 @@ class CrossNetwork(Rewritten):
         elif switch == "max_memory":
             kind = unsettled(self.module.modules(), training=True)
         return f"in evaluation mode, for {kind} on the support path" if kind else ""
-
-    def forget(self) -> None:
-        """Free what is kept of a support set."""
-        self._memory.forget()
 
     @property
     def _blocks(self) -> list[Any]:
@@ -257,9 +243,10 @@ class CrossNetwork(Rewritten):
         fused = _linear(cross) or (activation is not None and getattr(cross, "norm", None) is None)
         if fused and not differentiated(tensors):  # the fused ops can be differentiated only once
             moves |= activation or {}
+            if not wanted and activation:
+                return None, cross_conv2d_mean(*tensors, **moves)
             if not wanted:
-                mean = cross_conv2d_mean(*tensors, **moves) if activation else None
-                return None, cross_conv2d(*tensors, **moves).mean(dim=2) if mean is None else mean
+                return None, cross_conv2d(*tensors, **moves).mean(dim=2)
             pairs, mean = cross_conv2d_and_mean(*tensors, **moves)
             return pairs.squeeze(1), mean
         pairs = cross_conv2d(*tensors, **moves).squeeze(1)
@@ -303,27 +290,14 @@ class CrossNetwork(Rewritten):
 
     # Support sets in chunks: a block needs no more of the set than a mean.
 
-    def _chunk(self, support: Tensor) -> int:
-        """Images of the support set to hold features of at once."""
-        if self.switches.max_memory is None or recorded(support):
-            return support.shape[1]
-        parts = [module for module in self.module.modules() if module is not self.module]
-        if differentiated((support, *self.module.parameters())) or unsettled(parts) or hooked(parts):
-            return support.shape[1]
-        return min(support.shape[1], max(1, self._room(support, 0)))
-
-    def _room(self, support: Tensor, kept: int) -> int:
-        """Images of the support set whose features fit, with this many maps more; without a limit, all."""
-        if self.switches.max_memory is None:
-            return support.shape[1]
+    def _maps(self) -> float:
         pool, stages = self.module.downsample, len(self.module.enc_blocks)
         halves = type(pool) is nn.MaxPool2d and pool.stride in (2, (2, 2))
         most = 0.0
         for level, block in enumerate(self._blocks):
             depth = level if level < stages else max(0, 2 * (stages - 1) - level)
             most = max(most, _ALIVE * _maps(block) * (4.0**-depth if halves else 1.0))
-        pixels = support.shape[0] * math.prod(support.shape[3:])
-        return int(self.switches.max_memory // ((most + kept) * pixels * support.element_size()))
+        return most
 
     def _streamed(self, target: Tensor, support: Tensor, chunk: int) -> Tensor:
         """As `_features`, with features of `chunk` images of the support set at once, computed anew for every block."""

@@ -34,7 +34,9 @@ def cost(
     cuda = any(t.is_cuda for t in (*model.parameters(), *model.buffers()))
 
     def call() -> Any:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        if cuda:
+            torch.cuda.manual_seed_all(0)
         return model(*args, **kwargs)
 
     def prepare() -> None:

@@ -7,7 +7,6 @@ before its mixer.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 
 from icseg_kernels.accelerate.report import Change
 from icseg_kernels.accelerate.rewrite import (
-    Memory,
+    Network,
     Rewritten,
     Switches,
-    argument_names,
     differentiated,
     foreign,
-    hooked,
     is_vmap,
     known,
     overridden,
@@ -54,7 +51,7 @@ def rewrite(name: str, module: nn.Module, switches: Switches, changes: list[Chan
                 off = "no limit given" if wanted == "max_memory" else "switched off"
                 reason = never or refusal or ("" if getattr(switches, wanted) else off)
                 changes.append(Change(name, network.kind, wanted, not reason, reason))
-            if any(change.done and change.module == name for change in changes[-len(network.rewrites) :]):
+            if any(change.done for change in changes[-len(network.rewrites) :]):
                 replaced.append(network(module, switches))
 
 
@@ -65,15 +62,6 @@ class ContextBlock(Rewritten):
     arguments: tuple[str, ...] = ("context", "target", "verbose")
     mixers: tuple[str, ...] = ("combine_conv_context",)
     parts: tuple[str, ...] = ("context_conv",)
-
-    @classmethod
-    def refusal(cls, module: Any) -> str:
-        """Why the module is not rewritten, or ""."""
-        if "forward" in module.__dict__:
-            return "its forward has been replaced already"
-        if argument_names(module) != cls.arguments:
-            return f"forward takes other arguments than {', '.join(cls.arguments)}"
-        return cls.mismatch(module)
 
     @classmethod
     def mismatch(cls, module: Any) -> str:
@@ -132,29 +120,11 @@ BLOCKS: dict[str, type[ContextBlock]] = {
 }
 
 
-class ContextNetwork(Rewritten):
+class ContextNetwork(Network):
     """What the networks share: context features that the first mixer is given, kept for the next target."""
 
     kind = ""
-    arguments: tuple[str, ...] = ()
     rewrites: ClassVar[dict[str, str]]  # those it is asked about, and why one is never made, or ""
-
-    def __init__(self, module: Any, switches: Switches) -> None:
-        super().__init__(module, switches)
-        self._memory = Memory()
-
-    @classmethod
-    def refusal(cls, model: Any) -> str:
-        """Why the module is not rewritten, or ""."""
-        if "forward" in model.__dict__:
-            return "its forward has been replaced already"
-        if argument_names(model) != cls.arguments:
-            return f"forward takes other arguments than {', '.join(cls.arguments)}"
-        return cls.mismatch(model)
-
-    def forget(self) -> None:
-        """Free what is kept of contexts."""
-        self._memory.forget()
 
     def _keeps(self, contexts: Tensor, embedding: Any, conv: Any) -> bool:
         """Whether `_recall` may keep what it makes."""
@@ -166,8 +136,8 @@ class ContextNetwork(Rewritten):
     def _recall(self, contexts: Tensor, embedding: Any, conv: Any) -> Tensor:
         """What `conv` makes of the embedded contexts, from the last call if they are the same."""
         values = [v for part in (embedding, conv) for v in (*part.parameters(), *part.buffers())]
-        parts = *embedding.modules(), *conv.modules()
-        return self._memory.recall([contexts, *values], lambda: (conv(embedding(contexts)),), *parts)[0]
+        way = *embedding.modules(), *conv.modules(), repr(embedding), repr(conv)  # which names their settings
+        return self._memory.recall([contexts, *values], lambda: (conv(embedding(contexts)),), *way)[0]
 
 
 class PairwiseNetwork(ContextNetwork):
@@ -278,22 +248,8 @@ class PairwiseNetwork(ContextNetwork):
     def _channels(self) -> int:
         return max(block.combine_conv_context.module.out_channels for block in self._blocks)
 
-    def _chunk(self, contexts: Tensor) -> int:
-        """Contexts to hold features of at once."""
-        if self.switches.max_memory is None or recorded(contexts):
-            return contexts.shape[1]
-        parts = [module for module in self.module.modules() if module is not self.module]
-        if differentiated((contexts, *self.module.parameters())) or unsettled(parts) or hooked(parts):
-            return contexts.shape[1]
-        return min(contexts.shape[1], max(1, self._room(contexts, 0)))
-
-    def _room(self, contexts: Tensor, kept: int) -> int:
-        """Contexts whose features fit, with this many maps more; without a limit, all."""
-        if self.switches.max_memory is None:
-            return contexts.shape[1]
-        maps = _ALIVE * self._channels + kept
-        pixels = contexts.shape[0] * math.prod(contexts.shape[3:])
-        return self.switches.max_memory // (maps * pixels * contexts.element_size())
+    def _maps(self) -> float:
+        return _ALIVE * self._channels
 
     def _mean(self, contexts: Tensor, chunk: int, inners: list[Tensor], outer: list[Tensor]) -> Tensor:
         """The mean of the context features that the mixers of the last of these blocks are given, [B, 1, C, ...]."""
@@ -408,4 +364,4 @@ def mixed(mixer: Any, context: Tensor, target: Tensor) -> Tensor:
     linear = _LINEAR[type(conv)]
     of_context, of_target = conv.weight.split([context.shape[2], target.shape[1]], dim=1)
     parts = linear(context.flatten(0, 1), of_context).unflatten(0, context.shape[:2])
-    return parts + linear(target, of_target, conv.bias).unsqueeze(1)
+    return parts + linear(target, of_target, conv.bias).unsqueeze(1).expand_as(parts)  # refuses as the model does

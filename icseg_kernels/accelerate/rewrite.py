@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Rewritten:
     """
 
     forward: Callable[..., Any]
+    arguments: tuple[str, ...] = ()
 
     def __init__(self, module: Any, switches: Switches) -> None:
         self.module, self.switches = module, switches
@@ -60,6 +62,15 @@ class Rewritten:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_seen": None}
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        """Why the module is not rewritten, or ""."""
+        if "forward" in module.__dict__:
+            return "its forward has been replaced already"
+        if argument_names(module) != cls.arguments:
+            return f"forward takes other arguments than {', '.join(cls.arguments)}"
+        return cls.mismatch(module)
 
     @classmethod
     def mismatch(cls, module: Any) -> str:
@@ -154,9 +165,9 @@ def is_sequence(module: Any) -> bool:
 
 
 def unsettled(modules: Iterable[nn.Module], *, training: bool = False) -> str:
-    """The class of a module that makes something else of an image in other company or the next time, or "".
+    """The class of a module whose output for an image depends on other images or changes between calls, or "".
 
-    training: in training mode, whether it is in it or not.
+    training: of modules as they would be in training mode. Those that are not known count as settled in evaluation.
     """
     for module in modules:
         trains = module.training or training
@@ -283,3 +294,36 @@ def _same(source: Tensor | None, kept: Tensor | None) -> bool:
     if source is None or kept is None:
         return source is kept
     return source.dtype == kept.dtype and source.device == kept.device and torch.equal(source, kept)
+
+
+class Network(Rewritten):
+    """The forward of a whole network, which may keep features of a support set, or stream it in chunks."""
+
+    def __init__(self, module: Any, switches: Switches) -> None:
+        super().__init__(module, switches)
+        self._memory = Memory()
+
+    def forget(self) -> None:
+        """Free what is kept of a support set."""
+        self._memory.forget()
+
+    def _chunk(self, support: Tensor) -> int:
+        """Images of the support set [B, S, C, ...] to hold features of at once."""
+        images = support.shape[1]
+        if self.switches.max_memory is None or recorded(support):
+            return images
+        parts = [module for module in self.module.modules() if module is not self.module]
+        if differentiated((support, *self.module.parameters())) or unsettled(parts) or hooked(parts):
+            return images
+        return min(images, max(1, self._room(support, 0)))
+
+    def _room(self, support: Tensor, kept: int) -> int:
+        """Images of the support set whose features fit, with this many maps more; without a limit, all."""
+        if self.switches.max_memory is None:
+            return support.shape[1]
+        pixels = max(1, support.shape[0] * math.prod(support.shape[3:]))
+        return int(self.switches.max_memory // ((self._maps() + kept) * pixels * support.element_size()))
+
+    def _maps(self) -> float:
+        """Feature maps of the size of an image that one image of the support set has at once, at most."""
+        raise NotImplementedError

@@ -18,8 +18,9 @@ class SelectedAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention whose queries attend to selected keys; without a selection, to all.
 
     Constructor, state dict and calls with need_weights=False are those of torch.nn.MultiheadAttention, whose
-    checkpoints load; outputs are equal where all keys are selected. Keys that no list names are not projected. The
-    parameters of a learned selection come on top, under "selection.".
+    checkpoints load; outputs are equal where all keys are selected. Where one list serves all queries, other keys are
+    not projected. The parameters of a learned selection come on top, under "selection.". Gradients once, in reverse
+    mode, as `icseg_kernels.selected_attention` has them.
 
     selection: `SelectByMask`, `SelectByScore`, `SelectByIndex`, or another `Selection`; None: all keys.
 
