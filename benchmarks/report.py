@@ -65,25 +65,25 @@ def answers(rows: Sequence[Row]) -> list[str]:
     found = series(rows, SIZES)
     alike = [one for one in found if one.fixed == found[0].fixed]  # one a machine and number of threads
     return [
-        f"**How much cheaper?** {_cheaper(alike)}",
+        f"**How much cheaper?** {_cheaper(found)}",
         f"**From which size on?** {_from_which_size(alike)}",
         f"**Does it cost accuracy?** {_accuracy(rows)}{_trained_alike(rows)}",
     ]
 
 
-def _cheaper(alike: Sequence[Series]) -> str:
-    if not alike:
+def _cheaper(found: Sequence[Series]) -> str:
+    if not found:
         return f'Not answered: there is no row of whole models (subject "{SIZES}").'
-    timed = [one for one in alike if one.ratios(seconds, COLD)]
+    timed = [one for one in found if one.ratios(seconds, COLD)]
     if not timed:
         return f"Not answered: no row times {COLD} and a dense rival ({' or '.join(DENSE)}) at one size."
     parts = [
-        f"{COLD} is so many times faster than each of the others; in brackets: with its support set encoded before "
-        f"({timed[0].fixed})."
+        f"{COLD} is so many times faster than each of the others; in brackets: with its own support set encoded "
+        "before. No Dice belongs to these times: the others have random or borrowed weights."
     ]
     for one in timed:
         reasons = _left_out(one, DENSE)
-        parts += [f"{one.place}{f'; left out: {reasons}' if reasons else ''}:", _faster(one)]
+        parts += [f"{one.fixed}; {one.place}{f'; left out: {reasons}' if reasons else ''}:", _faster(one)]
     return "\n\n".join(parts)
 
 
@@ -152,11 +152,11 @@ def _accuracy(rows: Iterable[Row]) -> str:
             reasons.append(f"{where}: {found}.")
         lines += [] if isinstance(found, str) else [[where, *cells] for cells in found]
     lead = (
-        "Mean Dice over classes of the model that takes every patch, or of a dense one, and of the cheapest budget of "
-        f"the sparse model that is at most {NEXT_TO_NOTHING:g} below it (or else of the best); with how many times the "
-        "FLOPs and the time the first takes.\n\n"
+        "Mean Dice over classes of a reference (the sparse model with every patch, or a dense one) and of the sparse "
+        f"model at its cheapest budget that is at most {NEXT_TO_NOTHING:g} below (or else at its best).\n\n"
     )
-    columns = ["", "against", "Dice", "sparse", "Dice", "lower in", "FLOPs", "time"]
+    columns = ["", "reference", "its Dice", "sparse", "its Dice", "sparse is lower in", "FLOPs, reference to sparse"]
+    columns.append("time, reference to sparse")
     return "\n\n".join([*([lead + _markdown(columns, lines)] if lines else []), *reasons])
 
 
@@ -170,7 +170,8 @@ def _trained_alike(rows: Iterable[Row]) -> str:
         f"\n\nOn all targets of {len(sets)} data sets after equal training, the sparse model's Dice is "
         f"{abs(d.mean):.3f} {'less' if d.mean < 0 else 'more'} than that of a dense UniverSeg in their mean "
         f"(95 % interval over targets {d.low:+.3f} to {d.high:+.3f}), less in {sum(s.mean < 0 for s in sets)} of them, "
-        f"{min(s.mean for s in sets):+.3f} to {max(s.mean for s in sets):+.3f}."
+        f"{min(s.mean for s in sets):+.3f} to {max(s.mean for s in sets):+.3f}. One training run each, which the "
+        "interval leaves out."
     )
 
 

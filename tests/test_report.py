@@ -76,14 +76,14 @@ def everything() -> list[dict[str, Any]]:
 def test_the_first_screen_answers_the_questions(page: Callable) -> None:
     text = page(everything())
     cheaper, where, faster, from_size, cost, losses = text.split("\n\n")[1:7]
-    assert "in brackets: with its support set encoded before (synthetic lesion, 3 support pairs)" in cheaper
-    assert where == "a processor, threads 2:"
+    assert "in brackets: with its own support set encoded before. No Dice belongs to these times" in cheaper
+    assert where == "synthetic lesion, 3 support pairs; a processor, threads 2:"
     assert f"| {UNIVERSEG} | 0.25 (0.5) | 0.5 (2) | 4 (8) |" in faster
     # Of 1/2 at 256 px and 4 at 512 px the ratio is 1 a third of the way, in logarithms.
     assert "from 512 px on (slower at 128, 256 px and" not in from_size
     assert "from 512 px on (slower at 128 and 256 px, interpolated, not measured: 323 px)" in from_size
     assert "from 256 px on (slower at 128 px, interpolated, not measured: 181 px)" in from_size
-    assert "at most 0.01 below it (or else of the best)" in cost
+    assert "at most 0.01 below (or else at its best)" in cost
     assert (
         f"| 256 px, 3 pairs | {DENSE} | 0.700 | {COLD} (4) | 0.650 | 1 of 2 classes | 40 times | 10 times |" in losses
     )
@@ -146,7 +146,7 @@ def test_what_no_row_answers_is_said(page: Callable) -> None:
     assert "Not answered: that takes rows of whole models with a dense rival" in alone
     one = page([timed("model", "128 px S3", {UNIVERSEG: 2.0, COLD: 1.0})])
     assert f"| {UNIVERSEG} | 2 |" in one
-    assert "encoded before (synthetic lesion, 3 support pairs).\n\na processor, threads 2:" in one
+    assert "\n\nsynthetic lesion, 3 support pairs; a processor, threads 2:\n\n" in one
     assert "there is no row of a dense rival" in page([accuracy(COLD, 0.5)])
     assert "there is no row of a sparse model with a budget" in page([accuracy(DENSE, 0.5)])
     assert "no class is scored for every model" in page([accuracy(COLD, 0.5), accuracy(DENSE, 0.5, "b")])
@@ -203,7 +203,8 @@ def test_machines_are_not_mixed(page: Callable) -> None:
     other = model(1024, 90.0, 1.0, 1.0, machine="another processor")
     text = page([other, *CROSSING])
     _, _, first, table, second, table_of_another, from_size, *_ = text.split("\n\n")
-    assert [first, second] == ["a processor, threads 2:", "another processor, threads 2:"]
+    lesion = "synthetic lesion, 3 support pairs; "
+    assert [first, second] == [f"{lesion}a processor, threads 2:", f"{lesion}another processor, threads 2:"]
     assert "1024 px" not in table
     assert f"| {UNIVERSEG} | 90 (90) |" in table_of_another
     assert "323 px" in from_size
