@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,29 @@ def test_any_arguments_give_a_valid_task(seed: int, subjects: int, size: int) ->
     check_task(generate_task(seed, subjects, size), subjects, size)
 
 
-def test_same_in_other_processes_whatever_the_threads() -> None:
+def test_same_in_other_processes() -> None:
     digests = set()
-    for threads in ("1", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    for hashing in ("1", "2"):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": hashing}
         root = Path(__file__).parent.parent
         command = [sys.executable, "-c", SUMMARY]
         run = subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True, text=True)
         digests.add(run.stdout)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("size", [64, 192])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_change_single_pixels_by_rounding(family: str, size: int, threads: Callable[[int], None]) -> None:
+    """As documented: sums over an image and MKL's Fourier transforms are cut up by the number of threads."""
+    threads(1)
+    one = generate_task(3, 3, size, family)
+    threads(2)
+    two = generate_task(3, 3, size, family)
+    difference = np.abs(one.images.astype(np.int16) - two.images)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+    assert (one.masks != two.masks).mean() < 1e-3
 
 
 @pytest.mark.parametrize(
