@@ -1,4 +1,4 @@
-"""accelerate: other people's models at 128 px as their packages compute them, and rewritten; random weights.
+"""accelerate: other people's models as their packages compute them, and rewritten; random weights.
 
 The models are the structural copies of the tests, at their published widths.
 """
@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 from harness import compare
-from reference_models import multiverseg, neuralizer, tyche, universeg
+from reference_models import multiverseg, neuralizer, neuroverse3d, tyche, universeg
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,8 +22,10 @@ MODELS = {
     "Tyche": lambda: tyche.TysegXC(WIDTHS),
     "MultiverSeg": lambda: multiverseg.MultiverSegNet(WIDTHS),
     "Neuralizer": lambda: neuralizer.PairwiseConvAvgModel(4, 1, 1, 64, 2),
+    "Neuroverse3D": lambda: neuroverse3d.Neuroverse3D((32, 64, 128, 256, 512), 3),
 }
-SIDE, CANDIDATES = 128, 4  # pixels, and Tyche's masks of a target
+SIDES = dict.fromkeys(MODELS, (128, 128)) | {"Neuroverse3D": (32, 32, 32)}  # a volume
+CANDIDATES = 4  # Tyche's masks of a target
 LIMIT = 2**26  # bytes of support features: 16 images
 BEFORE, AFTER, AGAIN = "as published", "accelerated", "accelerated, support seen before"
 CHUNKS = f"accelerated, max_memory {LIMIT >> 20} MiB"
@@ -33,10 +35,10 @@ def inputs(name: str, support: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.rand(1, *shape, SIDE, SIDE, generator=generator)
+        return torch.rand(1, *shape, *SIDES[name], generator=generator)
 
     images, masks = random(support, 1), (random(support, 1) > 0.5).float()
-    if name == "Neuralizer":
+    if name in ("Neuralizer", "Neuroverse3D"):
         return {"context_in": images, "context_out": masks, "target_in": random(1)}
     found = {"support_images": images, "support_labels": masks}
     if name == "Tyche":
@@ -46,7 +48,8 @@ def inputs(name: str, support: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.quick(name="UniverSeg", support=3)
 @pytest.mark.parametrize(
-    ("name", "support"), [*itertools.product(MODELS, (1, 3)), ("UniverSeg", 16), ("UniverSeg", 64)]
+    ("name", "support"),
+    [*itertools.product([*MODELS][:-1], (1, 3)), ("UniverSeg", 16), ("UniverSeg", 64), ("Neuroverse3D", 3)],
 )
 @torch.inference_mode()
 def bench_accelerate(record, name, support):
@@ -71,6 +74,6 @@ def bench_accelerate(record, name, support):
         with FlopCounterMode(display=False) as counter, fake:
             run()
         flops[rival] = float(counter.get_total_flops())
-    case, rounds = f"{name} {SIDE} px S{support}", 1 if support == 64 else 3
+    case, rounds = f"{name} {SIDES[name][0]} px S{support}", 1 if support == 64 else 3
     row = compare("accelerate", case, runs, tolerance=1e-4, rounds=rounds, flops=flops, warm=True, single=10)
     record(row, runs[AGAIN])
