@@ -110,7 +110,6 @@ def compare(
     warm:      before each timing that rival is called once, so that it does not find the cache as the one before left
                it; not where it takes more than a second, to which that makes no difference.
     limit:     seconds that all rounds may take; there are fewer then, but at least 3 (or `rounds`).
-
     single:    a rival whose first call takes more seconds than this is not called again: only for what is not compiled.
 
     A rival that takes more than `SLOW` seconds a call is timed once, after the check: what disturbs such a call is

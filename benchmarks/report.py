@@ -439,10 +439,9 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, Callable[..., None]]]:
     if alike := trained_alike(rows):
         parts.append("## Dice after equal training")
         parts.append(
-            "Each model was trained on synthetic tasks for the steps that 20 minutes of one idle core allow, and "
-            "scored on held-out ones and real images at 256 px, which the dense ones see at "
-            "128 px; docs/sparse.md says how. 95 % intervals of a paired bootstrap over targets, which do not cover "
-            "another training run."
+            "Each model was trained on synthetic tasks for the steps that the same time on one idle core allows, and "
+            "scored on held-out ones and real images; docs/sparse.md has the time, and the size at which each sees "
+            "them. 95 % intervals of a paired bootstrap over targets, which do not cover another training run."
         )
         lines = [
             [same[0].dataset, *(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in same)]

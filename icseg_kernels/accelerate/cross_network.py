@@ -34,7 +34,6 @@ from icseg_kernels.accelerate.rewrite import (
 )
 from icseg_kernels.cross_conv import cross_conv2d, cross_conv2d_and_mean, cross_conv2d_mean
 
-_ALIVE = 8  # feature maps of a block that one support image has at once, with its skips, at most
 _PARTS = ("enc_blocks", "dec_blocks", "downsample", "upsample", "out_conv")
 _LINEAR_RESIZING = (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
 
@@ -296,7 +295,7 @@ class CrossNetwork(Network):
         most = 0.0
         for level, block in enumerate(self._blocks):
             depth = level if level < stages else max(0, 2 * (stages - 1) - level)
-            most = max(most, _ALIVE * _maps(block) * (4.0**-depth if halves else 1.0))
+            most = max(most, _maps(block) * (4.0**-depth if halves else 1.0))
         return most
 
     def _streamed(self, target: Tensor, support: Tensor, chunk: int) -> Tensor:

@@ -28,7 +28,6 @@ from icseg_kernels.accelerate.rewrite import (
 )
 
 _LINEAR = {nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-_ALIVE = 8  # feature maps of the widest block that one context has at once, with its skips, at most
 _LISTS = ("enc_blocks", "downsample_blocks", "dec_blocks", "upsample_blocks")
 _DOWN, _UP = ("UnetDownsampleAndCreateShortcutBlock",), ("UnetUpsampleAndConcatShortcutBlock",)
 
@@ -249,7 +248,7 @@ class PairwiseNetwork(ContextNetwork):
         return max(block.combine_conv_context.module.out_channels for block in self._blocks)
 
     def _maps(self) -> float:
-        return _ALIVE * self._channels
+        return self._channels
 
     def _mean(self, contexts: Tensor, chunk: int, inners: list[Tensor], outer: list[Tensor]) -> Tensor:
         """The mean of the context features that the mixers of the last of these blocks are given, [B, 1, C, ...]."""

@@ -16,6 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 from icseg_kernels.cross_conv import cross_conv2d
 
 _PLAIN = (Tensor, nn.Parameter)
+_ALIVE = 8  # of the widest maps of a block, those that one support image has at once, with its skips, at most
 _COUNTERS = ("torch.utils.flop_counter", "icseg_kernels.accelerate.measure")  # of modes that only look on
 
 # Of torch's modules, those that in training as in evaluation make of an image the same, whatever else they are given.
@@ -322,8 +323,8 @@ class Network(Rewritten):
         if self.switches.max_memory is None:
             return support.shape[1]
         pixels = max(1, support.shape[0] * math.prod(support.shape[3:]))
-        return int(self.switches.max_memory // ((self._maps() + kept) * pixels * support.element_size()))
+        return int(self.switches.max_memory // ((_ALIVE * self._maps() + kept) * pixels * support.element_size()))
 
     def _maps(self) -> float:
-        """Feature maps of the size of an image that one image of the support set has at once, at most."""
+        """The most feature maps that a block makes of an image of the support set, in maps of that image's size."""
         raise NotImplementedError
