@@ -80,5 +80,5 @@ def bench_accelerate(record, name, support):
         flops[rival] = float(counter.get_total_flops())
     size = " x ".join(map(str, VOLUME)) if name == "Neuroverse3D" else SIDE
     case, rounds = f"{name} {size} px S{support}", 1 if support == 64 else 3
-    row = compare("accelerate", case, runs, tolerance=1e-4, rounds=rounds, flops=flops, warm=True, single=10)
+    row = compare("accelerate", case, runs, tolerance=1e-4, rounds=rounds, flops=flops, warm=True)
     record(row, runs[AGAIN])
